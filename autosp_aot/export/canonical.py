@@ -1,0 +1,258 @@
+"""The captured graph as a `Program` of one section, with one spelling for each thing.
+
+    t, transpose, permute                          -> aten.permute.default       (chains composed)
+    view, _unsafe_view, unsqueeze, squeeze ...     -> aten.reshape.default       (chains composed)
+    detach, alias, clone, equal casts              -> gone
+    nll_loss_forward(..., mean)                    -> nll_loss_forward(..., sum), then sum / count
+    equal calls                                    -> one call;   unused calls  -> gone
+
+Values are named by module path, operator and occurrence; what depends on the loss gradient begins with `grad.`.
+"""
+
+import operator
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.joint import Joint
+from autosp_aot.export.source import where
+from autosp_aot.program import Dtype, Input, Instr, Program, Ref, Section, Value, map_args
+
+aten = torch.ops.aten
+
+DTYPES = {
+    torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
+}  # fmt: skip
+SAME = (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.contiguous.default)
+RESHAPES = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints,
+)  # fmt: skip
+PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
+NOTHING = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+DROPPED_KWARGS = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+MEAN, SUM = 1, 2
+
+
+def canonical_program(joint: Joint) -> tuple[Program, dict[str, Tensor]]:
+    """The step as a program of one section `step`, and the values of the constants found in the graph, by name."""
+    return _Canonical(joint).program()
+
+
+class _Canonical:
+    def __init__(self, joint: Joint):
+        self.joint = joint
+        self.graph = joint.graph_module.graph
+        self.names: dict[Node, str] = {}
+        self.pairs: dict[Node, tuple[str, ...]] = {}
+        self.types: dict[str, Value] = {}
+        self.made: dict[str, Instr] = {}
+        self.same: dict[tuple, tuple[str, ...]] = {}
+        self.taken: Counter[str] = Counter()
+        self.instrs: list[Instr] = []
+        self.inputs: list[Input] = []
+        self.constants: dict[str, Tensor] = {}
+        self.after_loss: set[str] = set()
+
+    def program(self) -> tuple[Program, dict[str, Tensor]]:
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for node, (kind, name) in zip(placeholders, self.joint.inputs):
+            self.add_input(node, kind, name)
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                value = getattr(self.joint.graph_module, node.target)
+                self.add_input(node, "buffer", f"constant.{len(self.constants)}")
+                self.constants[self.names[node]] = value
+            elif node.op == "call_function" and node.target not in NOTHING:
+                self.call(node)
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        gives = [(label, self.names[node]) for node, label in zip(output.args[0], self.joint.outputs) if node is not None]
+        instrs = _alive(self.instrs, [name for _, name in gives])
+        used = {name for instr in instrs for name in instr.refs()}
+        inputs = tuple(entry for entry in self.inputs if entry.kind != "buffer" or entry.value.name in used)
+        return Program(1, inputs, (Section("step", (), tuple(instrs), tuple(gives)),)), self.constants
+
+    def add_input(self, node: Node, kind: str, name: str) -> None:
+        if self.taken[name]:
+            raise BuildError(Problem("name-taken", f"two inputs of the step are called {name!r}", "example_batch",
+                                     "every value needs its own name", "rename the input"))
+        self.taken[name] += 1
+        self.names[node] = name
+        self.types[name] = self.typed(name, node.meta["val"] if "val" in node.meta else _attribute(self.joint, node))
+        self.inputs.append(Input(kind, self.types[name]))
+        if kind == "tangent":
+            self.after_loss.add(name)
+
+    def typed(self, name: str, tensor: Tensor) -> Value:
+        return Value(name, DTYPES[tensor.dtype], tuple(tensor.shape))
+
+    def call(self, node: Node) -> None:
+        if node.target is operator.getitem:
+            self.names[node] = self.pairs[node.args[0]][node.args[1]]
+            return
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise BuildError(Problem("operator-unknown", f"{node.target} is not an operator we can see into",
+                                     where(node).source, "its effect on a part of the sequence is unknown",
+                                     "write it with torch operators"))
+        results = node.meta["val"]
+        types = results if isinstance(results, (tuple, list)) else (results,)
+        if not all(isinstance(t, Tensor) for t in types if t is not None):
+            raise BuildError(Problem("data-dependent", f"{node.target} makes a number from data", where(node).source,
+                                     "the program would depend on the values of a batch", "keep it in tensors"))
+        names = self.spelled(node, list(types))
+        if isinstance(results, (tuple, list)):
+            self.pairs[node] = names
+        else:
+            self.names[node] = names[0]
+
+    def spelled(self, node: Node, types: list[Tensor]) -> tuple[str, ...]:
+        """Emit the canonical form of a node; the names of its results."""
+        target, args = node.target, node.args
+        operand = self.names.get(args[0]) if args and isinstance(args[0], Node) else None
+        shape = tuple(types[0].shape)
+        if target in SAME:
+            return (operand,)
+        if target in RESHAPES:
+            return (self.reshape(node, operand, types[0]),)
+        if target in PERMUTES:
+            return (self.permute(node, operand, _permutation(target, args, len(shape)), types[0]),)
+        if target in (aten._to_copy.default, aten.to.dtype):
+            if self.types[operand].dtype == DTYPES[types[0].dtype]:
+                return (operand,)
+            return self.emit(node, "aten._to_copy.default", (Ref(operand),), (("dtype", Dtype(DTYPES[types[0].dtype])),), types)
+        if target is aten.expand.default:
+            if self.types[operand].shape == shape:
+                return (operand,)
+            return self.emit(node, "aten.expand.default", (Ref(operand), shape), (), types)
+        if target is aten.slice.Tensor:
+            return (self.slice(node, operand, types[0]),)
+        if target is aten.select.int:
+            dim = args[1] % (len(shape) + 1)
+            at = args[2] % self.types[operand].shape[dim]
+            one = types[0].unsqueeze(dim)
+            part = self.emit(node, "aten.slice.Tensor", (Ref(operand), dim, at, at + 1, 1), (), [one])[0]
+            return (self.reshape(node, part, types[0]),)
+        if target is aten.cat.default:
+            return (self.cat(node, types[0]),)
+        if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+            start, end, step = _range(args)
+            kwargs = (("dtype", Dtype(DTYPES[types[0].dtype])),)
+            return self.emit(node, "aten.arange.start_step", (start, end, step), kwargs, types)
+        if target is aten.nll_loss_forward.default and args[3] == MEAN:
+            total, count = self.emit(node, str(target), self.arguments((*args[:3], SUM, args[4])), (), types)
+            return self.emit(node, "aten.div.Tensor", (Ref(total), Ref(count)), (), types[:1]) + (count,)
+        if target is torch.ops.autosp.attention.default:
+            group = args[0].meta["val"].shape[1] // args[1].meta["val"].shape[1]
+            return self.emit(node, "autosp.attention", (*self.arguments(args), group, 0), (), types)
+        if target is torch.ops.autosp.attention_backward.default:
+            group = args[1].meta["val"].shape[1] // args[2].meta["val"].shape[1]
+            return self.emit(node, "autosp.attention_backward", (*self.arguments(args), group, 0), (), types)
+        kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
+        return self.emit(node, str(target), self.arguments(args), kwargs, types)
+
+    def reshape(self, node: Node, operand: str, result: Tensor) -> str:
+        source = self.made.get(operand)
+        if source is not None and source.op == "aten.reshape.default":
+            operand = source.args[0].name
+        if self.types[operand].shape == tuple(result.shape):
+            return operand
+        return self.emit(node, "aten.reshape.default", (Ref(operand), tuple(result.shape)), (), [result])[0]
+
+    def permute(self, node: Node, operand: str, dims: tuple[int, ...], result: Tensor) -> str:
+        source = self.made.get(operand)
+        if source is not None and source.op == "aten.permute.default":
+            operand, dims = source.args[0].name, tuple(source.args[1][d] for d in dims)
+        if dims == tuple(range(len(dims))):
+            return operand
+        return self.emit(node, "aten.permute.default", (Ref(operand), dims), (), [result])[0]
+
+    def slice(self, node: Node, operand: str, result: Tensor) -> str:
+        _, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        size = self.types[operand].shape[dim]
+        start, end, step = slice(start, end, step).indices(size)
+        if (start, step) == (0, 1) and end >= size:
+            return operand
+        args = (Ref(operand), dim % result.dim(), start, max(start, end), step)
+        return self.emit(node, "aten.slice.Tensor", args, (), [result])[0]
+
+    def cat(self, node: Node, result: Tensor) -> str:
+        dim = (node.args[1] if len(node.args) > 1 else 0) % result.dim()
+        parts = [self.names[part] for part in node.args[0] if part.meta["val"].numel() or part.meta["val"].dim() > 1]
+        if len(parts) == 1:
+            return parts[0]
+        return self.emit(node, "aten.cat.default", (tuple(map(Ref, parts)), dim), (), [result])[0]
+
+    def arguments(self, arg):
+        """An fx argument as ours: nodes become references, dtypes their short names."""
+        if isinstance(arg, (list, tuple)):
+            return tuple(self.arguments(item) for item in arg)
+        if isinstance(arg, Node):
+            return Ref(self.names[arg])
+        if isinstance(arg, torch.dtype):
+            return Dtype(DTYPES[arg])
+        assert arg is None or isinstance(arg, (int, float, bool, str)), arg
+        return arg
+
+    def emit(self, node: Node, op: str, args: tuple, kwargs: tuple, types: list[Tensor | None]) -> tuple[str, ...]:
+        args = map_args(args, lambda leaf: leaf)
+        key = (op, _typed_key(args), _typed_key(kwargs))
+        if key in self.same:
+            return self.same[key]
+        place = where(node)
+        operands = Instr((), op, args, kwargs).refs()
+        late = any(name in self.after_loss for name in operands)
+        names = tuple(self.fresh(("grad." if late else "") + place.module, op, at, len(types)) for at in range(len(types)))
+        outs = tuple(None if t is None else self.typed(name, t) for name, t in zip(names, types))
+        instr = Instr(outs, op, args, kwargs, place)
+        for out in instr.values():
+            self.types[out.name], self.made[out.name] = out, instr
+            if late:
+                self.after_loss.add(out.name)
+        self.instrs.append(instr)
+        self.same[key] = names
+        return names
+
+    def fresh(self, module: str, op: str, at: int, count: int) -> str:
+        role = op.split(".")[1].removeprefix("_") + (f"_{at}" if count > 1 else "")
+        name = f"{module}.{role}" if module and not module.endswith(".") else module + role
+        self.taken[name] += 1
+        return name if self.taken[name] == 1 else f"{name}.{self.taken[name] - 1}"
+
+
+def _typed_key(arg):
+    """Arguments as a key in which 1, 1.0 and True differ."""
+    return map_args(arg, lambda leaf: (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf))
+
+
+def _attribute(joint: Joint, node: Node) -> Tensor:
+    return getattr(joint.graph_module, node.target)
+
+
+def _permutation(target, args, dims: int) -> tuple[int, ...]:
+    if target is aten.permute.default:
+        return tuple(d % dims for d in args[1])
+    order = list(range(dims))
+    a, b = (0, 1) if target is aten.t.default else (args[1] % dims, args[2] % dims)
+    if dims > 1:
+        order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
+def _range(args: tuple) -> tuple:
+    start, end, step = (0, args[0], 1) if len(args) == 1 else (*args, 1)[:3]
+    return start, end, step
+
+
+def _alive(instrs: list[Instr], wanted: list[str]) -> list[Instr]:
+    """The instructions that the wanted values need, in order, unused results dropped."""
+    needed, kept = set(wanted), []
+    for instr in reversed(instrs):
+        if any(out.name in needed for out in instr.values()):
+            outs = tuple(out if out is not None and out.name in needed else None for out in instr.outs)
+            kept.append(Instr(outs, instr.op, instr.args, instr.kwargs, instr.where))
+            needed.update(instr.refs())
+    return kept[::-1]

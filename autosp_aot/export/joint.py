@@ -1,0 +1,171 @@
+"""The whole training step as one graph: forward, loss and every gradient, captured on fake tensors.
+
+    module, batch  --torch.export-->  forward graph  --canonical attention-->  --joint autograd-->  one ATen graph
+
+Parameters are one by identity (tied weights), under the names of `named_parameters()`.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import aot_autograd
+from torch._functorch._aot_autograd import descriptors
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.attention import canonical_attention
+from autosp_aot.export.diagnose import diagnosed, lost_gradients, refuse_autocast, refuse_mutation
+from autosp_aot.export.source import module_path, where
+
+SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The captured step. `inputs` are (kind, name) of the placeholders, `outputs` the labels of the graph's results."""
+
+    graph_module: GraphModule
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[str, ...]
+
+
+class LossOnly(nn.Module):
+    """The user's model, returning nothing but its scalar loss."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return loss_of(self.model(**batch))
+
+
+def loss_of(result) -> Tensor:
+    """The loss of what a model returned: itself, `.loss`, `["loss"]`, or the first of a tuple.
+
+    Raises BuildError where there is none or it is not a scalar of a floating dtype.
+    """
+    loss = result
+    if isinstance(result, Mapping):
+        loss = result.get("loss")
+    elif hasattr(result, "loss"):
+        loss = result.loss
+    elif isinstance(result, (tuple, list)) and result:
+        loss = result[0]
+    if not isinstance(loss, Tensor):
+        raise BuildError(Problem("no-loss", f"forward returned {type(result).__name__} without a loss", "forward",
+                                 "training needs one number to differentiate",
+                                 "return the loss, an object with .loss, a mapping with 'loss', or a tuple that begins with it"))
+    if loss.dim() or not loss.dtype.is_floating_point:
+        raise BuildError(Problem("loss-not-scalar", f"the loss is {loss.dtype} of shape {list(loss.shape)}", "forward",
+                                 "only a single floating number can be differentiated", "reduce it, with .mean() or .sum()"))
+    return loss
+
+
+def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode, target: str) -> Joint:
+    """Capture the step of a model whose parameters are fake tensors of `mode`; `batch` are the inputs of forward."""
+    batch = {name: mode.from_tensor(torch.empty_like(tensor)) for name, tensor in batch.items()}
+    wrapped = LossOnly(model)
+    with diagnosed(), mode:
+        exported = torch.export.export(wrapped, (), batch, strict=False)
+    refuse_autocast(exported.graph_module, target)
+    canonical_attention(exported.graph_module.graph)
+    refuse_mutation(exported)
+    step = Step(exported, wrapped)
+    with diagnosed(), torch.fx.traceback.preserve_node_meta(), mode, contextlib.ExitStack() as stack:
+        joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch)
+    captured = _described(joint.graph_module, step, list(batch))
+    lost_gradients(model, batch, mode, set(captured.outputs))
+    return captured
+
+
+class Step(nn.Module):
+    """The exported forward with each parameter held once, run node by node so that its sources are kept."""
+
+    def __init__(self, exported: torch.export.ExportedProgram, wrapped: nn.Module):
+        super().__init__()
+        self.exported = [exported]
+        signature = exported.graph_signature
+        self.slots: dict[str, tuple[str, int]] = {}
+        self.parameter_names, self.buffer_names = [], []
+        own = {id(p): name for name, p in wrapped.named_parameters()}
+        by_name = dict(wrapped.named_parameters(remove_duplicate=False))
+        parameters: dict[str, nn.Parameter] = {name: p for name, p in wrapped.named_parameters()}
+        self.parameter_list = nn.ParameterList(parameters.values())
+        self.parameter_names = list(parameters)
+        for placeholder, name in signature.inputs_to_parameters.items():
+            self.slots[placeholder] = ("parameter", self.parameter_names.index(own[id(by_name[name])]))
+        constants = {**dict(wrapped.named_buffers(remove_duplicate=False)), **exported.constants}
+        for placeholder, name in {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}.items():
+            self.slots[placeholder] = ("buffer", len(self.buffer_names))
+            self.register_buffer(f"b{len(self.buffer_names)}", constants[name])
+            self.buffer_names.append(name)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        module = self.exported[0].graph_module
+        args = []
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                kind, at = self.slots.get(node.name, ("batch", 0))
+                held = {"parameter": lambda i: self.parameter_list[i], "buffer": lambda i: getattr(self, f"b{i}")}
+                args.append(batch[_input_name(node, self.exported[0])] if kind == "batch" else held[kind](at))
+        return _Inline(module).run(*args)[0]
+
+
+def _input_name(node: Node, exported) -> str:
+    names = exported.graph_signature.user_inputs
+    keys = list(exported.example_inputs[1])
+    return keys[list(names).index(node.name)]
+
+
+class _Inline(Interpreter):
+    """Runs nested graphs node by node too, so that what they compute keeps its source."""
+
+    def call_function(self, target, args, kwargs):
+        if target is SET_GRAD:
+            enabled, submodule, *rest = args
+            with torch.set_grad_enabled(enabled):
+                return _Inline(submodule).run(*rest)
+        if target is AUTOCAST:
+            device_type, dtype, enabled, cache, submodule, *rest = args
+            with torch.autocast(device_type, dtype, enabled, cache):
+                return _Inline(submodule).run(*rest)
+        return super().call_function(target, args, kwargs)
+
+
+def _described(module: GraphModule, step: Step, batch_names: list[str]) -> Joint:
+    """Name every placeholder and every result by what its descriptor says it is."""
+    inputs = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            inputs.append(_input(node.meta["desc"], step, batch_names))
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    labels = []
+    for node, desc in zip(output.args[0], output.meta["desc"]):
+        if node is None:
+            labels.append("")
+        elif isinstance(desc, descriptors.GradAOTOutput):
+            labels.append(f"grad.{_input(desc.grad_of, step, batch_names)[1]}")
+        elif isinstance(desc, descriptors.PlainAOTOutput):
+            labels.append("loss")
+        else:
+            place = where(node).source if isinstance(node, Node) else ""
+            raise BuildError(Problem("state-mutated", f"the step changes {desc}", place,
+                                     "state that outlives the step is not part of the program",
+                                     "compute it without changing a buffer or an input"))
+    return Joint(module, tuple(inputs), tuple(labels))
+
+
+def _input(desc, step: Step, batch_names: list[str]) -> tuple[str, str]:
+    if isinstance(desc, descriptors.ParamAOTInput):
+        return "parameter", module_path(step.parameter_names[int(desc.target.rpartition(".")[2])])
+    if isinstance(desc, descriptors.BufferAOTInput):
+        return "buffer", module_path(step.buffer_names[int(desc.target[1:])])
+    if isinstance(desc, descriptors.TangentAOTInput):
+        return "tangent", "grad_loss"
+    return "batch", batch_names[desc.idx]

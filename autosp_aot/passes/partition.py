@@ -1,0 +1,294 @@
+"""One step for one device becomes one step for all ranks: every value placed, every move of data written out.
+
+    q: [B, N, S, D]                        q: [B, N, S/P, D] @ Shard(2)
+    out, lse = attention(q, k, v)    ->    q.all_to_all: [B, N/P, S, D] @ Shard(1) = all_to_all(q)
+                                           out, lse @ Shard(1) = attention(q.all_to_all, ...)
+
+In graph order each call takes the strategy with the least cost: bytes the worst rank must receive for its operands, and
+to bring its results home; then the worst rank's work. Ties go to the first candidate; home comes first.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.passes.labels import Labels, find_labels
+from autosp_aot.passes.rules.spec import Spec, Strategy, even_split
+from autosp_aot.passes.rules.table import spec_of
+from autosp_aot.placement import (
+    REPLICATE,
+    Bounds,
+    Placement,
+    compatible,
+    local_shape,
+    received_bytes,
+)
+from autosp_aot.program import ITEMSIZE, Input, Instr, Int, PerRank, Program, Ref, Value, at_rank, map_args, per_rank
+
+# What a byte that stays on the device, and a floating operation, cost in received bytes. They only break near ties:
+# links are at least this much slower than memory and arithmetic on every device since the A100.
+LOCAL_BYTE = 1 / 16
+FLOP = 1 / 1024
+
+FLOATS = ("f64", "f32", "bf16", "f16")
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An operator that computes replicated: on every rank, over the whole."""
+
+    op: str
+    source: str
+    gathered_bytes: int
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """The program of all ranks, the strategy of every call by value name, and what fell back."""
+
+    program: Program
+    decisions: dict[str, str]
+    fallbacks: tuple[Fallback, ...]
+
+
+def partition(program: Program, sequence_dims: dict[str, int], ranks: int) -> Partitioned:
+    """Partition a whole program (one section `step`) for `ranks` ranks."""
+    return _Partition(program, find_labels(program, sequence_dims, ranks), ranks).run()
+
+
+class _Local:
+    """What a rule needs to rewrite arguments for a rank's box: the cut, and local shapes."""
+
+    def __init__(self, spec: Spec, strategy: Strategy, operands: list[tuple], results: list[tuple]):
+        self.spec, self.factor, self.bounds = spec, strategy.factor, strategy.bounds
+        self.operand_shapes, self.result_shapes = operands, results
+
+    def start(self, axis, plus: Int = 0) -> Int:
+        """Where, in the rank's part of the factor, what the axis sees begins (`plus` further on)."""
+        if axis.factor != self.factor:
+            begin = (axis.offset,) * len(self.bounds) if self.bounds else (axis.offset,)
+        else:
+            begin = tuple(min(max(axis.offset, lo), hi) - lo for lo, hi in self.bounds)
+        return per_rank(tuple(at + at_rank(plus, rank) for rank, at in enumerate(begin)))
+
+    def minus(self, total: Int, *parts: Int) -> Int:
+        ranks = next((len(n.values) for n in (total, *parts) if isinstance(n, PerRank)), 1)
+        return per_rank(tuple(at_rank(total, r) - sum(at_rank(part, r) for part in parts) for r in range(ranks)))
+
+
+class _Partition:
+    def __init__(self, program: Program, labels: Labels, ranks: int):
+        self.program, self.labels, self.ranks = program, labels, ranks
+        self.whole = program.values()
+        self.versions: dict[str, dict[Placement, str]] = {}
+        self.instrs: list[Instr] = []
+        self.taken: Counter[str] = Counter()
+        self.decisions: dict[str, str] = {}
+        self.fallbacks: list[Fallback] = []
+        self.refused: list[Problem] = []
+        self.small = 2 * max((prod(e.value.shape) for e in program.inputs if e.kind == "batch"), default=0)
+
+    def run(self) -> Partitioned:
+        for entry in self.program.inputs:
+            self.versions[entry.value.name] = {REPLICATE: entry.value.name}
+        (step,) = self.program.sections
+        for instr in step.instrs:
+            self.place(instr)
+        if self.refused:
+            raise BuildError(*self.refused)
+        gives = tuple((label, self.given(name)) for label, name in step.gives)
+        inputs = tuple(Input(entry.kind, entry.value) for entry in self.program.inputs)
+        program = Program(self.ranks, inputs, (replace(step, instrs=tuple(self.instrs), gives=gives),))
+        return Partitioned(program, self.decisions, tuple(self.fallbacks))
+
+    def given(self, name: str) -> str:
+        """A result of the step: whole on every rank, or (gradients) a summand."""
+        versions = self.versions[name]
+        summand = next((v for p, v in versions.items() if p.partial and p.cut is None), None)
+        return versions.get(REPLICATE) or summand or self.bring(name, REPLICATE, self.program.sections[0].instrs[-1])
+
+    def place(self, instr: Instr) -> None:
+        spec = spec_of(instr, [self.whole[name] for name in instr.refs()], self.ranks)
+        if spec is None:
+            strategy, placed = self.fall_back(instr)
+        else:
+            strategy, placed = self.choose(instr, spec)
+        if self.refused:
+            return
+        operands, results = placed
+        names = {}
+        brought = [self.bring(name, placement, instr) for name, placement in zip(instr.refs(), operands)]
+        outs = self.local_outs(instr, results)
+        args = _with_refs(instr, brought)
+        if spec is not None and spec.localize is not None and self.ranks > 1:
+            shapes = [self.local(self.whole[n], p).shape for n, p in zip(instr.refs(), operands)]
+            local = _Local(spec, strategy, shapes, [out.shape for out in outs if out is not None])
+            args = replace(args, args=spec.localize(args.args, local))
+        self.instrs.append(replace(args, outs=outs))
+        for out in outs:
+            if out is not None:
+                self.versions[out.name] = {out.placement: out.name}
+                names[out.name] = out.placement
+        if spec is not None and strategy.factor is not None:
+            self.decisions[next(iter(names))] = _described(strategy, operands, results)
+
+    def fall_back(self, instr: Instr):
+        """No rule: operands whole, computed on every rank."""
+        operands = tuple(REPLICATE for _ in instr.refs())
+        gathered = sum(self.price(name, REPLICATE) for name in instr.refs())
+        if self.ranks > 1:
+            self.fallbacks.append(Fallback(instr.op, instr.where.source, gathered))
+        return Strategy(), (operands, tuple(REPLICATE for _ in instr.values()))
+
+    def choose(self, instr: Instr, spec: Spec):
+        best = None
+        for strategy in self.candidates(instr, spec):
+            placed = spec.instantiate(strategy)
+            if placed is None or not self.reachable(instr, placed[0]):
+                continue
+            cost = self.cost(instr, spec, strategy, placed)
+            if best is None or cost < best[0]:
+                best = cost, strategy, placed
+        assert best is not None
+        return best[1], best[2]
+
+    def candidates(self, instr: Instr, spec: Spec) -> list[Strategy]:
+        """Home, what the rule proposes, where the operands are now, everything whole; each also for summands."""
+        if self.ranks == 1 or self.is_small(instr):
+            return [Strategy()]
+        names = [*instr.refs(), *(out.name for out in instr.values())]
+        tensors = list(zip(names, (*spec.operands, *spec.results)))
+        cuts: dict[Strategy, None] = {}
+        for name, dims in tensors:
+            home = self.labels.home(name)
+            if home is not None and (found := spec.strategy_of(dims, home)):
+                cuts[found] = None
+        sequence_is_whole = bool(cuts) and all(cut.factor in spec.whole for cut in cuts)
+        for factor, bounds in spec.splits:
+            cuts[Strategy(factor, bounds)] = None
+        for name, dims in tensors[: len(spec.operands)]:
+            for placement in self.versions[name]:
+                if placement.cut is not None and (found := spec.strategy_of(dims, placement)):
+                    cuts[found] = None
+        if sequence_is_whole and not spec.splits:
+            for factor, extent in enumerate(spec.extents):
+                if factor not in spec.whole and (bounds := even_split(extent, self.ranks)):
+                    cuts[Strategy(factor, bounds)] = None
+        partial = [at for at in spec.linear if all(self.is_partial(instr.refs()[i]) for i in at)]
+        return [replace(cut, partial=at) for at in [(), *partial] for cut in [*cuts, Strategy()]]
+
+    def is_small(self, instr: Instr) -> bool:
+        """Token ids, labels, positions and what is computed from them alone: whole on every rank, whatever shifts them."""
+        if any(out.dtype in FLOATS or prod(out.shape) > self.small for out in instr.values()):
+            return False
+        return all(REPLICATE in self.versions[name] for name in instr.refs())
+
+    def is_partial(self, name: str) -> bool:
+        return any(placement.partial for placement in self.versions[name])
+
+    def reachable(self, instr: Instr, operands: tuple[Placement, ...]) -> bool:
+        """A summand cannot be made, only kept."""
+        return all(not p.partial or p in self.versions[name] for name, p in zip(instr.refs(), operands))
+
+    def cost(self, instr: Instr, spec: Spec, strategy: Strategy, placed) -> float:
+        operands, results = placed
+        received = sum(self.price(name, placement) for name, placement in dict.fromkeys(zip(instr.refs(), operands)))
+        for out, placement in zip(instr.values(), results):
+            home = self.labels.home(out.name)
+            if home not in (None, placement) and not placement.replicated:
+                received += _moved(placement, home, out.shape, out.dtype, self.ranks)
+                received += _largest(out.shape, out.dtype, placement, self.ranks) * LOCAL_BYTE
+        touched = sum(_largest(self.whole[n].shape, self.whole[n].dtype, p, self.ranks) for n, p in zip(instr.refs(), operands))
+        touched += sum(_largest(out.shape, out.dtype, p, self.ranks) for out, p in zip(instr.values(), results))
+        flops = 0.0
+        if spec.contraction:
+            share = 1.0
+            if strategy.factor is not None:
+                longest = max(hi - lo for lo, hi in strategy.bounds) * strategy.outer
+                share = longest / max(spec.extents[strategy.factor], 1)
+            flops = 2.0 * prod(spec.extents) * share
+        return received + touched * LOCAL_BYTE + flops * FLOP
+
+    def price(self, name: str, placement: Placement) -> int:
+        return self.source(name, placement)[0]
+
+    def source(self, name: str, placement: Placement) -> tuple[int, Placement | None]:
+        """The cheapest way to a placement: bytes received, and the version to go from (via Replicate where they clash)."""
+        value = self.whole[name]
+        best = None
+        for version in self.versions[name]:
+            if version == placement:
+                return 0, version
+            if placement.partial:
+                continue
+            if compatible(version, placement):
+                price = _moved(version, placement, value.shape, value.dtype, self.ranks)
+            else:
+                price = _moved(version, REPLICATE, value.shape, value.dtype, self.ranks)
+            if best is None or price < best[0]:
+                best = price, version
+        assert best is not None
+        return best
+
+    def bring(self, name: str, placement: Placement, instr: Instr) -> str:
+        """The name of a value at a placement, moving it there if need be."""
+        versions = self.versions[name]
+        if placement in versions:
+            return versions[placement]
+        _, source = self.source(name, placement)
+        if not compatible(source, placement):
+            self.bring(name, REPLICATE, instr)
+            source = REPLICATE
+        op = _move(source, placement)
+        value = self.whole[name]
+        moved = replace(self.local(value, placement), name=self.fresh(f"{name}.{op}"))
+        self.instrs.append(Instr((moved,), op, (Ref(versions[source]),), (), instr.where))
+        versions[placement] = moved.name
+        return moved.name
+
+    def fresh(self, name: str) -> str:
+        self.taken[name] += 1
+        return name if self.taken[name] == 1 else f"{name}.{self.taken[name] - 1}"
+
+    def local_outs(self, instr: Instr, results: tuple[Placement, ...]) -> tuple[Value | None, ...]:
+        placements = iter(results)
+        return tuple(None if out is None else self.local(out, next(placements)) for out in instr.outs)
+
+    def local(self, value: Value, placement: Placement) -> Value:
+        shapes = [local_shape(value.shape, placement, rank) for rank in range(self.ranks)]
+        return replace(value, shape=tuple(map(per_rank, zip(*shapes))), placement=placement)
+
+
+def _with_refs(instr: Instr, names: list[str]) -> Instr:
+    """The instruction with its operands, in order of appearance, replaced by these names."""
+    left = iter(names)
+    change = lambda leaf: Ref(next(left)) if isinstance(leaf, Ref) else leaf  # noqa: E731
+    return replace(instr, args=map_args(instr.args, change), kwargs=map_args(instr.kwargs, change))
+
+
+def _move(source: Placement, target: Placement) -> str:
+    """The name of the move from one placement to another."""
+    if source.partial:
+        return "all_reduce" if source.cut == target.cut else "reduce_scatter"
+    if source.cut is None:
+        return "shard"
+    return "all_gather" if target.cut is None else "all_to_all"
+
+
+@lru_cache(maxsize=None)
+def _moved(source: Placement, target: Placement, shape: tuple[int, ...], dtype: str, ranks: int) -> int:
+    return received_bytes(source, target, shape, ITEMSIZE[dtype], ranks) if compatible(source, target) else prod(shape) * ITEMSIZE[dtype]
+
+
+@lru_cache(maxsize=None)
+def _largest(shape: tuple[int, ...], dtype: str, placement: Placement, ranks: int) -> int:
+    """Bytes of the largest box."""
+    return max(prod(local_shape(shape, placement, rank)) for rank in range(ranks)) * ITEMSIZE[dtype]
+
+
+def _described(strategy: Strategy, operands, results) -> str:
+    cut = next((p.cut for p in (*results, *operands) if p.cut is not None), None)
+    kind = "sum over" if any(p.partial for p in results) else "cut at"
+    return f"{kind} dim {cut.dim}" if cut else "whole"

@@ -1,0 +1,207 @@
+"""Operators that move elements: reshape, permute, expand, slice, pad, cat."""
+
+from autosp_aot.passes.rules.spec import Axis, Dims, Spec
+from autosp_aot.program import per_rank
+
+LINEAR_IN_FIRST = ((0,),)
+
+
+def reshape(call) -> Spec:
+    """Dims in, dims out as products of common factors; where none exist, that group of dims is whole."""
+    extents: list[int] = []
+    whole: set[int] = set()
+    operand: list[tuple[Axis, ...]] = [()] * len(call.operands[0].shape)
+    result: list[tuple[Axis, ...]] = [()] * len(call.results[0].shape)
+    for ins, outs in _groups(call.operands[0].shape, call.results[0].shape):
+        factors = _factors([s for _, s in ins], [s for _, s in outs])
+        first = len(extents)
+        if factors is None:
+            extents += [size for _, size in ins] + [size for _, size in outs]
+            whole.update(range(first, len(extents)))
+            for at, (dim, _) in enumerate(ins):
+                operand[dim] = (Axis(first + at),)
+            for at, (dim, _) in enumerate(outs):
+                result[dim] = (Axis(first + len(ins) + at),)
+            continue
+        extents += factors
+        _deal(operand, ins, factors, first)
+        _deal(result, outs, factors, first)
+    return Spec(tuple(extents), frozenset(whole), (tuple(operand),), (tuple(result),), LINEAR_IN_FIRST, localize=_sizes(1))
+
+
+def _groups(ins: tuple[int, ...], outs: tuple[int, ...]):
+    """Runs of dims (with their sizes, ones left out) that hold the same elements on both sides."""
+    left = [(dim, size) for dim, size in enumerate(ins) if size != 1]
+    right = [(dim, size) for dim, size in enumerate(outs) if size != 1]
+    while left:
+        a, b = [left.pop(0)], [right.pop(0)]
+        while (x := _size(a)) != (y := _size(b)):
+            if x < y:
+                a.append(left.pop(0))
+            else:
+                b.append(right.pop(0))
+        yield a, b
+
+
+def _size(dims) -> int:
+    size = 1
+    for _, n in dims:
+        size *= n
+    return size
+
+
+def _factors(ins: list[int], outs: list[int]) -> list[int] | None:
+    """The common refinement of two lists of sizes with equal product: [6, 4] and [2, 12] -> [2, 3, 4]."""
+    ends = sorted(_ends(ins) | _ends(outs))
+    factors, before = [], 1
+    for end in ends:
+        if end % before:
+            return None
+        factors.append(end // before)
+        before = end
+    return factors
+
+
+def _ends(sizes: list[int]) -> set[int]:
+    ends, product = set(), 1
+    for size in sizes:
+        product *= size
+        ends.add(product)
+    return ends
+
+
+def _deal(dims: list, group: list[tuple[int, int]], factors: list[int], first: int) -> None:
+    at = 0
+    for dim, size in group:
+        axes, product = [], 1
+        while product < size:
+            axes.append(Axis(first + at))
+            product *= factors[at]
+            at += 1
+        dims[dim] = tuple(axes)
+
+
+def _sizes(position: int):
+    """Local arguments in which the one that holds sizes is the result's local shape."""
+
+    def localize(args, local):
+        return (*args[:position], local.result_shapes[0], *args[position + 1 :])
+
+    return localize
+
+
+def permute(call) -> Spec:
+    shape, order = call.operands[0].shape, call.instr.args[1]
+    result = tuple((Axis(dim),) for dim in order)
+    return Spec(shape, frozenset(), (_identity(shape),), (result,), LINEAR_IN_FIRST)
+
+
+def expand(call) -> Spec:
+    shape = call.results[0].shape
+    source = call.operands[0].shape
+    skipped = len(shape) - len(source)
+    operand = tuple(() if size != shape[dim + skipped] else (Axis(dim + skipped),) for dim, size in enumerate(source))
+    return Spec(shape, frozenset(), (operand,), (_identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
+
+
+def slice_(call) -> Spec:
+    """Positions `start .. start + n` of a dim: each rank keeps what it holds of them."""
+    _, dim, start, _, step = call.instr.args
+    shape, size = call.operands[0].shape, call.results[0].shape[dim]
+    seen = Axis(dim, offset=start, size=size)
+    result = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
+    whole = frozenset() if step == 1 else frozenset({dim})
+    if step != 1:
+        extents, result = _own_dim(shape, dim, size, result)
+        return Spec(extents, frozenset({dim, len(shape)}), (_identity(shape),), (result,), LINEAR_IN_FIRST)
+
+    def localize(args, local):
+        return (args[0], dim, local.start(seen), local.start(seen, local.result_shapes[0][dim]), 1)
+
+    return Spec(shape, whole, (_identity(shape),), (result,), LINEAR_IN_FIRST, localize=localize)
+
+
+def slice_backward(call) -> Spec:
+    """A gradient put back at `start .. start + n` of a dim of zeros."""
+    _, shape, dim, start, _, step = call.instr.args
+    dim %= len(shape)
+    size = call.operands[0].shape[dim]
+    seen = Axis(dim, offset=start, size=size)
+    operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
+    if step != 1:
+        extents, operand = _own_dim(shape, dim, size, operand)
+        return Spec(extents, frozenset({dim, len(shape)}), (operand,), (_identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
+
+    def localize(args, local):
+        start = local.start(seen)
+        return (args[0], local.result_shapes[0], dim, start, local.start(seen, local.operand_shapes[0][dim]), 1)
+
+    return Spec(shape, frozenset(), (operand,), (_identity(shape),), LINEAR_IN_FIRST, localize=localize)
+
+
+def _own_dim(shape, dim: int, size: int, dims: Dims):
+    """Extents with one more factor, and dims in which `dim` has it for itself."""
+    return (*shape, size), tuple((Axis(len(shape)),) if d == dim else axes for d, axes in enumerate(dims))
+
+
+def pad(call) -> Spec | None:
+    """Constant padding: each rank pads where its box reaches beyond the operand."""
+    _, pads, _ = (*call.instr.args, 0)[:3]
+    shape, source = call.results[0].shape, call.operands[0].shape
+    before = {len(shape) - 1 - at // 2: pads[at] for at in range(0, len(pads), 2)}
+    if any(n < 0 for n in pads):
+        return None
+    axes = [Axis(d, before.get(d, 0), source[d]) if source[d] != shape[d] else Axis(d) for d in range(len(shape))]
+
+    def localize(args, local):
+        sizes = []
+        for at in range(0, len(pads), 2):
+            dim = len(shape) - 1 - at // 2
+            left = local.start(axes[dim]) if axes[dim].size is not None else 0
+            right = local.minus(local.result_shapes[0][dim], left, local.operand_shapes[0][dim])
+            sizes += [left, right]
+        return (args[0], tuple(sizes), *args[2:])
+
+    return Spec(shape, frozenset(), (tuple((a,) for a in axes),), (_identity(shape),), localize=localize)
+
+
+def cat(call) -> Spec:
+    """The joined dim is whole, all others are parallel."""
+    shape, dim = call.results[0].shape, call.instr.args[1] % len(call.results[0].shape)
+    extents = [*shape]
+    operands = []
+    for value in call.operands:
+        operands.append(tuple((Axis(len(extents) if d == dim else d),) for d in range(len(shape))))
+        extents.append(value.shape[dim])
+    whole = frozenset({dim, *range(len(shape), len(extents))})
+    return Spec(tuple(extents), whole, tuple(operands), (_identity(shape),), (tuple(range(len(operands))),))
+
+
+def arange(call) -> Spec | None:
+    start, _, step = call.instr.args
+    if not all(isinstance(n, int) for n in call.instr.args):
+        return None
+
+    def localize(args, local):
+        bounds = local.bounds
+        return (per_rank(tuple(start + lo * step for lo, _ in bounds)), per_rank(tuple(start + hi * step for _, hi in bounds)), step)
+
+    return Spec(call.results[0].shape, frozenset(), (), (_identity(call.results[0].shape),), localize=localize,
+                flat=frozenset({0}))  # fmt: skip
+
+
+def factory(position: int):
+    """A constant tensor whose sizes are argument `position`."""
+
+    def rule(call) -> Spec:
+        shape = call.results[0].shape
+        operands = tuple(tuple((Axis(len(shape) + at),) for at in range(len(v.shape))) for v in call.operands)
+        extents = (*shape, *(n for v in call.operands for n in v.shape))
+        whole = frozenset(range(len(shape), len(extents)))
+        return Spec(extents, whole, operands, (_identity(shape),), localize=_sizes(position))
+
+    return rule
+
+
+def _identity(shape: tuple[int, ...]) -> Dims:
+    return tuple((Axis(dim),) for dim in range(len(shape)))

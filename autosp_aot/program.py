@@ -1,0 +1,176 @@
+"""The form all stages share: sections of instructions over named, typed and placed values.
+
+A program describes all ranks at once. Where the ranks differ (a local size, a start) the number is a `PerRank`;
+`Program.for_rank` fills in one rank's numbers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from autosp_aot.placement import REPLICATE, Placement
+
+ITEMSIZE = {
+    "f64": 8, "f32": 4, "bf16": 2, "f16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "b8": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PerRank:
+    """An integer that differs between ranks: `values[r]` is rank r's."""
+
+    values: tuple[int, ...]
+
+
+Int = int | PerRank
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A use of a value."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """A dtype as an argument, by its short name (`f32`)."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor: its dtype, the shape of a rank's box, and the placement that says which box."""
+
+    name: str
+    dtype: str
+    shape: tuple[Int, ...]
+    placement: Placement = REPLICATE
+
+    def nbytes(self, rank: int = 0) -> int:
+        """Bytes of rank `rank`'s box."""
+        return prod(at_rank(n, rank) for n in self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where an instruction came from: the user's `file.py:line` and the module path."""
+
+    source: str = ""
+    module: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Instr:
+    """One operator call. `outs` has an entry for each result of the operator, None where nobody uses it."""
+
+    outs: tuple[Value | None, ...]
+    op: str
+    args: tuple = ()
+    kwargs: tuple[tuple[str, object], ...] = ()
+    where: Where = Where()
+
+    def refs(self) -> list[str]:
+        """Names of the tensor operands in the order they appear, repeats included."""
+        return [arg.name for arg in flatten((self.args, tuple(v for _, v in self.kwargs))) if isinstance(arg, Ref)]
+
+    def values(self) -> list[Value]:
+        return [out for out in self.outs if out is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What a program is given: kind is `parameter`, `buffer`, `batch` or `tangent`."""
+
+    kind: str
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A named run of instructions. `takes` are values made by earlier sections, `gives` are (label, value name)."""
+
+    name: str
+    takes: tuple[str, ...]
+    instrs: tuple[Instr, ...]
+    gives: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One step, whole (`ranks` = 1) or of every rank."""
+
+    ranks: int
+    inputs: tuple[Input, ...]
+    sections: tuple[Section, ...]
+
+    def instrs(self) -> Iterator[Instr]:
+        for section in self.sections:
+            yield from section.instrs
+
+    def values(self) -> dict[str, Value]:
+        """Every value by name; a recomputed value has the name of its recomputation."""
+        table = {entry.value.name: entry.value for entry in self.inputs}
+        for instr in self.instrs():
+            table.update((out.name, out) for out in instr.values())
+        return table
+
+    def section(self, name: str) -> Section:
+        return next(section for section in self.sections if section.name == name)
+
+    def with_section(self, section: Section) -> "Program":
+        """The program with the section of that name replaced."""
+        return replace(self, sections=tuple(section if s.name == section.name else s for s in self.sections))
+
+    def for_rank(self, rank: int) -> "Program":
+        """The program of one rank: every `PerRank` is its number."""
+        return map_ints(self, lambda n: at_rank(n, rank))
+
+
+def at_rank(n: Int, rank: int) -> int:
+    return n.values[rank] if isinstance(n, PerRank) else n
+
+
+def per_rank(values: tuple[int, ...]) -> Int:
+    """A `PerRank`, or the plain number where the ranks agree."""
+    return values[0] if len(set(values)) == 1 else PerRank(values)
+
+
+def flatten(arg) -> Iterator:
+    """The leaves of nested argument tuples and lists, in order."""
+    if isinstance(arg, (tuple, list)):
+        for item in arg:
+            yield from flatten(item)
+    else:
+        yield arg
+
+
+def map_args(arg, change: Callable):
+    """The same nesting with `change` applied to every leaf."""
+    if isinstance(arg, (tuple, list)):
+        return tuple(map_args(item, change) for item in arg)
+    return change(arg)
+
+
+def rename(instr: Instr, names: dict[str, str]) -> Instr:
+    """The instruction with operands replaced by name; names that are not in the table stay."""
+    change = lambda leaf: Ref(names.get(leaf.name, leaf.name)) if isinstance(leaf, Ref) else leaf  # noqa: E731
+    return replace(instr, args=map_args(instr.args, change), kwargs=map_args(instr.kwargs, change))
+
+
+def map_ints(program: Program, change: Callable) -> Program:
+    """The program with `change` applied to every `PerRank` of a shape or an argument."""
+    leaf = lambda arg: change(arg) if isinstance(arg, PerRank) else arg  # noqa: E731
+
+    def value(v: Value | None) -> Value | None:
+        return v and replace(v, shape=tuple(map(leaf, v.shape)))
+
+    def instr(i: Instr) -> Instr:
+        return replace(i, outs=tuple(map(value, i.outs)), args=map_args(i.args, leaf), kwargs=map_args(i.kwargs, leaf))
+
+    return replace(
+        program,
+        inputs=tuple(replace(entry, value=value(entry.value)) for entry in program.inputs),
+        sections=tuple(replace(s, instrs=tuple(map(instr, s.instrs))) for s in program.sections),
+    )

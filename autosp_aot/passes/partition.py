@@ -18,6 +18,7 @@ from autosp_aot.passes.labels import Labels, find_labels
 from autosp_aot.passes.rules.spec import Spec, Strategy, even_split
 from autosp_aot.passes.rules.table import spec_of
 from autosp_aot.placement import (
+    PARTIAL,
     REPLICATE,
     Bounds,
     Placement,
@@ -98,16 +99,17 @@ class _Partition:
             self.place(instr)
         if self.refused:
             raise BuildError(*self.refused)
-        gives = tuple((label, self.given(name)) for label, name in step.gives)
+        gives = tuple((label, self.given(label, name)) for label, name in step.gives)
         inputs = tuple(Input(entry.kind, entry.value) for entry in self.program.inputs)
         program = Program(self.ranks, inputs, (replace(step, instrs=tuple(self.instrs), gives=gives),))
         return Partitioned(program, self.decisions, tuple(self.fallbacks))
 
-    def given(self, name: str) -> str:
-        """A result of the step: whole on every rank, or (gradients) a summand."""
+    def given(self, label: str, name: str) -> str:
+        """A result of the step: whole on every rank, or (gradients, summed later) a summand."""
         versions = self.versions[name]
-        summand = next((v for p, v in versions.items() if p.partial and p.cut is None), None)
-        return versions.get(REPLICATE) or summand or self.bring(name, REPLICATE, self.program.sections[0].instrs[-1])
+        if label != "loss" and PARTIAL in versions and REPLICATE not in versions:
+            return versions[PARTIAL]
+        return self.bring(name, REPLICATE, self.program.sections[0].instrs[-1])
 
     def place(self, instr: Instr) -> None:
         spec = spec_of(instr, [self.whole[name] for name in instr.refs()], self.ranks)
@@ -122,7 +124,7 @@ class _Partition:
         brought = [self.bring(name, placement, instr) for name, placement in zip(instr.refs(), operands)]
         outs = self.local_outs(instr, results)
         args = _with_refs(instr, brought)
-        if spec is not None and spec.localize is not None and self.ranks > 1:
+        if spec is not None and spec.localize is not None and strategy.factor is not None:
             shapes = [self.local(self.whole[n], p).shape for n, p in zip(instr.refs(), operands)]
             local = _Local(spec, strategy, shapes, [out.shape for out in outs if out is not None])
             args = replace(args, args=spec.localize(args.args, local))

@@ -1,0 +1,114 @@
+"""Sequence-aware checkpointing: what costs linear time in the sequence is computed again, attention never is.
+
+    forward    h1 = ...                              kept: h1, q k v as they leave their collectives, attention's results
+               n = norm(h1); q = all_to_all(n @ Wq)
+               o, lse = attention(q, k, v)
+               h2 = h1 + all_to_all(o) @ Wo          kept: all_to_all(o), h2
+    backward   recompute.n = norm(h1)                just before its first use, one layer at a time
+               grad_Wq = recompute.n' @ grad_q
+
+Method: selective checkpointing by operator cost (AutoSP, ICLR 2026; Korthikanti et al. 2022, arXiv:2205.05198), with the
+layer inputs found as the places where a single value carries the forward pass.
+"""
+
+from dataclasses import replace
+
+from autosp_aot.program import Instr, Program, Section, Value, rename
+
+COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
+QUADRATIC = ("autosp.attention",)
+
+
+def recompute(program: Program, policy: str) -> Program:
+    """Apply `sac` (or `none`, which keeps everything) to the sections forward and backward."""
+    if policy == "none":
+        return program
+    forward, backward = program.section("forward"), program.section("backward")
+    made = {out.name: instr for instr in forward.instrs for out in instr.values()}
+    kept = _kept(program, forward)
+    instrs, names = _late(backward, made, kept)
+    read = {name for instr in instrs for name in instr.refs()}
+    gives = tuple((label, names.get(name, name)) for label, name in backward.gives)
+    read |= {name for _, name in gives}
+    takes = tuple(name for name in made if name in read)
+    return program.with_section(replace(backward, takes=takes, instrs=tuple(instrs), gives=gives))
+
+
+def _late(backward: Section, made: dict[str, Instr], kept: set[str]) -> tuple[list[Instr], dict[str, str]]:
+    """The backward instructions, each preceded by what has to be computed again for it."""
+    names: dict[str, str] = {}
+    instrs: list[Instr] = []
+
+    def again(wanted: str) -> None:
+        """Emit what makes `wanted` from kept values, operands first (an explicit stack: chains can be long)."""
+        stack = [wanted]
+        while stack:
+            name = stack[-1]
+            if name in names or name in kept or name not in made:
+                stack.pop()
+                continue
+            missing = [ref for ref in made[name].refs() if ref in made and ref not in kept and ref not in names]
+            if missing:
+                stack.extend(reversed(missing))
+                continue
+            instr = rename(made[name], names)
+            outs = tuple(out and replace(out, name=f"recompute.{out.name}") for out in instr.outs)
+            instrs.append(replace(instr, outs=outs))
+            names.update((out.name, f"recompute.{out.name}") for out in instr.values())
+            stack.pop()
+
+    for instr in backward.instrs:
+        for ref in instr.refs():
+            again(ref)
+        instrs.append(rename(instr, names))
+    for _, name in backward.gives:
+        again(name)
+    return instrs, names
+
+
+def _kept(program: Program, forward: Section) -> set[str]:
+    """What is kept for the backward pass: costly results, one value a layer, and all that follows the last layer."""
+    costly = [instr.op in COLLECTIVES or instr.op in QUADRATIC for instr in forward.instrs]
+    kept = {out.name for instr, keep in zip(forward.instrs, costly) if keep for out in instr.values()}
+    cuts = _cuts(program, forward, kept)
+    quadratic = [at for at, instr in enumerate(forward.instrs) if instr.op in QUADRATIC]
+    previous = -1
+    sizes = [0]
+    for at in quadratic:
+        last = next((cut for cut in range(at, previous, -1) if cut in cuts), None)
+        if last is not None:
+            kept.add(cuts[last].name)
+            sizes.append(cuts[last].nbytes())
+        previous = at
+    tail = [cut for cut in cuts if cut > previous and 0 < cuts[cut].nbytes() <= max(sizes)]
+    start = max(tail, default=previous)
+    if start in cuts and start > previous:
+        kept.add(cuts[start].name)
+    kept.update(out.name for instr in forward.instrs[start + 1 :] for out in instr.values())
+    return kept
+
+
+def _cuts(program: Program, forward: Section, kept: set[str]) -> dict[int, Value]:
+    """Instructions after which exactly one value is alive, of those that depend on weights and batch and are not kept."""
+    weights = {entry.value.name for entry in program.inputs if entry.kind == "parameter"}
+    batch = {entry.value.name for entry in program.inputs if entry.kind == "batch"}
+    last_use = {name: at for at, instr in enumerate(forward.instrs) for name in instr.refs()}
+    stream: dict[str, Value] = {}
+    cuts: dict[int, Value] = {}
+    for at, instr in enumerate(forward.instrs):
+        refs = instr.refs()
+        from_weights, from_batch = any(r in weights for r in refs), any(r in batch for r in refs)
+        for out in instr.values():
+            if from_weights:
+                weights.add(out.name)
+            if from_batch:
+                batch.add(out.name)
+            if from_weights and from_batch and out.name not in kept:
+                stream[out.name] = out
+        for name in refs:
+            if last_use[name] == at:
+                stream.pop(name, None)
+        alive = [out for name, out in stream.items() if last_use.get(name, -1) > at]
+        if len(alive) == 1:
+            cuts[at] = alive[0]
+    return cuts

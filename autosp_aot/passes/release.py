@@ -1,0 +1,38 @@
+"""Every value is released right after its last use, by an instruction.
+
+    %b = f(%a)            %b = f(%a)
+    %c = g(%b)     ->     free %a  ...
+"""
+
+from dataclasses import replace
+
+from autosp_aot.program import Instr, Program, Ref, Section
+
+
+def release(program: Program) -> Program:
+    """Insert `free` after the last use of every value that is no input of the program and not taken later."""
+    inputs = {entry.value.name for entry in program.inputs}
+    later: set[str] = set()
+    sections: list[Section] = []
+    for section in reversed(program.sections):
+        sections.append(_released(section, inputs | later | {name for _, name in section.gives}))
+        later.update(section.takes)
+    return replace(program, sections=tuple(reversed(sections)))
+
+
+def _released(section: Section, lasting: set[str]) -> Section:
+    last_use: dict[str, int] = {name: -1 for name in section.takes}
+    for at, instr in enumerate(section.instrs):
+        for name in (*instr.refs(), *(out.name for out in instr.values())):
+            last_use[name] = at
+    dead: dict[int, list[str]] = {}
+    for name, at in last_use.items():
+        if name not in lasting:
+            dead.setdefault(at, []).append(name)
+    instrs: list[Instr] = []
+    for at, instr in enumerate((None, *section.instrs), start=-1):
+        if instr is not None:
+            instrs.append(instr)
+        if at in dead:
+            instrs.append(Instr((), "free", tuple(map(Ref, dead[at]))))
+    return replace(section, instrs=tuple(instrs))

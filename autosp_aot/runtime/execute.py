@@ -1,0 +1,233 @@
+"""The executor: a loop over one rank's instructions, prepared once.
+
+A section runs as a generator. Where the ranks have to meet it yields an `Exchange` or a `Sum` and is sent the answer, so
+the same code runs over torch.distributed (`groups`) and in one process (`simulate`).
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autosp_aot import operators
+from autosp_aot.placement import Placement, piece_in_source, piece_in_target, transfers
+from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args
+from autosp_aot.runtime import kernels
+
+DTYPES = {
+    "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64,
+    "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "b8": torch.bool,
+}  # fmt: skip
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Send `buffer` (1-D) split by `send_sizes` to the ranks in order; the answer holds what they send, in order."""
+
+    buffer: Tensor
+    send_sizes: list[int]
+    receive_sizes: list[int]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Add `buffer` (1-D) over all ranks; the answer is the total."""
+
+    buffer: Tensor
+
+
+Meeting = Exchange | Sum
+Run = Generator[Meeting, Tensor, dict[str, Tensor]]
+Step = Callable[[dict[str, Tensor]], Generator | None]
+
+
+class Executor:
+    """One rank's program, ready to run on a device.
+
+    `program` has every number filled in (`Program.for_rank`). Operators were checked when the artifact was loaded.
+    """
+
+    def __init__(self, program: Program, rank: int, device: torch.device):
+        self.program, self.rank, self.device = program, rank, device
+        self.values = program.values()
+        self.steps = {section.name: self._prepare(section) for section in program.sections}
+        self.gives = {section.name: section.gives for section in program.sections}
+
+    def run(self, section: str, values: dict[str, Tensor]) -> Run:
+        """Run a section over `values` (by name; it adds to them and releases from them); returns its results by label."""
+        for meets, step in self.steps[section]:
+            if meets:
+                yield from step(values)
+            else:
+                step(values)
+        return {label: values[name] for label, name in self.gives[section]}
+
+    def _prepare(self, section: Section) -> list[tuple[bool, Step]]:
+        steps: list[tuple[bool, Step]] = []
+        for instr in section.instrs:
+            if instr.op == operators.FREE:
+                steps.append((False, _free([ref.name for ref in instr.args])))
+            elif instr.op == "all_reduce":
+                steps.append((True, self._all_reduce(instr)))
+            elif instr.op in operators.MOVES:
+                steps.append((instr.op != "shard", self._move(instr)))
+            else:
+                steps.append((False, self._call(instr)))
+        return steps
+
+    def _call(self, instr: Instr) -> Step:
+        function = kernels.OURS.get(instr.op) or operators.overload(instr.op)
+        constant = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
+        args, kwargs = map_args(instr.args, constant), {k: map_args(v, constant) for k, v in instr.kwargs}
+        if instr.op in operators.FACTORIES:
+            kwargs["device"] = self.device
+        slots = [(at, arg.name) for at, arg in enumerate(args) if isinstance(arg, Ref)]
+        nested = [(at, arg) for at, arg in enumerate(args) if isinstance(arg, tuple) and _holds_ref(arg)]
+        names = [None if out is None else out.name for out in instr.outs]
+        single = names[0] if len(names) == 1 else None
+
+        def step(values: dict[str, Tensor]) -> None:
+            filled = list(args)
+            for at, name in slots:
+                filled[at] = values[name]
+            for at, arg in nested:
+                filled[at] = [values[ref.name] if isinstance(ref, Ref) else ref for ref in arg]
+            result = function(*filled, **kwargs)
+            if single is not None:
+                values[single] = result
+                return
+            for name, tensor in zip(names, result):
+                if name is not None:
+                    values[name] = tensor
+
+        return step
+
+    def _all_reduce(self, instr: Instr) -> Step:
+        sources, targets = [ref.name for ref in instr.args], [out.name for out in instr.values()]
+
+        def step(values: dict[str, Tensor]) -> Generator[Meeting, Tensor, None]:
+            tensors = [values[name] for name in sources]
+            buffer = torch.cat([t.reshape(-1).to(_summing(t.dtype)) for t in tensors])
+            total = yield Sum(buffer)
+            parts = total.split([t.numel() for t in tensors])
+            for name, part, tensor in zip(targets, parts, tensors):
+                values[name] = part.to(tensor.dtype).view(tensor.shape)
+
+        return step
+
+    def _move(self, instr: Instr) -> Step:
+        (ref,), out = instr.args, instr.values()[0]
+        source, target = self.values[ref.name], out
+        if instr.op == "shard":
+            return _shard(source, target, self.rank)
+        plan = _Plan(source, target, self.rank, self.program.ranks)
+
+        def step(values: dict[str, Tensor]) -> Generator[Meeting, Tensor, None]:
+            buffer = plan.pack(values[source.name])
+            received = yield Exchange(buffer, plan.send_sizes, plan.receive_sizes)
+            values[target.name] = plan.unpack(received)
+
+        return step
+
+
+class _Plan:
+    """How a value goes from one placement to another, for one rank: slices to send and slices to fill."""
+
+    def __init__(self, source: Value, target: Value, rank: int, ranks: int):
+        self.target, self.summing = target, source.placement.partial
+        a, b = source.placement, target.placement
+        whole = whole_shape(source, rank)
+        self.sends = [
+            [(piece_in_source(p, a, b, rank), _piece_shape(p, a, b, whole)) for p in transfers(a, b, whole, rank, peer)]
+            for peer in range(ranks)
+        ]
+        self.fills = [
+            [(piece_in_target(p, a, b, rank), _piece_shape(p, a, b, whole)) for p in transfers(a, b, whole, peer, rank)]
+            for peer in range(ranks)
+        ]
+        self.send_sizes = [sum(_numel(shape) for _, shape in pieces) for pieces in self.sends]
+        self.receive_sizes = [sum(_numel(shape) for _, shape in pieces) for pieces in self.fills]
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        parts = [_narrowed(tensor, slices).reshape(-1) for pieces in self.sends for slices, _ in pieces]
+        return torch.cat(parts) if parts else tensor.new_empty(0)
+
+    def unpack(self, received: Tensor) -> Tensor:
+        dtype = received.dtype
+        if self.summing:
+            result = torch.zeros(self.target.shape, dtype=_summing(dtype), device=received.device)
+        else:
+            result = torch.empty(self.target.shape, dtype=dtype, device=received.device)
+        at = 0
+        for pieces in self.fills:
+            for slices, shape in pieces:
+                part = received[at : at + _numel(shape)].view(shape)
+                at += _numel(shape)
+                place = _narrowed(result, slices)
+                place.add_(part) if self.summing else place.copy_(part)
+        return result.to(dtype)
+
+
+def whole_shape(value: Value, rank: int) -> tuple[int, ...]:
+    """The whole shape of a value of which `rank` holds a box."""
+    cut = value.placement.cut
+    if cut is None:
+        return value.shape
+    extent = max(hi for _, hi in cut.bounds)
+    return (*value.shape[: cut.dim], cut.outer * extent, *value.shape[cut.dim + 1 :])
+
+
+def _shard(source: Value, target: Value, rank: int) -> Step:
+    a, b = source.placement, target.placement
+    (piece,) = transfers(a, b, whole_shape(source, rank), rank, rank) or (None,)
+    slices = None if piece is None else piece_in_source(piece, a, b, rank)
+
+    def step(values: dict[str, Tensor]) -> None:
+        tensor = values[source.name]
+        part = tensor.new_empty(target.shape) if slices is None else _narrowed(tensor, slices)
+        values[target.name] = part.reshape(target.shape)
+
+    return step
+
+
+def _narrowed(tensor: Tensor, slices: list[tuple[int, int, int, int]]) -> Tensor:
+    """A view of the part that slices (dim, outer, start, stop) describe, a cut dim with outer > 1 split in two."""
+    for dim, outer, start, stop in sorted(slices, reverse=True):
+        if outer != 1:
+            tensor = tensor.unflatten(dim, (outer, tensor.shape[dim] // outer))
+            dim += 1
+        tensor = tensor.narrow(dim, start, stop - start)
+    return tensor
+
+
+def _piece_shape(piece, source: Placement, target: Placement, whole: tuple[int, ...]) -> tuple[int, ...]:
+    shape = list(whole)
+    for dim, outer, start, stop in sorted(piece_in_source(piece, source, target, 0), reverse=True):
+        shape[dim : dim + 1] = [outer, stop - start] if outer != 1 else [stop - start]
+    return tuple(shape)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _summing(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which summands are added: fp32 for half dtypes."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def _free(names: list[str]) -> Step:
+    def step(values: dict[str, Tensor]) -> None:
+        for name in names:
+            del values[name]
+
+    return step
+
+
+def _holds_ref(arg: tuple) -> bool:
+    return any(isinstance(item, Ref) for item in arg)

@@ -1,0 +1,59 @@
+"""All ranks in one process, in lockstep: every collective is done by handing buffers over.
+
+Thousands of cases in seconds, where a process a rank takes seconds each. The programs and the executor are the real ones.
+"""
+
+import torch
+from torch import Tensor
+
+from autosp_aot.program import Program
+from autosp_aot.runtime.execute import Exchange, Executor, Meeting, Run, Sum
+
+
+def simulate(programs: list[Program], inputs: dict[str, Tensor], grad_loss: Tensor) -> list[dict[str, Tensor]]:
+    """One step of all ranks: by rank, `loss` and `grad.<parameter>`.
+
+    `programs[r]` is rank r's program; `inputs` are parameters, buffers and the batch by name.
+    """
+    executors = [Executor(program, rank, torch.device("cpu")) for rank, program in enumerate(programs)]
+    values = [dict(inputs) for _ in executors]
+    results: list[dict[str, Tensor]] = [{} for _ in executors]
+    for section in ("forward", "backward", "sum_gradients"):
+        if section == "backward":
+            for mine in values:
+                mine["grad_loss"] = grad_loss
+        found = lockstep([executor.run(section, mine) for executor, mine in zip(executors, values)])
+        for result, given in zip(results, found):
+            result.update(given)
+    return results
+
+
+def lockstep(runs: list[Run]) -> list[dict[str, Tensor]]:
+    """Advance all ranks from meeting to meeting; raises AssertionError where they do not meet alike."""
+    answers: list[Tensor | None] = [None] * len(runs)
+    while True:
+        meetings: list[Meeting] = []
+        results = []
+        for run, answer in zip(runs, answers):
+            try:
+                meetings.append(run.send(answer))
+            except StopIteration as stop:
+                results.append(stop.value)
+        if not meetings:
+            return results
+        assert not results and len({type(m) for m in meetings}) == 1, "ranks do not meet in the same collective"
+        answers = _exchange(meetings) if isinstance(meetings[0], Exchange) else _sum(meetings)
+
+
+def _exchange(meetings: list[Exchange]) -> list[Tensor]:
+    parts = [meeting.buffer.split(meeting.send_sizes) for meeting in meetings]
+    for rank, meeting in enumerate(meetings):
+        assert meeting.receive_sizes == [len(sent[rank]) for sent in parts], "ranks disagree on sizes"
+    return [torch.cat([sent[rank] for sent in parts]) for rank in range(len(meetings))]
+
+
+def _sum(meetings: list[Sum]) -> list[Tensor]:
+    total = meetings[0].buffer.clone()
+    for meeting in meetings[1:]:
+        total += meeting.buffer
+    return [total.clone() for _ in meetings]

@@ -110,7 +110,7 @@ class Program:
             yield from section.instrs
 
     def values(self) -> dict[str, Value]:
-        """Every value by name; a recomputed value has the name of its recomputation."""
+        """Every value by name."""
         table = {entry.value.name: entry.value for entry in self.inputs}
         for instr in self.instrs():
             table.update((out.name, out) for out in instr.values())

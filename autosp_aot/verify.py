@@ -1,2 +1,85 @@
-"""What is legal."""
-def verify(program): pass
+"""What is legal in any program: names, lifetimes, operators, and boxes that fit their placements."""
+
+from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.operators import FREE, MOVES
+from autosp_aot.placement import covers
+from autosp_aot.program import Instr, Program, Section, Value
+
+SECTIONS = (("step",), ("forward", "backward", "sum_gradients"))
+
+
+def verify(program: Program) -> None:
+    """Raise ArtifactError (`program-illegal`) naming the first line that is not legal."""
+    _Verifier(program).run()
+
+
+def illegal(what: str, instr: Instr | None = None, why: str = "") -> ArtifactError:
+    """The error for a line that is not legal."""
+    line = ""
+    if instr is not None:
+        outs = ", ".join(out.name for out in instr.values())
+        line = f"{outs or instr.op} = {instr.op}(...)" + (f" ({instr.where.source})" if instr.where.source else "")
+    return ArtifactError(Problem("program-illegal", what, line, why, "build the artifact again"))
+
+
+class _Verifier:
+    def __init__(self, program: Program):
+        self.program = program
+        self.alive: dict[str, Value] = {}
+        self.made: set[str] = set()
+
+    def run(self) -> None:
+        names = tuple(section.name for section in self.program.sections)
+        if names not in SECTIONS:
+            raise illegal(f"sections {', '.join(names)}", why=f"a program has {' or '.join(map(str, SECTIONS))}")
+        for entry in self.program.inputs:
+            self.define(entry.value, None)
+        for section in self.program.sections:
+            self.section(section)
+
+    def section(self, section: Section) -> None:
+        inputs = {entry.value.name for entry in self.program.inputs}
+        for name in section.takes:
+            if name not in self.alive:
+                raise illegal(f"section {section.name} takes {name}, which no earlier section made or kept")
+        visible = inputs | set(section.takes)
+        for instr in section.instrs:
+            self.instr(instr, visible)
+        for label, name in section.gives:
+            if name not in self.alive or name not in visible:
+                raise illegal(f"section {section.name} gives {label}, but {name} is not alive at its end")
+
+    def instr(self, instr: Instr, visible: set[str]) -> None:
+        refs = instr.refs()
+        for name in refs:
+            if name not in self.alive or name not in visible:
+                why = "it was released before" if name in self.made else "nothing made it"
+                raise illegal(f"{name} is used but not alive", instr, why)
+        if instr.op == FREE:
+            for name in refs:
+                del self.alive[name]
+            return
+        if instr.op.partition(".")[0] not in ("aten", "autosp") and instr.op not in MOVES:
+            raise illegal(f"{instr.op} is not an operator", instr)
+        if instr.op in MOVES and instr.op != "all_reduce" and (len(refs) != 1 or len(instr.values()) != 1):
+            raise illegal(f"{instr.op} moves one value", instr)
+        if instr.op == "all_reduce" and len(refs) != len(instr.values()):
+            raise illegal("an all_reduce has a result for each operand", instr)
+        for out in instr.values():
+            self.define(out, instr)
+            visible.add(out.name)
+
+    def define(self, value: Value, instr: Instr | None) -> None:
+        if value.name in self.made:
+            raise illegal(f"{value.name} is made twice", instr)
+        self.made.add(value.name)
+        self.alive[value.name] = value
+        cut = value.placement.cut
+        if cut is None:
+            return
+        if cut.dim >= len(value.shape) or len(cut.bounds) != self.program.ranks:
+            raise illegal(f"{value.name} has a placement for another shape or number of ranks", instr)
+        if any(not 0 <= lo <= hi for lo, hi in cut.bounds):
+            raise illegal(f"{value.name} has a box that ends before it begins", instr)
+        if not covers(cut.bounds, max(hi for _, hi in cut.bounds)):
+            raise illegal(f"the boxes of {value.name} leave a gap", instr)

@@ -15,6 +15,7 @@ from math import prod
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.labels import Labels, find_labels
+from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy, even_split
 from autosp_aot.passes.rules.table import spec_of
 from autosp_aot.placement import (
@@ -26,7 +27,7 @@ from autosp_aot.placement import (
     local_shape,
     received_bytes,
 )
-from autosp_aot.program import ITEMSIZE, Input, Instr, Int, PerRank, Program, Ref, Value, at_rank, map_args, per_rank
+from autosp_aot.program import ITEMSIZE, Input, Instr, Program, Ref, Value, map_args
 
 # What a byte that stays on the device, and a floating operation, cost in received bytes. They only break near ties:
 # links are at least this much slower than memory and arithmetic on every device since the A100.
@@ -57,26 +58,6 @@ class Partitioned:
 def partition(program: Program, sequence_dims: dict[str, int], ranks: int) -> Partitioned:
     """Partition a whole program (one section `step`) for `ranks` ranks."""
     return _Partition(program, find_labels(program, sequence_dims, ranks), ranks).run()
-
-
-class _Local:
-    """What a rule needs to rewrite arguments for a rank's box: the cut, and local shapes."""
-
-    def __init__(self, spec: Spec, strategy: Strategy, operands: list[tuple], results: list[tuple]):
-        self.spec, self.factor, self.bounds = spec, strategy.factor, strategy.bounds
-        self.operand_shapes, self.result_shapes = operands, results
-
-    def start(self, axis, plus: Int = 0) -> Int:
-        """Where, in the rank's part of the factor, what the axis sees begins (`plus` further on)."""
-        if axis.factor != self.factor:
-            begin = (axis.offset,) * len(self.bounds) if self.bounds else (axis.offset,)
-        else:
-            begin = tuple(min(max(axis.offset, lo), hi) - lo for lo, hi in self.bounds)
-        return per_rank(tuple(at + at_rank(plus, rank) for rank, at in enumerate(begin)))
-
-    def minus(self, total: Int, *parts: Int) -> Int:
-        ranks = next((len(n.values) for n in (total, *parts) if isinstance(n, PerRank)), 1)
-        return per_rank(tuple(at_rank(total, r) - sum(at_rank(part, r) for part in parts) for r in range(ranks)))
 
 
 class _Partition:
@@ -126,7 +107,7 @@ class _Partition:
         args = _with_refs(instr, brought)
         if spec is not None and spec.localize is not None and strategy.factor is not None:
             shapes = [self.local(self.whole[n], p).shape for n, p in zip(instr.refs(), operands)]
-            local = _Local(spec, strategy, shapes, [out.shape for out in outs if out is not None])
+            local = Local(strategy, shapes, [out.shape for out in outs if out is not None])
             args = replace(args, args=spec.localize(args.args, local))
         self.instrs.append(replace(args, outs=outs))
         for out in outs:
@@ -259,8 +240,7 @@ class _Partition:
         return tuple(None if out is None else self.local(out, next(placements)) for out in instr.outs)
 
     def local(self, value: Value, placement: Placement) -> Value:
-        shapes = [local_shape(value.shape, placement, rank) for rank in range(self.ranks)]
-        return replace(value, shape=tuple(map(per_rank, zip(*shapes))), placement=placement)
+        return replace(value, shape=Local.shape(value.shape, placement, self.ranks), placement=placement)
 
 
 def _with_refs(instr: Instr, names: list[str]) -> Instr:

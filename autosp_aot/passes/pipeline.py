@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from autosp_aot.config import BuildConfig
+from autosp_aot.derive import derive
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.partition import Fallback, partition
 from autosp_aot.passes.recompute import recompute
@@ -29,10 +30,10 @@ def compile_program(whole: Program, sequence_dims: dict[str, int], config: Build
     if config.strict and partitioned.fallbacks:
         raise BuildError(*(_refused(fallback) for fallback in partitioned.fallbacks))
     program = partitioned.program
-    verify(program)
-    for run in (split_sections, partial(recompute, policy=config.recompute), release):
+    for run in (lambda program: program, split_sections, partial(recompute, policy=config.recompute), release):
         program = run(program)
         verify(program)
+        derive(program, whole)
     return Compiled(program, partitioned.decisions, partitioned.fallbacks)
 
 

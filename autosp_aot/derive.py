@@ -1,0 +1,183 @@
+"""The static proof that a partitioned program is the whole program: every line is derived again from the rules.
+
+Each value of a rank's program stands for one value of the whole program, with a placement. Inputs stand for themselves;
+a move keeps what a value stands for and must be legal between its placements; a call must be the whole program's call of
+that operator on what its operands stand for, under a strategy its rule allows, with the arguments that follow from it.
+
+    whole     %h = aten.mul.Tensor(%x, %w)
+    ranks     %h @ Shard(1) = aten.mul.Tensor(%x @ Shard(1), %w @ Replicate)        derived: cut factor 1 of 3
+
+No numbers are computed: a missing or doubled sum, a swapped dim, a shifted position or a changed size is found by name.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.operators import FREE, MOVES
+from autosp_aot.passes.rules.local import Local
+from autosp_aot.passes.rules.spec import Spec, Strategy
+from autosp_aot.passes.rules.table import spec_of
+from autosp_aot.placement import PARTIAL, REPLICATE, Placement, compatible, disjoint, local_shape
+from autosp_aot.program import Instr, Program, Ref, Value, at_rank, map_args
+
+RECOMPUTED = "recompute."
+
+
+def derive(program: Program, whole: Program, ranks: Iterable[int] | None = None) -> None:
+    """Raise ArtifactError (`placement-wrong`) at the first line of `program` that does not follow from `whole`.
+
+    `ranks` are those whose numbers are checked, all by default.
+    """
+    _Derivation(program, whole, tuple(range(program.ranks) if ranks is None else ranks)).run()
+
+
+class _Derivation:
+    def __init__(self, program: Program, whole: Program, ranks: tuple[int, ...]):
+        self.program, self.ranks = program, ranks
+        self.whole_values = whole.values()
+        self.calls = {out.name: instr for instr in whole.instrs() for out in instr.values()}
+        self.whole_gives = dict(whole.sections[0].gives)
+        self.whole_inputs = {entry.value.name: entry for entry in whole.inputs}
+        self.stands_for: dict[str, str] = {}
+        self.placements: dict[str, Placement] = {}
+
+    def run(self) -> None:
+        if {entry.value.name for entry in self.program.inputs} != set(self.whole_inputs):
+            raise _wrong("the inputs are not those of the whole program")
+        for entry in self.program.inputs:
+            if entry != self.whole_inputs[entry.value.name]:
+                raise _wrong(f"input {entry.value.name} is not the whole program's")
+            self.know(entry.value, entry.value.name)
+        for instr in self.program.instrs():
+            if instr.op == FREE:
+                continue
+            if instr.op in MOVES:
+                self.move(instr)
+            else:
+                self.call(instr)
+        self.results()
+
+    def know(self, value: Value, stands_for: str) -> None:
+        self.stands_for[value.name] = stands_for
+        self.placements[value.name] = value.placement
+
+    def move(self, instr: Instr) -> None:
+        for name, out in zip(instr.refs(), instr.values()):
+            source, target = self.placements[name], out.placement
+            fits = {
+                "shard": not source.partial and not target.partial and _inside(source, target, self.program.ranks),
+                "all_to_all": None not in (source.cut, target.cut) and not source.partial and not target.partial,
+                "all_gather": source.cut is not None and not source.partial and target == REPLICATE,
+                "reduce_scatter": source.partial and target.cut is not None and not target.partial,
+                "all_reduce": source == PARTIAL and target == REPLICATE,
+            }[instr.op]
+            if not fits or not compatible(source, target):
+                raise _wrong(f"{instr.op} cannot take {name} from {_said(source)} to {_said(target)}", instr)
+            self.check_value(out, self.whole_values[self.stands_for[name]], instr)
+            self.know(out, self.stands_for[name])
+
+    def call(self, instr: Instr) -> None:
+        first = instr.values()[0].name.removeprefix(RECOMPUTED)
+        origin = self.calls.get(first)
+        if origin is None or origin.op != instr.op:
+            raise _wrong(f"the whole program has no {instr.op} that makes {first}", instr)
+        means = [self.stands_for[name] for name in instr.refs()]
+        if means != origin.refs():
+            raise _wrong(f"{first} is computed from {', '.join(means)}", instr, f"in the whole program from {', '.join(origin.refs())}")
+        outs = [out and out.name.removeprefix(RECOMPUTED) for out in instr.outs]
+        if outs != [out and out.name for out in origin.outs]:
+            raise _wrong(f"the results of {instr.op} are {outs}", instr)
+        operands = tuple(self.placements[name] for name in instr.refs())
+        results = tuple(out.placement for out in instr.values())
+        strategy, spec = self.strategy(origin, operands, results, instr)
+        for out in instr.values():
+            self.check_value(out, self.whole_values[out.name.removeprefix(RECOMPUTED)], instr)
+            self.know(out, out.name.removeprefix(RECOMPUTED))
+        self.check_arguments(instr, origin, spec, strategy, operands, results)
+
+    def strategy(self, origin: Instr, operands, results, instr: Instr) -> tuple[Strategy, Spec | None]:
+        """The strategy of the rule that has exactly these placements."""
+        wholes = [self.whole_values[name] for name in origin.refs()]
+        spec = spec_of(origin, wholes, self.program.ranks)
+        if spec is None:
+            if any(p != REPLICATE for p in (*operands, *results)):
+                raise _wrong(f"{instr.op} has no rule, so all it reads and makes is Replicate", instr)
+            return Strategy(), None
+        partial = tuple(at for at, placement in enumerate(operands) if placement.partial)
+        found = [Strategy(partial=partial)]
+        for dims, placement in zip((*spec.operands, *spec.results), (*operands, *results)):
+            if placement.cut is not None and (cut := spec.strategy_of(dims, placement)):
+                found.append(replace(cut, partial=partial))
+        for strategy in found:
+            if spec.instantiate(strategy) == (operands, results):
+                return strategy, spec
+        said = ", ".join(_said(p) for p in operands)
+        raise _wrong(f"{instr.op} of ({said}) does not give {', '.join(_said(p) for p in results)}", instr,
+                     "no strategy of its sharding rule has these placements")  # fmt: skip
+
+    def check_value(self, value: Value, whole: Value, instr: Instr) -> None:
+        if value.dtype != whole.dtype:
+            raise _wrong(f"{value.name} is {value.dtype}", instr, f"in the whole program it is {whole.dtype}")
+        for rank in self.ranks:
+            expected = local_shape(whole.shape, value.placement, rank)
+            if tuple(at_rank(n, rank) for n in value.shape) != expected:
+                raise _wrong(f"{value.name} has another shape than rank {rank}'s box {list(expected)}", instr)
+
+    def check_arguments(self, instr: Instr, origin: Instr, spec: Spec | None, strategy: Strategy, operands, results) -> None:
+        args = origin.args
+        if spec is not None and spec.localize is not None and strategy.factor is not None:
+            shapes = [self.local(name, p) for name, p in zip(origin.refs(), operands)]
+            made = [self.local(out.name, p) for out, p in zip(origin.values(), results)]
+            args = spec.localize(args, Local(strategy, shapes, made))
+        for rank in self.ranks:
+            expected = map_args((args, origin.kwargs), lambda leaf: _plain(leaf, rank))
+            if map_args((instr.args, instr.kwargs), lambda leaf: _plain(leaf, rank)) != expected:
+                raise _wrong(f"an argument of {instr.op} is wrong on rank {rank}", instr, "it does not follow from the placements")
+
+    def local(self, name: str, placement: Placement):
+        return Local.shape(self.whole_values[name].shape, placement, self.program.ranks)
+
+    def results(self) -> None:
+        """Loss and gradients are the whole program's, whole on every rank at the end."""
+        given: dict[str, str] = {}
+        for section in self.program.sections:
+            given |= dict(section.gives)
+        if set(given) != set(self.whole_gives):
+            raise _wrong(f"the program gives {sorted(set(given) ^ set(self.whole_gives))} more or less than the whole program")
+        for label, name in given.items():
+            if self.stands_for[name] != self.whole_gives[label]:
+                raise _wrong(f"{label} is {self.stands_for[name]}, in the whole program {self.whole_gives[label]}")
+            last = self.program.sections[-1].name == "sum_gradients"
+            if self.placements[name] != REPLICATE and (last or label == "loss"):
+                raise _wrong(f"{label} is {_said(self.placements[name])} at the end of the step", why="a reduction is missing")
+
+
+def _plain(leaf, rank: int):
+    """An argument with rank's number in it, and without the names of operands (those were compared before)."""
+    return type(leaf), ("" if isinstance(leaf, Ref) else repr(at_rank(leaf, rank)))
+
+
+def _inside(source: Placement, target: Placement, ranks: int) -> bool:
+    """Each rank already has what it is to keep."""
+    if source.cut is None:
+        return target.cut is not None
+    if target.cut is None or (source.cut.dim, source.cut.outer) != (target.cut.dim, target.cut.outer):
+        return False
+    boxes = zip(source.cut.bounds, target.cut.bounds)
+    return all(lo >= hi or (a <= lo and hi <= b) for (a, b), (lo, hi) in boxes)
+
+
+def _said(placement: Placement) -> str:
+    if placement.cut is None:
+        return "Partial" if placement.partial else "Replicate"
+    kind = "Shard" if disjoint(placement.cut.bounds) else "copies"
+    return f"{kind}({placement.cut.dim}{', partial' if placement.partial else ''})"
+
+
+def _wrong(what: str, instr: Instr | None = None, why: str = "") -> ArtifactError:
+    line = ""
+    if instr is not None:
+        line = f"{', '.join(out.name for out in instr.values())} = {instr.op}(...)"
+        line += f" ({instr.where.source})" if instr.where.source else ""
+    return ArtifactError(Problem("placement-wrong", what, line, why, "build the artifact again"))

@@ -1,0 +1,155 @@
+"""The command line: read flags, call one function, print, exit code. stdout is data, stderr is talk.
+
+Commands import what needs torch themselves, so that `--help` is immediate.
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from autosp_aot.errors import AutospError
+
+PATH = click.Path(path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
+OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
+POSITIVE = click.IntRange(min=1)
+CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class Commands(click.Group):
+    """The one place where an AutospError becomes text and an exit code; of `diff` all trouble is 2."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except AutospError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(2 if ctx.invoked_subcommand == "diff" else error.exit_code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="autosp-aot")
+def main() -> None:
+    """Compile a training model into one program a rank, each with its share of every sequence, and train with them.
+
+    Exit codes: 0 done, 2 the model or the command is refused, 3 the artifact is refused or does not fit.
+    """
+
+
+def _options(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]) -> dict[str, object]:
+    """`key=value` pairs; a value is a number, true, false, none or a JSON list where it reads as one, else text."""
+    options: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise click.BadParameter(f"{pair!r} is not key=value")
+        if key in options:
+            raise click.BadParameter(f"{key!r} is given twice")
+        options[key] = _value(text)
+    return options
+
+
+def _value(text: str) -> object:
+    if text.lower() in CONSTANTS:
+        return CONSTANTS[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+@main.command()
+@click.argument("model", metavar="MODEL.py", type=EXISTING)
+@click.option("--sp", type=POSITIVE, required=True, help="Ranks that share every sequence.")
+@click.option("--seq", type=POSITIVE, default=4096, help="Tokens of a sequence.")
+@click.option("--batch", type=POSITIVE, default=1, help="Sequences of a step.")
+@click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
+              help="An option of build_model; may be repeated.")
+@click.option("-o", "--out", metavar="DIR", type=PATH, help="Where to write; default ./<model file stem>.sp<P>.")
+@click.option("--target", type=click.Choice(["cpu", "cuda", "rocm"]), help="Default: what torch finds here.")
+@click.option("--recompute", type=click.Choice(["sac", "none"]), default="sac",
+              help="sac: in backward compute all but attention again. none: keep everything.")
+@click.option("--strict", is_flag=True, help="Refuse operators without a rule instead of computing them on every rank.")
+@click.option("--seed", type=int, default=0, help="Of the initial weights.")
+@click.option("--no-weights", is_flag=True, help="Store no initial weights.")  # fmt: skip
+def build(model: Path, sp: int, seq: int, batch: int, options: dict, out: Path | None, target: str | None,
+          recompute: str, strict: bool, seed: int, no_weights: bool) -> None:  # fmt: skip
+    """Build an artifact from a model file; prints its path.
+
+    MODEL.py defines build_model(**options) -> nn.Module, whose forward returns the loss, and
+    example_batch(batch_size, seq_len) -> dict of the keyword inputs of forward.
+    """
+    from autosp_aot.artifact import read_manifest
+    from autosp_aot.build import build_file
+    from autosp_aot.runtime.groups import present_target
+
+    target = target or present_target()
+    path = build_file(model, sp, seq, batch, options, out, target, recompute, strict, seed, not no_weights)
+    manifest = read_manifest(path)
+    inputs = ", ".join(f"{value.name} {list(value.shape)}" for value in manifest.batch)
+    click.echo(f"built {path} for {manifest.ranks} ranks on {manifest.target}: {inputs}", err=True)
+    click.echo(f"{'with' if manifest.has_weights else 'without'} initial weights", err=True)
+    click.echo(path)
+
+
+@main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--steps", type=POSITIVE, default=10, help="Steps to train.")
+@click.option("--data", type=EXISTING, help="Text, a folder of text, or a .npy of token ids; default random tokens.")
+@click.option("--init-from", type=EXISTING, help="Weights: a safetensors file, or a folder of them.")
+@click.option("--lr", type=click.FloatRange(min=0), default=1e-3, help="AdamW's learning rate.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the order of the data.")
+@click.option("--metrics", metavar="FILE.jsonl", type=OUTPUT_FILE, help="Write a JSON line a step.")
+@click.option("--batch-file", metavar="FILE.safetensors", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Train on this batch, tensors by input name.")
+@click.option("--dump", metavar="FILE.safetensors", type=OUTPUT_FILE,
+              help="Write loss and gradients of the first step, and stop.")  # fmt: skip
+def run(artifact: Path, steps: int, data: Path | None, init_from: Path | None, lr: float, seed: int,
+        metrics: Path | None, batch_file: Path | None, dump: Path | None) -> None:  # fmt: skip
+    """Train with an artifact: AdamW, a line a step.
+
+    Starts one process a rank on this machine, or joins those that torchrun started.
+    """
+    from autosp_aot.runtime import launch
+    from autosp_aot.runtime.train import Training
+
+    if data is not None and batch_file is not None:
+        raise click.UsageError("--data and --batch-file exclude each other")
+    launch.run(Training(artifact, steps, lr, init_from, metrics, dump), seed, data, batch_file)
+
+
+@main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--rank", type=click.IntRange(min=0), default=0, help="Whose program to print.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(artifact: Path, rank: int, as_json: bool) -> None:
+    """Print what an artifact moves and keeps, and a rank's program with its numbers filled in."""
+    from autosp_aot import report
+
+    click.echo(json.dumps(report.show_json(artifact, rank)) if as_json else report.show(artifact, rank))
+
+
+@main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(artifact: Path, as_json: bool) -> None:
+    """Prove an artifact right for all ranks together, without running it."""
+    from autosp_aot.check import check as check_artifact
+
+    lines = check_artifact(artifact)
+    click.echo(json.dumps(lines) if as_json else "\n".join(lines))
+
+
+@main.command()
+@click.argument("a", metavar="DIR_A", type=PATH)
+@click.argument("b", metavar="DIR_B", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
+    """Compare two artifacts: what changed in meaning, then the text. Exit code 0 same, 1 different, 2 trouble."""
+    from autosp_aot.compare import compare
+
+    comparison = compare(a, b)
+    click.echo(json.dumps(comparison.as_json) if as_json else comparison.text)
+    ctx.exit(0 if comparison.same else 1)

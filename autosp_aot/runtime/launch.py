@@ -1,0 +1,123 @@
+"""One process a rank: torch's elastic launcher on this machine, or the ranks that torchrun already started.
+
+    run  ->  everything that can be checked, once  ->  elastic_launch  ->  rank 0: join, load, train
+                                                                          rank 1: ...
+                                                                          a rank's AutospError comes back in a file
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import tempfile
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from autosp_aot.artifact import Manifest, read_manifest
+from autosp_aot.errors import ArtifactError, AutospError, Problem
+from autosp_aot.runtime.data import Feed, open_feed
+from autosp_aot.runtime.groups import Group, check_devices
+from autosp_aot.runtime.train import Training, train
+
+INTERRUPTED = 128  # a shell's exit code for a process that signal n ended is 128 + n
+
+
+class RankFailed(AutospError):
+    """A rank's process ended in a way that is not the user's doing (exit code 1)."""
+
+    exit_code = 1
+
+
+def run(training: Training, seed: int, data: Path | None, batch_file: Path | None) -> None:
+    """Train with an artifact, on as many ranks as it was built for.
+
+    Raises ArtifactError for whatever does not fit (artifact, machine, weights, data), RankFailed where a process dies.
+    """
+    manifest = read_manifest(training.artifact)
+    _check(manifest, training)
+    feed = open_feed(manifest.batch, manifest.vocabulary, seed, data, batch_file)
+    if "WORLD_SIZE" in os.environ or manifest.ranks == 1:
+        _join_and_train(training, manifest.target, feed)
+    else:
+        _launch(training, manifest, feed)
+
+
+def _check(manifest: Manifest, training: Training) -> None:
+    """What would fail on every rank alike fails here, before a process is started."""
+    started = os.environ.get("WORLD_SIZE")
+    if started is not None and int(started) != manifest.ranks:
+        raise ArtifactError(Problem(
+            "world-size", f"the artifact has programs for {manifest.ranks} ranks, and torchrun started {started}",
+            str(training.artifact), "each rank runs its own program, fixed when the artifact was built",
+            f"start {manifest.ranks} processes, or build again with --sp {started}",
+        ))  # fmt: skip
+    if started is None:
+        check_devices(manifest.target, manifest.ranks)
+    if training.init_from is None and not manifest.has_weights:
+        raise ArtifactError(Problem(
+            "no-weights", "the artifact has no stored weights", str(training.artifact),
+            "it was built with --no-weights, or they are 1 GB or more",
+            "give --init-from: a safetensors file, or a folder of them, with the names of model.state_dict()",
+        ))  # fmt: skip
+    for option, path in (("--metrics", training.metrics), ("--dump", training.dump)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise AutospError(Problem("no-such-folder", f"{option} {path}: the folder does not exist"))
+
+
+def _join_and_train(training: Training, target: str, feed: Feed) -> None:
+    group = Group.join(target)
+    train(training, feed, group)
+    group.leave()
+
+
+def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it repeats what we report
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=manifest.ranks, run_id=uuid.uuid4().hex, role="rank",
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
+        max_restarts=0, monitor_interval=0.05, shutdown_timeout=5,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="autosp-aot-") as folder:
+        try:
+            elastic_launch(config, _worker)(training, manifest.target, feed, folder)
+        except ChildFailedError as error:
+            raise _reported(Path(folder)) or _failed(error) from None
+        except SignalException as stopped:
+            raise SystemExit(INTERRUPTED + stopped.sigval) from None
+
+
+def _worker(training: Training, target: str, feed: Feed, folder: str) -> None:
+    """The process of one rank; leaves an AutospError in `folder`, for the parent to raise, and fails."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent takes care, for all ranks
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    if target == "cpu":
+        os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    try:
+        _join_and_train(training, target, feed)
+    except AutospError as error:
+        problems = json.dumps([asdict(problem) for problem in error.problems])
+        Path(folder, f"{rank:06}.json").write_text(problems)
+        raise SystemExit(error.exit_code) from None
+
+
+def _reported(folder: Path) -> ArtifactError | None:
+    """The error that the lowest rank left; what stops a rank once everything is built is always the artifact's fit."""
+    reports = sorted(folder.glob("*.json"))
+    return ArtifactError(*(Problem(**problem) for problem in json.loads(reports[0].read_text()))) if reports else None
+
+
+def _failed(error: ChildFailedError) -> RankFailed:
+    rank, failure = error.get_first_failure()
+    message = failure.message
+    if isinstance(message, dict):
+        message = message["extraInfo"]["py_callstack"]
+    return RankFailed(Problem("rank-failed", f"rank {rank} ended with exit code {failure.exitcode}", why=message.strip()))

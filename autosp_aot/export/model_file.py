@@ -1,0 +1,209 @@
+"""MODEL.py: the two functions a user writes, read from a file, and what they return, checked.
+
+    def build_model(**options) -> nn.Module
+    def example_batch(batch_size, seq_len) -> dict[str, Tensor]        the keyword inputs of forward
+
+Which dim of which input is the sequence is found by asking for two lengths and comparing shapes.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.abc import ExecutionLoader
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.fake import weightless
+from autosp_aot.export.user_code import FAILURES, defined_at, raised_at, said
+
+Option = int | float | bool | str | None
+
+STUBS = {
+    "build_model": "def build_model(**options) -> torch.nn.Module:\n    return MyModel(**options)",
+    "example_batch": "def example_batch(batch_size, seq_len) -> dict[str, torch.Tensor]:\n"
+    "    tokens = torch.zeros(batch_size, seq_len, dtype=torch.long)\n"
+    '    return {"input_ids": tokens, "labels": tokens}',
+}
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """The two functions of a model file, its name without suffix, and the SHA-256 of its text."""
+
+    build_model: Callable[..., nn.Module]
+    example_batch: Callable[[int, int], Mapping[str, Tensor]]
+    stem: str
+    sha256: str
+
+
+def read_model_file(path: str | Path) -> ModelFile:
+    """Run the file under a private module name, its folder importable meanwhile. Raises BuildError."""
+    path = Path(path)
+    if not path.is_file():
+        raise BuildError(Problem("model-file-missing", f"there is no model file {path.name}", str(path),
+                                 fix="give the path of a Python file with build_model and example_batch"))
+    source = path.read_bytes()
+    digest = hashlib.sha256(source).hexdigest()
+    module = _run(path, source, f"_autosp_model_{digest[:16]}")
+    missing = [name for name in STUBS if not callable(vars(module).get(name))]
+    if missing:
+        raise BuildError(Problem(
+            "model-file-incomplete", f"{path.name} does not define {' or '.join(missing)}", path.name,
+            "build calls build_model for the model and example_batch for the shapes of its inputs",
+            "add\n" + "\n".join(["import torch", *(STUBS[name] for name in missing)])))  # fmt: skip
+    return ModelFile(module.build_model, module.example_batch, path.stem, digest)
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, Option]:
+    """`key=value` pairs as keyword arguments: numbers, True, False and None as such, all else as text."""
+    problems, options = [], {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            problems.append(Problem("option-malformed", f"{pair!r} is not key=value", "--set",
+                                    "the key becomes the name of an argument of build_model",
+                                    "write it as --set name=value"))
+        elif key in options:
+            problems.append(Problem("option-malformed", f"{key} is set twice", "--set", fix="set it once"))
+        else:
+            options[key] = _scalar(value)
+    if problems:
+        raise BuildError(*problems)
+    return options
+
+
+def make_model(model_file: ModelFile, options: Mapping[str, Option]) -> nn.Module:
+    """`build_model(**options)` without allocating parameters. Raises BuildError with the line where it fails."""
+    build, place = model_file.build_model, defined_at(model_file.build_model)
+    try:
+        inspect.signature(build).bind(**options)
+    except TypeError as error:
+        raise BuildError(Problem("option-unknown", f"build_model does not take these options: {error}", place,
+                                 "each --set key=value is a keyword argument of build_model",
+                                 "correct the name, or add the argument to build_model")) from error
+    try:
+        with weightless():
+            model = build(**options)
+    except FAILURES as error:
+        raise BuildError(Problem("build-model-failed", "build_model raised an exception", raised_at(error) or place,
+                                 said(error), "correct build_model or the options given with --set")) from error
+    if not isinstance(model, nn.Module):
+        raise BuildError(Problem("not-a-module", f"build_model returned {type(model).__name__}", place,
+                                 "what is built is the forward of a torch.nn.Module", "return the model"))
+    return model
+
+
+def make_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The example batch, and by input name the dim that is the sequence. Raises BuildError naming all offending inputs."""
+    place = defined_at(model_file.example_batch)
+    # Twice the length, not one more: an example_batch may insist on a multiple of something.
+    batch, longer = (_ask(model_file, batch_size, length, place) for length in (seq_len, 2 * seq_len))
+    if batch.keys() != longer.keys():
+        raise BuildError(_changes(f"the inputs {sorted(batch.keys() ^ longer.keys())} come and go", place))
+    problems, sequence_dims = [], {}
+    for name, tensor in batch.items():
+        before, after = tensor.shape, longer[name].shape
+        if tensor.dtype != longer[name].dtype or len(before) != len(after):
+            problems.append(_changes(f"input {name!r} changes its dtype or its number of dims", place))
+            continue
+        changed = [dim for dim in range(len(before)) if before[dim] != after[dim]]
+        if len(changed) > 1:
+            problems.append(Problem(
+                "sequence-dim-ambiguous", f"dims {changed} of input {name!r} change with the length", place,
+                "each input is cut along one sequence dim", "give one sequence dim, and make the rest in forward"))  # fmt: skip
+        elif changed and (before[changed[0]], after[changed[0]]) != (seq_len, 2 * seq_len):
+            problems.append(Problem(
+                "sequence-length", f"dim {changed[0]} of input {name!r} is {before[changed[0]]} for length {seq_len}", place,
+                "a sequence dim has the length that was asked for", "make it seq_len long, and shift or cut it in forward"))  # fmt: skip
+        elif changed:
+            sequence_dims[name] = changed[0]
+    if not problems and not sequence_dims:
+        problems.append(Problem("no-sequence-dim", "no input changes its shape with the length", place,
+                                "the dim that changes is the sequence, which the ranks share",
+                                "use seq_len in example_batch"))
+    if problems:
+        raise BuildError(*problems)
+    return batch, sequence_dims
+
+
+def guess_sequence_dims(batch: Mapping[str, Tensor]) -> dict[str, int]:
+    """Dim 1 of every input with at least two dims. Raises BuildError unless all of those have one size."""
+    sizes = {name: tensor.shape[1] for name, tensor in batch.items() if tensor.dim() >= 2}
+    if len(set(sizes.values())) != 1:
+        said_sizes = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise BuildError(Problem(
+            "sequence-dim-unknown", f"dim 1 of the inputs has no one size: {said_sizes or 'no input has it'}", "batch",
+            "without two lengths to compare, the sequence is taken to be dim 1 of every input",
+            'say which it is: sequence_dims={"input_ids": 1, ...}'))  # fmt: skip
+    return dict.fromkeys(sizes, 1)
+
+
+class _Text(ExecutionLoader):
+    """Runs the very text whose hash is stored: a cached .pyc can be older."""
+
+    def __init__(self, path: Path, source: bytes):
+        self.path, self.source = path, source
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self.path)
+
+    def get_source(self, fullname: str) -> str:
+        return importlib.util.decode_source(self.source)
+
+
+def _run(path: Path, source: bytes, name: str) -> ModuleType:
+    loader = _Text(path, source)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    folder = str(path.resolve().parent)
+    sys.modules[name] = module
+    sys.path.insert(0, folder)
+    try:
+        loader.exec_module(module)
+    except FAILURES as error:
+        del sys.modules[name]
+        raise BuildError(Problem("model-file-failed", f"{path.name} cannot be imported", raised_at(error) or path.name,
+                                 said(error), "correct it: python must be able to run the file")) from error
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _scalar(text: str) -> Option:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if value is None or isinstance(value, (bool, int, float)) else text
+
+
+def _ask(model_file: ModelFile, batch_size: int, seq_len: int, place: str) -> dict[str, Tensor]:
+    try:
+        batch = model_file.example_batch(batch_size, seq_len)
+    except FAILURES as error:
+        raise BuildError(Problem(
+            "example-batch-failed", f"example_batch({batch_size}, {seq_len}) raised an exception", raised_at(error) or place,
+            said(error), "make it work for any batch size and length")) from error  # fmt: skip
+    if not isinstance(batch, Mapping):
+        raise BuildError(_not_tensors(f"example_batch returned {type(batch).__name__}", place))
+    wrong = [f"{name!r} is {type(value).__name__}" for name, value in batch.items() if not isinstance(value, Tensor)]
+    wrong += [f"the name {name!r} is no text" for name in batch if not isinstance(name, str)]
+    if wrong:
+        raise BuildError(*(_not_tensors(f"in the batch, {what}", place) for what in wrong))
+    return dict(batch)
+
+
+def _not_tensors(what: str, place: str) -> Problem:
+    return Problem("batch-not-tensors", what, place, "the batch is the keyword inputs of forward",
+                   "return a dict of tensors by name")
+
+
+def _changes(what: str, place: str) -> Problem:
+    return Problem("batch-changes", what, place, "a batch of another length differs in the sequence dim only",
+                   "return the same names, dtypes and numbers of dims for every length")

@@ -81,10 +81,8 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, out: Path |
     example_batch(batch_size, seq_len) -> dict of the keyword inputs of forward.
     """
     from autosp_aot.artifact import read_manifest
-    from autosp_aot.build import build_file
-    from autosp_aot.runtime.groups import present_target
+    from autosp_aot.builder import build_file
 
-    target = target or present_target()
     path = build_file(model, sp, seq, batch, options, out, target, recompute, strict, seed, not no_weights)
     manifest = read_manifest(path)
     inputs = ", ".join(f"{value.name} {list(value.shape)}" for value in manifest.batch)

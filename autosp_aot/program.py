@@ -48,6 +48,15 @@ class Value:
     shape: tuple[Int, ...]
     placement: Placement = REPLICATE
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the whole of which a rank holds a box."""
+        cut = self.placement.cut
+        if cut is None:
+            return self.shape
+        extent = max(hi for _, hi in cut.bounds)
+        return (*self.shape[: cut.dim], cut.outer * extent, *self.shape[cut.dim + 1 :])
+
     def nbytes(self, rank: int = 0) -> int:
         """Bytes of rank `rank`'s box."""
         return prod(at_rank(n, rank) for n in self.shape) * ITEMSIZE[self.dtype]

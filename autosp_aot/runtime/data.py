@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from autosp_aot.artifact import TensorSpec
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.program import Value
 from autosp_aot.runtime.execute import DTYPES
 
 DRAWS = 1000
@@ -85,7 +85,7 @@ class Text:
 class Windows:
     """Batches of windows of a token source. `vocabulary` None: not known, not checked."""
 
-    inputs: tuple[Value, ...]
+    inputs: tuple[TensorSpec, ...]
     source: RandomTokens | TokenFile | Text
     vocabulary: int | None
     seed: int
@@ -117,9 +117,7 @@ class StoredBatch:
 Feed = Windows | StoredBatch
 
 
-def open_feed(
-    inputs: tuple[Value, ...], vocabulary: int | None, seed: int, data: Path | None, batch_file: Path | None
-) -> Feed:
+def open_feed(inputs: tuple[TensorSpec, ...], seed: int, data: Path | None, batch_file: Path | None) -> Feed:
     """The batches of a run; looks at sizes only, so that a large corpus costs nothing.
 
     `inputs` are the inputs of forward with their whole shapes. Raises ArtifactError: `batch-mismatch` with all offenders,
@@ -129,6 +127,7 @@ def open_feed(
         _check_batch(inputs, batch_file)
         return StoredBatch(batch_file)
     _check_token_inputs(inputs)
+    vocabulary = min((entry.vocabulary for entry in inputs if entry.vocabulary is not None), default=None)
     source, size = _open_source(vocabulary, data)
     length = inputs[0].shape[1]
     if size is not None and size < length:
@@ -139,7 +138,7 @@ def open_feed(
     return Windows(inputs, source, vocabulary, seed)
 
 
-def _check_batch(inputs: tuple[Value, ...], path: Path) -> None:
+def _check_batch(inputs: tuple[TensorSpec, ...], path: Path) -> None:
     try:
         given = load_file(path)
     except SafetensorError as error:
@@ -162,12 +161,12 @@ def _described(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return f"{str(kind[0]).removeprefix('torch.')} {list(kind[1])}" if kind else "nothing of that name"
 
 
-def _check_token_inputs(inputs: tuple[Value, ...]) -> None:
+def _check_token_inputs(inputs: tuple[TensorSpec, ...]) -> None:
     """Tokens are right for integer [B, S] inputs of one shape whose name does not say that they are something else."""
     shape = inputs[0].shape if inputs else ()
     problems = [
         Problem(
-            "no-tokens-for-input", f"forward takes {entry.name}: {entry.dtype} {list(entry.shape)}, which is no token input",
+            "no-tokens-for-input", f"forward takes {entry.name}: {entry.dtype} {list(entry.shape)}, not tokens",
             why="run fills integer inputs of one shape [batch, sequence] with tokens and cannot make up anything else",
             fix="give the whole batch with --batch-file FILE.safetensors",
         )
@@ -199,14 +198,14 @@ def _count_tokens(path: Path) -> int:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ArtifactError(Problem("bad-token-file", f"{path} is not an array that numpy can map", why=str(error))) from error
+        raise ArtifactError(Problem("bad-token-file", f"{path} is no array to numpy", why=str(error))) from error
     if not np.issubdtype(tokens.dtype, np.integer):
         raise ArtifactError(Problem("bad-token-file", f"{path} holds {tokens.dtype}", why="token ids are integers"))
     return tokens.size
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a folder and of those in it, in the order of their names; hidden ones and links to folders are left out."""
+    """The files of a folder and of those in it, by name; hidden ones and links to folders are left out."""
     found = []
     for at, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -138,7 +138,7 @@ class _Plan:
     def __init__(self, source: Value, target: Value, rank: int, ranks: int):
         self.target, self.summing = target, source.placement.partial
         a, b = source.placement, target.placement
-        whole = whole_shape(source, rank)
+        whole = source.whole_shape
         self.sends = [
             [(piece_in_source(p, a, b, rank), _piece_shape(p, a, b, whole)) for p in transfers(a, b, whole, rank, peer)]
             for peer in range(ranks)
@@ -170,18 +170,9 @@ class _Plan:
         return result.to(dtype)
 
 
-def whole_shape(value: Value, rank: int) -> tuple[int, ...]:
-    """The whole shape of a value of which `rank` holds a box."""
-    cut = value.placement.cut
-    if cut is None:
-        return value.shape
-    extent = max(hi for _, hi in cut.bounds)
-    return (*value.shape[: cut.dim], cut.outer * extent, *value.shape[cut.dim + 1 :])
-
-
 def _shard(source: Value, target: Value, rank: int) -> Step:
     a, b = source.placement, target.placement
-    (piece,) = transfers(a, b, whole_shape(source, rank), rank, rank) or (None,)
+    (piece,) = transfers(a, b, source.whole_shape, rank, rank) or (None,)
     slices = None if piece is None else piece_in_source(piece, a, b, rank)
 
     def step(values: dict[str, Tensor]) -> None:

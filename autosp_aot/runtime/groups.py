@@ -35,7 +35,7 @@ class Group:
 
     @staticmethod
     def join(target: str) -> "Group":
-        """Join the ranks that torchrun's environment describes (none: a group of one), or the default group if there is one.
+        """Join the default group if there is one, else the ranks of torchrun's environment, else be a group of one.
 
         Raises ArtifactError `wrong-device` where this machine lacks the target's device for this rank.
         """
@@ -92,7 +92,7 @@ def check_devices(target: str, count: int) -> None:
         ))  # fmt: skip
     if torch.cuda.device_count() < count:
         raise ArtifactError(Problem(
-            "wrong-device", f"{count} ranks need {count} devices on this machine, which has {torch.cuda.device_count()}",
+            "wrong-device", f"{count} ranks on this machine need as many devices; it has {torch.cuda.device_count()}",
             why="each rank has a device of its own",
             fix="start it under torchrun over more machines, or build with a smaller --sp",
         ))  # fmt: skip

@@ -1,8 +1,7 @@
 """One process a rank: torch's elastic launcher on this machine, or the ranks that torchrun already started.
 
-    run  ->  everything that can be checked, once  ->  elastic_launch  ->  rank 0: join, load, train
-                                                                          rank 1: ...
-                                                                          a rank's AutospError comes back in a file
+    run  ->  check what can be checked, once  ->  elastic_launch  ->  rank 0   join, load, train
+                                                                     rank 1   an AutospError comes back in a file
 """
 
 import json
@@ -42,7 +41,7 @@ def run(training: Training, seed: int, data: Path | None, batch_file: Path | Non
     """
     manifest = read_manifest(training.artifact)
     _check(manifest, training)
-    feed = open_feed(manifest.batch, manifest.vocabulary, seed, data, batch_file)
+    feed = open_feed(manifest.batch, seed, data, batch_file)
     if "WORLD_SIZE" in os.environ or manifest.ranks == 1:
         _join_and_train(training, manifest.target, feed)
     else:
@@ -78,24 +77,26 @@ def _join_and_train(training: Training, target: str, feed: Feed) -> None:
 
 
 def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it repeats what we report
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=manifest.ranks, run_id=uuid.uuid4().hex, role="rank",
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
         max_restarts=0, monitor_interval=0.05, shutdown_timeout=5,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="autosp-aot-") as folder:
+        logging.disable(logging.ERROR)  # the launcher repeats what we report
         try:
             elastic_launch(config, _worker)(training, manifest.target, feed, folder)
         except ChildFailedError as error:
             raise _reported(Path(folder)) or _failed(error) from None
         except SignalException as stopped:
             raise SystemExit(INTERRUPTED + stopped.sigval) from None
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _worker(training: Training, target: str, feed: Feed, folder: str) -> None:
     """The process of one rank; leaves an AutospError in `folder`, for the parent to raise, and fails."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent takes care, for all ranks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank at once; the parent says what there is to say
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
@@ -120,4 +121,5 @@ def _failed(error: ChildFailedError) -> RankFailed:
     message = failure.message
     if isinstance(message, dict):
         message = message["extraInfo"]["py_callstack"]
-    return RankFailed(Problem("rank-failed", f"rank {rank} ended with exit code {failure.exitcode}", why=message.strip()))
+    what = f"rank {rank} ended with exit code {failure.exitcode}"
+    return RankFailed(Problem("rank-failed", what, why=message.strip()))

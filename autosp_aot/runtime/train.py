@@ -38,7 +38,7 @@ class Training:
 class AdamW:
     """torch's AdamW with torch's defaults (betas 0.9 and 0.999, eps 1e-8, weight decay 0.01), bit for bit.
 
-    It calls the functional form, since constructing `torch.optim.AdamW` imports torch.compile, 1.7 s that nothing here uses.
+    It calls the functional form: constructing `torch.optim.AdamW` imports torch.compile, 1.7 s for nothing used here.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float):
@@ -50,12 +50,12 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Change every parameter that has a gradient, and let its gradient go."""
-        held = [at for at, p in enumerate(self.parameters) if p.grad is not None]
-        pick = lambda tensors: [tensors[at] for at in held]  # noqa: E731
-        parameters = pick(self.parameters)
+        state = zip(self.parameters, self.averages, self.squares, self.steps)
+        parameters, averages, squares, steps = zip(*(entry for entry in state if entry[0].grad is not None))
         adamw(
-            parameters, [p.grad for p in parameters], pick(self.averages), pick(self.squares), [], pick(self.steps),
-            foreach=True, amsgrad=False, maximize=False, lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01,
+            list(parameters), [p.grad for p in parameters], list(averages), list(squares), [], list(steps),
+            foreach=True, amsgrad=False, maximize=False,
+            lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01,
         )  # fmt: skip
         for parameter in parameters:
             parameter.grad = None
@@ -103,10 +103,11 @@ def _tokens(batch: dict[str, Tensor]) -> int:
 def _report(step: int, training: Training, loss: float, norm: float, tokens_per_s: float, metrics) -> None:
     remark = "" if math.isfinite(loss) else "  (not finite)"
     _progress(None, training.steps)
-    print(f"step {step + 1:<5} loss {loss:<9.5f} grad_norm {norm:<9.4f} tokens/s {tokens_per_s:.0f}{remark}", flush=True)
+    line = f"step {step + 1:<5} loss {loss:<9.5f} grad_norm {norm:<9.4f} tokens/s {tokens_per_s:.0f}{remark}"
+    print(line, flush=True)
     _progress(step + 1, training.steps)
     if metrics is not None:
-        row = dict(step=step + 1, loss=loss, grad_norm=norm, lr=training.lr, tokens_per_s=tokens_per_s)
+        row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": training.lr, "tokens_per_s": tokens_per_s}
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         print(json.dumps(finite), file=metrics, flush=True)
 

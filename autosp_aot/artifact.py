@@ -1,0 +1,288 @@
+"""The artifact: a folder of text and safetensors, written at once and read strictly.
+
+    manifest.json        what it is, what it was built from, inputs, parameters, costs, hashes of all other files
+    whole.program        the canonical unsharded step
+    body.0.program       the text that ranks of one structure share
+    ranks.json           by rank: its body, and the constants that differ
+    buffers.safetensors  values that a checkpoint does not hold
+    weights/             optional: initial weights
+    report.html          the same facts for people
+
+No pickle, no eval; the same build gives the same bytes anywhere.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from autosp_aot.errors import ArtifactError, BuildError, Problem
+from autosp_aot.program import ITEMSIZE, Program, Value
+from autosp_aot.program_text import parse_program, print_program
+from autosp_aot.verify import verify
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights/model.safetensors"
+BUFFERS = "buffers.safetensors"
+TEXT_LIMIT_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's name, dtype (`f32`) and whole shape; `vocabulary` is the number of ids it may hold, where known."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    vocabulary: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact says of itself.
+
+    versions      of the packages that decide the bytes: torch, and those the model's classes come from
+    source        sha256 of the model file, its options and the build's options ("" for a model built in Python)
+    aliases       further names of parameters and buffers (tied weights): name -> name it is stored under
+    trainable     names of the parameters that get gradients
+    operators     schema of every operator of the programs
+    """
+
+    format: int
+    versions: dict[str, str]
+    source: str
+    ranks: int
+    target: str
+    recompute: str
+    sequence_dims: dict[str, int]
+    batch: tuple[TensorSpec, ...]
+    parameters: tuple[TensorSpec, ...]
+    buffers: tuple[TensorSpec, ...]
+    aliases: dict[str, str]
+    trainable: tuple[str, ...]
+    operators: dict[str, str]
+    costs: dict
+    fallbacks: tuple[dict, ...]
+    decisions: dict[str, str]
+    files: dict[str, str]
+
+    @property
+    def has_weights(self) -> bool:
+        return WEIGHTS in self.files
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many token ids there are; None where no input is looked up in an embedding."""
+        return min((spec.vocabulary for spec in self.batch if spec.vocabulary is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A build in memory: its manifest (without file hashes until it is written), programs and values."""
+
+    manifest: Manifest
+    whole: Program
+    program: Program
+    buffers: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
+    report: str
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact, replacing one that is there; raises BuildError for any other existing path."""
+        return write_artifact(self, Path(path))
+
+
+# --- write --------------------------------------------------------------------------------------------------------
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise BuildError (`output-exists`) where something that is no artifact stands at `path`."""
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise BuildError(Problem("output-exists", f"{path} exists and is not an artifact", str(path),
+                                 "only an artifact is ever replaced", "give another folder with -o, or move it away"))  # fmt: skip
+
+
+def write_artifact(artifact: Artifact, path: Path) -> Path:
+    """Write all files beside `path` and put them in place in one step: an artifact is whole or not there."""
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        made = Path(scratch, "new")
+        made.mkdir()
+        _write_files(artifact, made)
+        old = Path(scratch, "old")
+        if path.exists():
+            os.rename(path, old)
+        os.rename(made, path)
+    return path
+
+
+def _write_files(artifact: Artifact, path: Path) -> None:
+    body, constants = print_program(artifact.program)
+    whole, _ = print_program(artifact.whole)
+    ranks = [
+        {"body": "body.0.program", "constants": {name: values[rank] for name, values in constants.items()}}
+        for rank in range(artifact.manifest.ranks)
+    ]
+    (path / "whole.program").write_text(whole)
+    (path / "body.0.program").write_text(body)
+    (path / "ranks.json").write_text(_ranks_text(ranks))
+    (path / "report.html").write_text(artifact.report)
+    safetensors.torch.save_file(_packed(artifact.buffers), path / BUFFERS)
+    if artifact.weights is not None:
+        (path / "weights").mkdir()
+        safetensors.torch.save_file(_packed(artifact.weights), path / WEIGHTS)
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    manifest = asdict(artifact.manifest) | {"files": {name: _sha256(path / name) for name in names}}
+    (path / MANIFEST).write_text(_sealed(manifest))
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _ranks_text(ranks: list[dict]) -> str:
+    """One line a rank, so that a changed constant is a changed line."""
+    return "[\n" + ",\n".join(json.dumps(rank) for rank in ranks) + "\n]\n"
+
+
+def _sealed(manifest: dict) -> str:
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}, indent=1, sort_keys=True) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- read ---------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of an artifact, with the hash of every file checked. Raises ArtifactError."""
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        raise _damaged("artifact-missing", f"{path} is not an artifact", f"it has no {MANIFEST}", "build one with autosp-aot build")
+    try:
+        sealed = json.loads((path / MANIFEST).read_text())
+        found = sealed["manifest"]
+        seal = hashlib.sha256(json.dumps(found, indent=1, sort_keys=True).encode()).hexdigest()
+        if seal != sealed["sha256"] or set(sealed) != {"sha256", "manifest"}:
+            raise ValueError("its own hash does not match")
+        if found.get("format") != FORMAT:
+            raise ValueError(f"format {found.get('format')}, this version reads {FORMAT}")
+        manifest = _manifest(found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
+    _check_files(path, manifest)
+    return manifest
+
+
+def _manifest(found: dict) -> Manifest:
+    names = {field.name for field in fields(Manifest)}
+    if set(found) != names:
+        raise ValueError(f"unexpected or missing keys: {sorted(set(found) ^ names)}")
+    for key in ("batch", "parameters", "buffers"):
+        found[key] = tuple(_tensor_spec(entry) for entry in found[key])
+    for key in ("trainable", "fallbacks"):
+        found[key] = tuple(found[key])
+    if not isinstance(found["ranks"], int) or found["ranks"] < 1:
+        raise ValueError("ranks is not a positive number")
+    return Manifest(**found)
+
+
+def _tensor_spec(entry: dict) -> TensorSpec:
+    spec = TensorSpec(**{**entry, "shape": tuple(entry["shape"])})
+    if spec.dtype not in ITEMSIZE or not all(isinstance(n, int) and n >= 0 for n in spec.shape):
+        raise ValueError(f"{spec.name} has no valid type")
+    return spec
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    if there != set(manifest.files):
+        odd = sorted(there ^ set(manifest.files))
+        raise _damaged("artifact-files", f"{path} has missing or unexpected files: {', '.join(odd)}", "the manifest lists all files")
+    for name, digest in manifest.files.items():
+        if name.endswith((".program", ".json")) and (path / name).stat().st_size > TEXT_LIMIT_BYTES:
+            raise _damaged("artifact-size", f"{path / name} is over {TEXT_LIMIT_BYTES} bytes", "no program is that long")
+        if _sha256(path / name) != digest:
+            raise _damaged("file-changed", f"{path / name} is not the file that was built", "its hash is not the manifest's")
+
+
+def read_whole(path: str | Path) -> Program:
+    """The unsharded step of an artifact."""
+    return _parsed(Path(path) / "whole.program", {})
+
+
+def read_rank(path: str | Path, rank: int) -> Program:
+    """One rank's program, every constant filled in; verified. Raises ArtifactError."""
+    entry = _ranks(Path(path))[rank]
+    program = _parsed(Path(path) / entry["body"], entry["constants"])
+    verify(program)
+    return program
+
+
+def read_bodies(path: str | Path) -> list[tuple[tuple[int, ...], Program]]:
+    """Each body with the ranks that run it; a constant holds the numbers of all ranks (of its own ranks, repeated)."""
+    entries = _ranks(Path(path))
+    bodies: dict[str, list[int]] = {}
+    for rank, entry in enumerate(entries):
+        bodies.setdefault(entry["body"], []).append(rank)
+    found = []
+    for body, ranks in bodies.items():
+        names = entries[ranks[0]]["constants"]
+        if any(set(entries[rank]["constants"]) != set(names) for rank in ranks):
+            raise _damaged("ranks-damaged", f"ranks of {body} have different constants", "ranks that share a body share names")
+        spread = [entries[rank if rank in ranks else ranks[0]]["constants"] for rank in range(len(entries))]
+        constants = {name: tuple(constant[name] for constant in spread) for name in names}
+        program = _parsed(Path(path) / body, constants)
+        verify(program)
+        found.append((tuple(ranks), program))
+    return found
+
+
+def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of an artifact."""
+    return safetensors.torch.load_file(Path(path) / name)
+
+
+def _ranks(path: Path) -> list[dict]:
+    try:
+        entries = json.loads((path / "ranks.json").read_text())
+        for entry in entries:
+            numbers = entry["constants"].values()
+            if set(entry) != {"body", "constants"} or not all(type(n) is int for n in numbers):
+                raise ValueError("a rank has a body and constants that are whole numbers")
+            if entry["body"] not in {file.name for file in path.glob("body.*.program")}:
+                raise ValueError(f"no body {entry['body']!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged("ranks-damaged", f"{path / 'ranks.json'} cannot be read", str(error)) from error
+    return entries
+
+
+def _parsed(path: Path, constants: Mapping) -> Program:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged("program-unreadable", f"{path} cannot be read", str(error)) from error
+    return parse_program(text, constants)
+
+
+def specs(values: list[Value], vocabularies: Mapping[str, int] | None = None) -> tuple[TensorSpec, ...]:
+    """Tensor specs of whole values."""
+    known = vocabularies or {}
+    return tuple(TensorSpec(v.name, v.dtype, v.shape, known.get(v.name)) for v in values)
+
+
+def _damaged(code: str, what: str, why: str, fix: str = "build the artifact again") -> ArtifactError:
+    return ArtifactError(Problem(code, what, why=why, fix=fix))

@@ -1,0 +1,196 @@
+"""A build, from a model to an artifact: export -> passes -> artifact."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autosp_aot import __version__
+from autosp_aot.artifact import FORMAT, Artifact, Manifest, refuse_existing, specs
+from autosp_aot.config import BuildConfig
+from autosp_aot.cost import costs
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.canonical import DTYPES, canonical_program
+from autosp_aot.export.fake import fake_copy
+from autosp_aot.export.joint import capture
+from autosp_aot.export.model_file import guess_sequence_dims, make_batch, make_model, read_model_file
+from autosp_aot.operators import FREE, MOVES, schema
+from autosp_aot.passes.pipeline import compile_program
+from autosp_aot.program import Program, Value
+from autosp_aot.report import html_report
+
+WEIGHTS_LIMIT_BYTES = 10**9
+
+
+def build_file(
+    model_path: str | Path,
+    ranks: int,
+    seq: int,
+    batch_size: int,
+    options: Mapping[str, object],
+    out: Path | None,
+    target: str | None,
+    recompute: str,
+    strict: bool,
+    seed: int,
+    weights: bool,
+) -> Path:
+    """`autosp-aot build`: compile MODEL.py and write the artifact to `out` (default `./<model file stem>.sp<ranks>`).
+
+    Weights are made only after compiling, from `seed`, when they are under 1 GB. Raises BuildError; writes all or nothing.
+    """
+    model_file = read_model_file(model_path)
+    out = Path(f"{model_file.stem}.sp{ranks}") if out is None else out
+    refuse_existing(out)
+    batch, sequence_dims = make_batch(model_file, batch_size, seq)
+    config = BuildConfig(ranks, target or default_target(), recompute, strict)
+    said = json.dumps([model_file.sha256, sorted(options.items()), seq, batch_size, asdict(config)], default=str)
+    source = hashlib.sha256(said.encode()).hexdigest()
+    artifact = compile_model(make_model(model_file, options), batch, sequence_dims, config, source)
+    if weights and sum(_nbytes(spec) for spec in artifact.manifest.parameters) < WEIGHTS_LIMIT_BYTES:
+        torch.manual_seed(seed)
+        values = model_values(model_file.build_model(**options))
+        artifact = replace(artifact, weights=values)
+    return artifact.save(out)
+
+
+def build(
+    module: nn.Module,
+    batch: Mapping[str, Tensor],
+    sp: int,
+    path: str | Path | None = None,
+    *,
+    sequence_dims: Mapping[str, int] | None = None,
+    target: str | None = None,
+    recompute: str = "sac",
+    strict: bool = False,
+    weights: bool = True,
+) -> Artifact:
+    """Compile a module for `sp` ranks; `batch` are the keyword inputs of its forward, of the shapes to train with.
+
+    `sequence_dims` says which dim of which input is the sequence (default: dim 1 of every input with two dims or more,
+    if they agree in size). The module is left alone; its present weights are stored unless `weights` is False. With
+    `path` the artifact is written there. Raises BuildError.
+    """
+    dims = dict(sequence_dims) if sequence_dims is not None else guess_sequence_dims(batch)
+    config = BuildConfig(sp, target or default_target(), recompute, strict)
+    if path is not None:
+        refuse_existing(Path(path))
+    artifact = compile_model(module, batch, dims, config, "")
+    if weights:
+        artifact = replace(artifact, weights=model_values(module))
+    if path is not None:
+        artifact.save(path)
+    return artifact
+
+
+def default_target() -> str:
+    """The device torch has here: cuda, rocm or cpu."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "rocm" if torch.version.hip else "cuda"
+
+
+def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str) -> Artifact:
+    """Capture, partition and schedule a model; no weights are allocated."""
+    mode = FakeTensorMode()
+    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, config.target))
+    _refuse_operators(whole)
+    compiled = compile_program(whole, sequence_dims, config)
+    persistent = set(_state_names(model))
+    buffers = dict(model.named_buffers()) | constants
+    inputs = {kind: [e.value for e in whole.inputs if e.kind == kind] for kind in ("parameter", "buffer", "batch")}
+    kept = [value for value in inputs["buffer"] if value.name not in persistent]
+    manifest = Manifest(
+        format=FORMAT,
+        versions=_versions(model),
+        source=source,
+        ranks=config.ranks,
+        target=config.target,
+        recompute=config.recompute,
+        sequence_dims=sequence_dims,
+        batch=specs(inputs["batch"], _vocabularies(whole)),
+        parameters=specs([*inputs["parameter"], *(v for v in inputs["buffer"] if v.name in persistent), *_unused(model, inputs)]),
+        buffers=specs(kept),
+        aliases=_aliases(model),
+        trainable=tuple(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss"),
+        operators={op: schema(op) for op in sorted({i.op for p in (whole, compiled.program) for i in p.instrs()}) if _foreign(op)},
+        costs=asdict(costs(compiled.program)),
+        fallbacks=tuple(asdict(fallback) for fallback in compiled.fallbacks),
+        decisions=compiled.decisions,
+        files={},
+    )
+    report = html_report(manifest, compiled.program)
+    return Artifact(manifest, whole, compiled.program, {v.name: buffers[v.name] for v in kept}, None, report)
+
+
+def model_values(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each once."""
+    persistent = set(_state_names(model))
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return values | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _refuse_operators(whole: Program) -> None:
+    problems: dict[str, Problem] = {}
+    for instr in whole.instrs():
+        if schema(instr.op) is None and instr.op not in problems:
+            problems[instr.op] = Problem("operator-refused", f"{instr.op} may not be part of a program", instr.where.source,
+                                         "it writes to an operand, draws random numbers, or is no operator of ATen",
+                                         "use another operator")  # fmt: skip
+    if problems:
+        raise BuildError(*problems.values())
+
+
+def _foreign(op: str) -> bool:
+    return op not in MOVES and op != FREE
+
+
+def _state_names(model: nn.Module) -> list[str]:
+    return list(model.state_dict(keep_vars=True))
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Names of `state_dict` that are further names of a tensor stored under its first."""
+    first: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        first.setdefault(id(tensor), name)
+    state = model.state_dict(keep_vars=True)
+    return {name: first[id(tensor)] for name, tensor in state.items() if first[id(tensor)] != name}
+
+
+def _unused(model: nn.Module, inputs: dict[str, list[Value]]) -> list[Value]:
+    """Persistent buffers that the step does not read: part of the state all the same."""
+    read = {value.name for value in inputs["buffer"]}
+    state, buffers = set(_state_names(model)), dict(model.named_buffers())
+    return [Value(n, DTYPES[b.dtype], tuple(b.shape)) for n, b in buffers.items() if n in state and n not in read]
+
+
+def _vocabularies(whole: Program) -> dict[str, int]:
+    """How many ids an input may hold: the rows of the embedding that looks it up."""
+    values, found = whole.values(), {}
+    for instr in whole.instrs():
+        if instr.op == "aten.embedding.default":
+            table, ids = instr.refs()
+            found[ids] = min(found.get(ids, values[table].shape[0]), values[table].shape[0])
+    return found
+
+
+def _versions(model: nn.Module) -> dict[str, str]:
+    """Versions of torch, of this package, and of every installed package that a class of the model comes from."""
+    owners = importlib.metadata.packages_distributions()
+    roots = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    packages = sorted({owners[root][0] for root in roots if root in owners} - {"torch"})
+    own = {"autosp-aot": __version__, "torch": torch.__version__.partition("+")[0]}
+    return own | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _nbytes(spec) -> int:
+    return Value(spec.name, spec.dtype, spec.shape).nbytes()
+

@@ -1,0 +1,117 @@
+"""A rank's program as a module: forward gives the loss, backward fills `.grad`."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from autosp_aot.artifact import Manifest
+from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, Run
+
+
+class Comm(Protocol):
+    """How a rank meets the others; buffers are 1-D."""
+
+    rank: int
+    size: int
+
+    def exchange(self, buffer: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        """Send the parts of `buffer` to the ranks in order; what they sent, in order."""
+
+    def sum(self, buffer: Tensor) -> Tensor:
+        """The sum of `buffer` over all ranks."""
+
+
+class ShardedModel(nn.Module):
+    """The model of an artifact on one of its ranks, with the original's parameter names.
+
+    `forward(**batch)` takes the whole batch on every rank (shapes and dtypes as built) and returns the loss, the same on
+    every rank; `backward` adds the gradients of the whole step to `.grad`, the same on every rank.
+    """
+
+    def __init__(self, manifest: Manifest, executor: Executor, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor],
+                 comm: Comm):  # fmt: skip
+        super().__init__()
+        self.manifest, self.executor, self.comm = manifest, executor, comm
+        self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
+        tensors: dict[str, Tensor] = {}
+        parameters = {e.value.name for e in executor.program.inputs if e.kind == "parameter"}
+        for spec in manifest.parameters:
+            value = weights[spec.name].to(executor.device)
+            is_parameter = spec.name in parameters
+            tensors[spec.name] = nn.Parameter(value, spec.name in manifest.trainable) if is_parameter else value
+            self._place(spec.name, tensors[spec.name])
+        for alias, name in manifest.aliases.items():
+            self._place(alias, tensors[name])
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        """Register a tensor under a dotted name, so that names are the original's."""
+        *path, leaf = name.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """The loss of a batch, given whole. Raises ArtifactError (`batch-mismatch`) for another shape or dtype."""
+        check_batch(self.manifest, batch)
+        trainable = {name: p for name, p in self.named_parameters() if name in self.manifest.trainable}
+        state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        return _Step.apply(self, {**self.constants, **state, **batch}, list(trainable), *trainable.values())
+
+
+class _Step(torch.autograd.Function):
+    """Forward runs the section forward; backward runs backward and sum_gradients on what it kept."""
+
+    @staticmethod
+    def forward(ctx, module: ShardedModel, values: dict[str, Tensor], names: list[str], *parameters: Tensor) -> Tensor:
+        ctx.module, ctx.values, ctx.names = module, values, names
+        loss = run(module.executor, "forward", values, module.comm)["loss"]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        values = ctx.values
+        if values is None:
+            raise RuntimeError("backward was called twice on one loss: what forward kept is released as it is used")
+        ctx.values = None
+        values["grad_loss"] = grad_loss
+        run(ctx.module.executor, "backward", values, ctx.module.comm)
+        found = run(ctx.module.executor, "sum_gradients", values, ctx.module.comm)
+        return None, None, None, *(found[f"grad.{name}"] for name in ctx.names)
+
+
+def run(executor: Executor, section: str, values: dict[str, Tensor], comm: Comm) -> dict[str, Tensor]:
+    """Run a section to its end, meeting the other ranks over `comm`."""
+    generator: Run = executor.run(section, values)
+    answer = None
+    while True:
+        try:
+            meeting: Meeting = generator.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        if isinstance(meeting, Exchange):
+            answer = comm.exchange(meeting.buffer, meeting.send_sizes, meeting.receive_sizes)
+        else:
+            answer = comm.sum(meeting.buffer)
+
+
+def check_batch(manifest: Manifest, batch: Mapping[str, Tensor]) -> None:
+    """Raise ArtifactError (`batch-mismatch`) unless the batch has the names, shapes and dtypes of the build."""
+    wanted = {spec.name: spec for spec in manifest.batch}
+    problems = [f"{name} is missing" for name in wanted if name not in batch]
+    problems += [f"{name} is not an input" for name in batch if name not in wanted]
+    for name, tensor in batch.items():
+        spec = wanted.get(name)
+        if spec is not None and (tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]):
+            problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, built for {spec.dtype} {list(spec.shape)}")
+    if problems:
+        raise ArtifactError(Problem("batch-mismatch", "the batch is not the one that was built for", "forward", "\n".join(problems),
+                                    "give the whole batch on every rank, or build again for this shape"))  # fmt: skip

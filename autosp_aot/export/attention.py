@@ -102,16 +102,18 @@ def _before_repetition(node: Node) -> tuple[Node, int]:
         source = chain[start]
         if source.meta["val"].dim() == 4:
             dims = _follow(chain[:start][::-1], source)
-            repeats = [] if dims is None else dims[1][1:]
-            if dims is not None and [d[:1] for d in dims] == [[0], [1], [2], [3]] and len(repeats) == 1:
-                if all(len(d) == 1 for d in (dims[0], dims[2], dims[3])):
-                    return source, node.meta["val"].shape[1] // source.meta["val"].shape[1]
+            own = [[dim] if size > 1 else [] for dim, size in enumerate(source.meta["val"].shape)]
+            if dims is not None and [dims[0], dims[1][:-1], *dims[2:]] == own and dims[1][-1:] not in ([], [1]):
+                return source, node.meta["val"].shape[1] // source.meta["val"].shape[1]
     return node, 1
 
 
 def _follow(chain: list[Node], source: Node) -> list[list] | None:
-    """Each dim of the chain's end as the list of what it consists of: dims of the source (numbers) and repeats ("x")."""
-    dims = [[dim] for dim in range(4)]
+    """Each dim of the chain's end as the list of what it consists of: dims of the source (numbers) and repeats ("x4").
+
+    Dims of size one are left out.
+    """
+    dims = [[dim] if size > 1 else [] for dim, size in enumerate(source.meta["val"].shape)]
     sizes = dict(enumerate(source.meta["val"].shape))
     for node in chain:
         before, shape = node.args[0].meta["val"].shape, node.meta["val"].shape
@@ -148,4 +150,4 @@ def _regroup(atoms: list, sizes: dict, shape: tuple[int, ...]) -> list[list] | N
         if got != size:
             return None
         dims.append(dim)
-    return None if any(sizes[atom] != 1 for atom in left) else dims
+    return None if left else dims

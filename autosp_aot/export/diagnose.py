@@ -1,10 +1,205 @@
-"""What cannot be captured exactly, found and said: graph breaks, mutation, autocast, gradients that got lost."""
+"""What cannot be captured exactly, found and said: data-dependent code, unknown operators, mutation, lost gradients."""
 
-from autosp_aot.export.source import where  # noqa
 import contextlib
+import operator
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.export import ExportedProgram
+from torch.func import functional_call
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.source import module_path, where
+from autosp_aot.export.user_code import FAILURES, raised_at, said
+
+DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+NAMESPACES = ("aten", "autosp", "prims")
+REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+
+
 @contextlib.contextmanager
-def diagnosed():
-    yield
-def refuse_autocast(gm, target): pass
-def refuse_mutation(ep): pass
-def lost_gradients(*a): pass
+def diagnosed(place: str) -> Iterator[None]:
+    """While it holds, what torch or the model raises is a BuildError with the line of it; else `place`."""
+    try:
+        yield
+    except DATA_DEPENDENT as error:
+        raise BuildError(
+            Problem(
+                "data-dependent",
+                "the step would depend on values of the batch",
+                raised_at(error) or place,
+                "a number, a branch or a shape is taken from a tensor, and one program serves all batches",
+                "keep it in tensors of a fixed shape, as with torch.where",
+            )
+        ) from error
+    except UnsupportedOperatorException as error:
+        raise BuildError(_unknown(str(error.func), raised_at(error) or place)) from error
+    except FAILURES as error:
+        raise BuildError(
+            Problem(
+                "capture-failed",
+                "the step cannot be captured",
+                raised_at(error) or place,
+                said(error),
+                "change that line; python must be able to run forward with example_batch",
+            )
+        ) from error
+
+
+def refuse_operators(exported: ExportedProgram) -> None:
+    """BuildError naming every custom operator, every control flow operator, and every value read past autograd."""
+    problems = []
+    for graph in _graphs(exported.graph_module):
+        for node in graph.nodes:
+            if node.op == "call_function" and not _known(node.target):
+                problems.append(_unknown(str(node.target), where(node).source))
+    lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
+    for node in exported.graph.nodes:
+        if node.users and isinstance(exported.constants.get(lifted.get(node.name)), FakeTensor):
+            problems.append(
+                Problem(
+                    "data-dependent",
+                    "a computed tensor becomes a constant",
+                    where(next(iter(node.users))).source,
+                    "torch.export does not follow a tensor read with .data",
+                    "use .detach() instead of .data",
+                )
+            )
+    if problems:
+        raise BuildError(*dict.fromkeys(problems))
+
+
+def refuse_random(graph: Graph) -> None:
+    """BuildError naming every operator of a captured step that draws random numbers."""
+    problems = [
+        Problem(
+            "random-operator",
+            f"{node.target} draws random numbers",
+            where(node).source,
+            "the draws would have to be the same at every number of ranks",
+            "set dropout to 0, or call model.eval()",
+        )
+        for node in graph.nodes
+        if node.op == "call_function" and _draws(node)
+    ]
+    if problems:
+        raise BuildError(*dict.fromkeys(problems))
+
+
+def refuse_mutation(changed: list[tuple[str, Node]], place: str) -> None:
+    """BuildError naming what the step changes beyond its end: (what it is, the node of its new value)."""
+    if changed:
+        raise BuildError(
+            *(
+                Problem(
+                    "state-mutated",
+                    f"the step changes {what}",
+                    where(node).source or place,
+                    "state that outlives the step is not part of the program",
+                    "compute it without changing a buffer or an input",
+                )
+                for what, node in changed
+            )
+        )
+
+
+def refuse_other_gradients(wrapped: nn.Module, batch: Mapping[str, Tensor], captured: set[str], place: str) -> None:
+    """BuildError unless the parameters with a gradient in eager are those named in `captured`.
+
+    `wrapped` returns the loss; it runs once more, on fake tensors without a tracer, and its autograd graph is walked.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    parameters = {name: _fake_like(parameter, mode) for name, parameter in wrapped.named_parameters()}
+    # torch.compiler.is_exporting() has to say the same as it did in capture.
+    with diagnosed(place), mode, _compiling_state_context(), torch.enable_grad():
+        loss = functional_call(
+            wrapped, parameters, (), {name: _fake_like(tensor, mode) for name, tensor in batch.items()}
+        )
+    reached = _leaves(loss)
+    eager = {module_path(name) for name, parameter in parameters.items() if id(parameter) in reached}
+    problems = [
+        Problem(
+            "gradient-lost",
+            f"parameter {name!r} has a gradient in eager and none in the captured step",
+            place,
+            "capture lost the way from the parameter to the loss",
+            "compute the loss with torch operators on tensors",
+        )
+        for name in map(module_path, parameters)
+        if name in eager - captured
+    ] + [
+        Problem(
+            "gradient-gained",
+            f"parameter {name!r} has no gradient in eager and one in the captured step",
+            place,
+            "capture does not see what keeps the gradient away, such as torch.inference_mode",
+            "use torch.no_grad() or .detach()",
+        )
+        for name in map(module_path, parameters)
+        if name in captured - eager
+    ]
+    if problems:
+        raise BuildError(*problems)
+
+
+def _graphs(module: GraphModule) -> Iterator[Graph]:
+    """The graphs of a module and of the regions in it, in order."""
+    yield module.graph
+    for child in module.children():
+        if isinstance(child, GraphModule):
+            yield from _graphs(child)
+
+
+def _known(target: object) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace in NAMESPACES
+    return target in REGIONS or getattr(operator, target.__name__, None) is target
+
+
+def _draws(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = {argument.name: argument.default_value for argument in node.target._schema.arguments}
+    given |= dict(zip(given, node.args)) | node.kwargs
+    return given.get("dropout_p") != 0 and given.get("p") != 0 and given.get("train") is not False
+
+
+def _unknown(name: str, place: str) -> Problem:
+    return Problem(
+        "operator-unknown",
+        f"{name} is not an operator we can see into",
+        place,
+        "its effect on a part of the sequence is unknown",
+        "write it with torch operators",
+    )
+
+
+def _fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """The ids of the tensors in which the autograd graph of the loss ends."""
+    leaves, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        step = todo.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        if step.name() == "torch::autograd::AccumulateGrad":
+            leaves.add(id(step.variable))
+        todo += [before for before, _ in step.next_functions]
+    return leaves

@@ -18,8 +18,16 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.attention import canonical_attention
-from autosp_aot.export.diagnose import diagnosed, lost_gradients, refuse_autocast, refuse_mutation
-from autosp_aot.export.source import module_path, where
+from autosp_aot.export.diagnose import (
+    diagnosed,
+    refuse_mutation,
+    refuse_operators,
+    refuse_other_gradients,
+    refuse_random,
+)
+from autosp_aot.export.source import module_path
+from autosp_aot.export.user_code import defined_at
+from autosp_aot.export.watch import refuse_hooks, watched
 
 SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -42,13 +50,18 @@ class LossOnly(nn.Module):
         self.model = model
 
     def forward(self, **batch: Tensor) -> Tensor:
-        return loss_of(self.model(**batch))
+        return loss_of(self.model(**batch), forward_at(self.model))
 
 
-def loss_of(result) -> Tensor:
+def forward_at(model: nn.Module) -> str:
+    """The line where the model's forward begins."""
+    return defined_at(model.forward) or "forward"
+
+
+def loss_of(result, place: str) -> Tensor:
     """The loss of what a model returned: itself, `.loss`, `["loss"]`, or the first of a tuple.
 
-    Raises BuildError where there is none or it is not a scalar of a floating dtype.
+    Raises BuildError where there is none or it is not a scalar of a floating dtype; `place` is where forward begins.
     """
     loss = result
     if isinstance(result, Mapping):
@@ -58,12 +71,14 @@ def loss_of(result) -> Tensor:
     elif isinstance(result, (tuple, list)) and result:
         loss = result[0]
     if not isinstance(loss, Tensor):
-        raise BuildError(Problem("no-loss", f"forward returned {type(result).__name__} without a loss", "forward",
-                                 "training needs one number to differentiate",
-                                 "return the loss, an object with .loss, a mapping with 'loss', or a tuple that begins with it"))
+        raise BuildError(Problem(
+            "no-loss", f"forward returned {type(result).__name__} without a loss", place,
+            "training needs one number to differentiate",
+            "return the loss, an object with .loss, a mapping with 'loss', or a tuple that begins with it"))
     if loss.dim() or not loss.dtype.is_floating_point:
-        raise BuildError(Problem("loss-not-scalar", f"the loss is {loss.dtype} of shape {list(loss.shape)}", "forward",
-                                 "only a single floating number can be differentiated", "reduce it, with .mean() or .sum()"))
+        raise BuildError(Problem(
+            "loss-not-scalar", f"the loss is {loss.dtype} of shape {list(loss.shape)}", place,
+            "only a single floating number can be differentiated", "reduce it, with .mean() or .sum()"))
     return loss
 
 
@@ -71,16 +86,19 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode,
     """Capture the step of a model whose parameters are fake tensors of `mode`; `batch` are the inputs of forward."""
     batch = {name: mode.from_tensor(torch.empty_like(tensor)) for name, tensor in batch.items()}
     wrapped = LossOnly(model)
-    with diagnosed(), mode:
+    place = forward_at(model)
+    refuse_hooks(model)
+    with watched(target, place), diagnosed(place), mode:
         exported = torch.export.export(wrapped, (), batch, strict=False)
-    refuse_autocast(exported.graph_module, target)
+    refuse_operators(exported)
     canonical_attention(exported.graph_module.graph)
-    refuse_mutation(exported)
     step = Step(exported, wrapped)
-    with diagnosed(), torch.fx.traceback.preserve_node_meta(), mode, contextlib.ExitStack() as stack:
+    with diagnosed(place), torch.fx.traceback.preserve_node_meta(), mode, contextlib.ExitStack() as stack:
         joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch)
-    captured = _described(joint.graph_module, step, list(batch))
-    lost_gradients(model, batch, mode, set(captured.outputs))
+    captured = _described(joint.graph_module, step, list(batch), place)
+    refuse_random(joint.graph_module.graph)
+    gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
+    refuse_other_gradients(wrapped, batch, gradients, place)
     return captured
 
 
@@ -138,14 +156,14 @@ class _Inline(Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _described(module: GraphModule, step: Step, batch_names: list[str]) -> Joint:
+def _described(module: GraphModule, step: Step, batch_names: list[str], place: str) -> Joint:
     """Name every placeholder and every result by what its descriptor says it is."""
     inputs = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
             inputs.append(_input(node.meta["desc"], step, batch_names))
     output = next(n for n in module.graph.nodes if n.op == "output")
-    labels = []
+    labels, changed = [], []
     for node, desc in zip(output.args[0], output.meta["desc"]):
         if node is None:
             labels.append("")
@@ -154,10 +172,10 @@ def _described(module: GraphModule, step: Step, batch_names: list[str]) -> Joint
         elif isinstance(desc, descriptors.PlainAOTOutput):
             labels.append("loss")
         else:
-            place = where(node).source if isinstance(node, Node) else ""
-            raise BuildError(Problem("state-mutated", f"the step changes {desc}", place,
-                                     "state that outlives the step is not part of the program",
-                                     "compute it without changing a buffer or an input"))
+            assert isinstance(desc, descriptors.InputMutationAOTOutput), desc
+            kind, name = _input(desc.mutated_input, step, batch_names)
+            changed.append((f"{kind} {name!r}", node))
+    refuse_mutation(changed, place)
     return Joint(module, tuple(inputs), tuple(labels))
 
 

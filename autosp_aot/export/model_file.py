@@ -47,17 +47,28 @@ def read_model_file(path: str | Path) -> ModelFile:
     """Run the file under a private module name, its folder importable meanwhile. Raises BuildError."""
     path = Path(path)
     if not path.is_file():
-        raise BuildError(Problem("model-file-missing", f"there is no model file {path.name}", str(path),
-                                 fix="give the path of a Python file with build_model and example_batch"))
+        raise BuildError(
+            Problem(
+                "model-file-missing",
+                f"there is no model file {path.name}",
+                str(path),
+                fix="give the path of a Python file with build_model and example_batch",
+            )
+        )
     source = path.read_bytes()
     digest = hashlib.sha256(source).hexdigest()
     module = _run(path, source, f"_autosp_model_{digest[:16]}")
     missing = [name for name in STUBS if not callable(vars(module).get(name))]
     if missing:
-        raise BuildError(Problem(
-            "model-file-incomplete", f"{path.name} does not define {' or '.join(missing)}", path.name,
-            "build calls build_model for the model and example_batch for the shapes of its inputs",
-            "add\n" + "\n".join(["import torch", *(STUBS[name] for name in missing)])))  # fmt: skip
+        raise BuildError(
+            Problem(
+                "model-file-incomplete",
+                f"{path.name} does not define {' or '.join(missing)}",
+                path.name,
+                "build calls build_model for the model and example_batch for the shapes of its inputs",
+                "add\n" + "\n".join(["import torch", *(STUBS[name] for name in missing)]),
+            )
+        )
     return ModelFile(module.build_model, module.example_batch, path.stem, digest)
 
 
@@ -67,9 +78,15 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Option]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            problems.append(Problem("option-malformed", f"{pair!r} is not key=value", "--set",
-                                    "the key becomes the name of an argument of build_model",
-                                    "write it as --set name=value"))
+            problems.append(
+                Problem(
+                    "option-malformed",
+                    f"{pair!r} is not key=value",
+                    "--set",
+                    "the key becomes the name of an argument of build_model",
+                    "write it as --set name=value",
+                )
+            )
         elif key in options:
             problems.append(Problem("option-malformed", f"{key} is set twice", "--set", fix="set it once"))
         else:
@@ -85,23 +102,43 @@ def make_model(model_file: ModelFile, options: Mapping[str, Option]) -> nn.Modul
     try:
         inspect.signature(build).bind(**options)
     except TypeError as error:
-        raise BuildError(Problem("option-unknown", f"build_model does not take these options: {error}", place,
-                                 "each --set key=value is a keyword argument of build_model",
-                                 "correct the name, or add the argument to build_model")) from error
+        raise BuildError(
+            Problem(
+                "option-unknown",
+                f"build_model does not take these options: {error}",
+                place,
+                "each --set key=value is a keyword argument of build_model",
+                "correct the name, or add the argument to build_model",
+            )
+        ) from error
     try:
         with weightless():
             model = build(**options)
     except FAILURES as error:
-        raise BuildError(Problem("build-model-failed", "build_model raised an exception", raised_at(error) or place,
-                                 said(error), "correct build_model or the options given with --set")) from error
+        raise BuildError(
+            Problem(
+                "build-model-failed",
+                "build_model raised an exception",
+                raised_at(error) or place,
+                said(error),
+                "correct build_model or the options given with --set",
+            )
+        ) from error
     if not isinstance(model, nn.Module):
-        raise BuildError(Problem("not-a-module", f"build_model returned {type(model).__name__}", place,
-                                 "what is built is the forward of a torch.nn.Module", "return the model"))
+        raise BuildError(
+            Problem(
+                "not-a-module",
+                f"build_model returned {type(model).__name__}",
+                place,
+                "what is built is the forward of a torch.nn.Module",
+                "return the model",
+            )
+        )
     return model
 
 
 def make_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The example batch, and by input name the dim that is the sequence. Raises BuildError naming all offending inputs."""
+    """The example batch, and by input name the dim that is the sequence. Raises BuildError naming all that offend."""
     place = defined_at(model_file.example_batch)
     # Twice the length, not one more: an example_batch may insist on a multiple of something.
     batch, longer = (_ask(model_file, batch_size, length, place) for length in (seq_len, 2 * seq_len))
@@ -115,19 +152,37 @@ def make_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> tuple[di
             continue
         changed = [dim for dim in range(len(before)) if before[dim] != after[dim]]
         if len(changed) > 1:
-            problems.append(Problem(
-                "sequence-dim-ambiguous", f"dims {changed} of input {name!r} change with the length", place,
-                "each input is cut along one sequence dim", "give one sequence dim, and make the rest in forward"))  # fmt: skip
+            problems.append(
+                Problem(
+                    "sequence-dim-ambiguous",
+                    f"dims {changed} of input {name!r} change with the length",
+                    place,
+                    "each input is cut along one sequence dim",
+                    "give one sequence dim, and make the rest in forward",
+                )
+            )
         elif changed and (before[changed[0]], after[changed[0]]) != (seq_len, 2 * seq_len):
-            problems.append(Problem(
-                "sequence-length", f"dim {changed[0]} of input {name!r} is {before[changed[0]]} for length {seq_len}", place,
-                "a sequence dim has the length that was asked for", "make it seq_len long, and shift or cut it in forward"))  # fmt: skip
+            problems.append(
+                Problem(
+                    "sequence-length",
+                    f"dim {changed[0]} of input {name!r} is {before[changed[0]]} for length {seq_len}",
+                    place,
+                    "a sequence dim has the length that was asked for",
+                    "make it seq_len long, and shift or cut it in forward",
+                )
+            )
         elif changed:
             sequence_dims[name] = changed[0]
     if not problems and not sequence_dims:
-        problems.append(Problem("no-sequence-dim", "no input changes its shape with the length", place,
-                                "the dim that changes is the sequence, which the ranks share",
-                                "use seq_len in example_batch"))
+        problems.append(
+            Problem(
+                "no-sequence-dim",
+                "no input changes its shape with the length",
+                place,
+                "the dim that changes is the sequence, which the ranks share",
+                "use seq_len in example_batch",
+            )
+        )
     if problems:
         raise BuildError(*problems)
     return batch, sequence_dims
@@ -138,10 +193,15 @@ def guess_sequence_dims(batch: Mapping[str, Tensor]) -> dict[str, int]:
     sizes = {name: tensor.shape[1] for name, tensor in batch.items() if tensor.dim() >= 2}
     if len(set(sizes.values())) != 1:
         said_sizes = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise BuildError(Problem(
-            "sequence-dim-unknown", f"dim 1 of the inputs has no one size: {said_sizes or 'no input has it'}", "batch",
-            "without two lengths to compare, the sequence is taken to be dim 1 of every input",
-            'say which it is: sequence_dims={"input_ids": 1, ...}'))  # fmt: skip
+        raise BuildError(
+            Problem(
+                "sequence-dim-unknown",
+                f"dim 1 of the inputs has no one size: {said_sizes or 'no input has it'}",
+                "batch",
+                "without two lengths to compare, the sequence is taken to be dim 1 of every input",
+                'say which it is: sequence_dims={"input_ids": 1, ...}',
+            )
+        )
     return dict.fromkeys(sizes, 1)
 
 
@@ -168,8 +228,15 @@ def _run(path: Path, source: bytes, name: str) -> ModuleType:
         loader.exec_module(module)
     except FAILURES as error:
         del sys.modules[name]
-        raise BuildError(Problem("model-file-failed", f"{path.name} cannot be imported", raised_at(error) or path.name,
-                                 said(error), "correct it: python must be able to run the file")) from error
+        raise BuildError(
+            Problem(
+                "model-file-failed",
+                f"{path.name} cannot be imported",
+                raised_at(error) or path.name,
+                said(error),
+                "correct it: python must be able to run the file",
+            )
+        ) from error
     finally:
         sys.path.remove(folder)
     return module
@@ -187,9 +254,15 @@ def _ask(model_file: ModelFile, batch_size: int, seq_len: int, place: str) -> di
     try:
         batch = model_file.example_batch(batch_size, seq_len)
     except FAILURES as error:
-        raise BuildError(Problem(
-            "example-batch-failed", f"example_batch({batch_size}, {seq_len}) raised an exception", raised_at(error) or place,
-            said(error), "make it work for any batch size and length")) from error  # fmt: skip
+        raise BuildError(
+            Problem(
+                "example-batch-failed",
+                f"example_batch({batch_size}, {seq_len}) raised an exception",
+                raised_at(error) or place,
+                said(error),
+                "make it work for any batch size and length",
+            )
+        ) from error
     if not isinstance(batch, Mapping):
         raise BuildError(_not_tensors(f"example_batch returned {type(batch).__name__}", place))
     wrong = [f"{name!r} is {type(value).__name__}" for name, value in batch.items() if not isinstance(value, Tensor)]
@@ -200,10 +273,20 @@ def _ask(model_file: ModelFile, batch_size: int, seq_len: int, place: str) -> di
 
 
 def _not_tensors(what: str, place: str) -> Problem:
-    return Problem("batch-not-tensors", what, place, "the batch is the keyword inputs of forward",
-                   "return a dict of tensors by name")
+    return Problem(
+        "batch-not-tensors",
+        what,
+        place,
+        "the batch is the keyword inputs of forward",
+        "return a dict of tensors by name",
+    )
 
 
 def _changes(what: str, place: str) -> Problem:
-    return Problem("batch-changes", what, place, "a batch of another length differs in the sequence dim only",
-                   "return the same names, dtypes and numbers of dims for every length")
+    return Problem(
+        "batch-changes",
+        what,
+        place,
+        "a batch of another length differs in the sequence dim only",
+        "return the same names, dtypes and numbers of dims for every length",
+    )

@@ -1,4 +1,4 @@
-"""Where in the user's code something happened, as `file.py:line`: of an exception, of a call now running, of a function."""
+"""Lines of the user's code as `file.py:line`: where an exception was raised, a call is running, a function begins."""
 
 import inspect
 import os

@@ -54,7 +54,9 @@ def test_a_model_file_gives_its_functions_its_stem_and_the_hash_of_its_text(mode
 
 def test_a_model_file_may_import_its_neighbours(model_file, tmp_path):
     (tmp_path / "neighbour_of_the_model.py").write_text("WIDTH = 6")
-    path = model_file(("import torch\n", "import torch\nfrom neighbour_of_the_model import WIDTH\n"), ("width=4", "width=WIDTH"))
+    path = model_file(
+        ("import torch\n", "import torch\nfrom neighbour_of_the_model import WIDTH\n"), ("width=4", "width=WIDTH")
+    )
     assert make_model(read_model_file(path), {}).in_features == 6
 
 
@@ -90,7 +92,11 @@ def test_a_file_without_the_functions_is_refused_with_a_stub_to_paste(model_file
     ("text", "line", "why"),
     [
         ("import torch\nx = 1 / 0\n", 2, "ZeroDivisionError: division by zero"),
-        ("import torch\n\nimport no_such_module_at_all\n", 3, "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        (
+            "import torch\n\nimport no_such_module_at_all\n",
+            3,
+            "ModuleNotFoundError: No module named 'no_such_module_at_all'",
+        ),
         ("x = (\n", 1, "SyntaxError: '(' was never closed (model.py, line 1)"),
     ],
 )
@@ -106,7 +112,8 @@ def test_a_file_that_cannot_be_imported_is_refused_with_its_line(model_file, tex
 def test_options_are_numbers_true_false_none_or_text():
     pairs = ["a=1", "b=-2.5e-3", "c=True", "d=None", "e=bfloat16", "f=[1, 2]", "g=", "h=a=b", "i='1'", "j=1_000"]
     assert parse_options(pairs) == {
-        "a": 1, "b": -2.5e-3, "c": True, "d": None, "e": "bfloat16", "f": "[1, 2]", "g": "", "h": "a=b", "i": "'1'", "j": 1000,
+        "a": 1, "b": -2.5e-3, "c": True, "d": None, "e": "bfloat16", "f": "[1, 2]", "g": "", "h": "a=b", "i": "'1'",
+        "j": 1000,
     }  # fmt: skip
 
 
@@ -177,7 +184,7 @@ def test_a_batch_that_is_no_dict_is_refused(model_file):
 
 
 def test_a_batch_with_something_other_than_tensors_is_refused(model_file):
-    path = model_file(("torch.ones(batch_size)", "[1.0]"), ('"table": torch', '7: torch'))
+    path = model_file(("torch.ones(batch_size)", "[1.0]"), ('"table": torch', "7: torch"))
     assert [line for line in batch_refusal(path).splitlines() if line.startswith("error")] == [
         "error[batch-not-tensors]: in the batch, 'weights' is list",
         "error[batch-not-tensors]: in the batch, the name 7 is no text",
@@ -204,10 +211,14 @@ def test_inputs_that_come_and_go_with_the_length_are_refused(model_file):
     )
 
 
-@pytest.mark.parametrize("made", ["torch.ones([1] * seq_len)", "torch.ones(1, dtype=[torch.int, torch.long][seq_len == 4])"])
+@pytest.mark.parametrize(
+    "made", ["torch.ones([1] * seq_len)", "torch.ones(1, dtype=[torch.int, torch.long][seq_len == 4])"]
+)
 def test_an_input_whose_dtype_or_dims_change_with_the_length_is_refused(model_file, made):
     path = model_file(("torch.ones(batch_size)", made))
-    assert batch_refusal(path).startswith("error[batch-changes]: input 'weights' changes its dtype or its number of dims\n")
+    assert batch_refusal(path).startswith(
+        "error[batch-changes]: input 'weights' changes its dtype or its number of dims\n"
+    )
 
 
 def test_a_batch_that_does_not_change_with_the_length_is_refused(model_file):
@@ -220,7 +231,9 @@ def test_a_batch_that_does_not_change_with_the_length_is_refused(model_file):
 
 
 def test_all_inputs_with_a_sequence_dim_that_cannot_be_cut_are_refused_at_once(model_file):
-    path = model_file(("seq_len, dtype", "seq_len + 1, dtype"), ("3, batch_size, seq_len", "seq_len, batch_size, seq_len"))
+    path = model_file(
+        ("seq_len, dtype", "seq_len + 1, dtype"), ("3, batch_size, seq_len", "seq_len, batch_size, seq_len")
+    )
     assert batch_refusal(path) == (
         "error[sequence-length]: dim 1 of input 'tokens' is 5 for length 4\n"
         "  where  model.py:9\n"

@@ -1,0 +1,147 @@
+"""What capture drops without a word, seen while the user's forward runs, and refused.
+
+with torch.autocast("cuda"):        makes no casts when captured on CPU
+Function.apply(x)                   traced through: its own backward is lost
+x.register_hook(double)             lost
+self.count = self.count + 1         of a buffer: lost
+if random.random() < 0.1:           drawn once, while building
+"""
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.user_code import called_at, is_users
+
+
+@contextlib.contextmanager
+def watched(target: str, place: str) -> Iterator[None]:
+    """Forward (defined at `place`) may run while it holds; then BuildError names all in it that capture would drop."""
+    watch = _Watch(target)
+    before = random.getstate()
+    with watch.seeing():
+        yield
+    if random.getstate() != before:
+        watch.problems.append(
+            Problem(
+                "random-operator",
+                "forward draws from Python's random module",
+                place,
+                "the number drawn while building would stay for every step",
+                "take that out of forward",
+            )
+        )
+    if watch.problems:
+        raise BuildError(*dict.fromkeys(watch.problems))
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """BuildError naming all modules and parameters that carry hooks on gradients."""
+    modules = [
+        f"module {name or type(module).__name__!r}"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    parameters = [f"parameter {name!r}" for name, parameter in model.named_parameters() if parameter._backward_hooks]
+    if modules or parameters:
+        raise BuildError(*(_hook(what, "build_model") for what in modules + parameters))
+
+
+class _Watch:
+    def __init__(self, target: str):
+        self.target = target
+        self.problems: list[Problem] = []
+        self.asked: dict[torch.autocast, bool] = {}
+
+    @contextlib.contextmanager
+    def seeing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as undo:
+            for owner, name, see in (
+                (torch.autocast, "__init__", self.autocast_made),
+                (torch.autocast, "__enter__", self.autocast_entered),
+                (torch.autograd.Function, "apply", self.function_applied),
+                (torch.Tensor, "register_hook", self.hook_registered),
+                (nn.Module, "__setattr__", self.attribute_set),
+            ):
+                undo.callback(setattr, owner, name, vars(owner)[name])
+                setattr(owner, name, _seen(vars(owner)[name], see))
+            yield
+
+    def autocast_made(
+        self, region: torch.autocast, device_type: str, dtype=None, enabled: bool = True, *_, **__
+    ) -> None:
+        # The region itself forgets: torch turns it off where it has no such device.
+        self.asked[region] = enabled
+
+    def autocast_entered(self, region: torch.autocast) -> None:
+        if region.device == "cpu" and self.target == "cpu":
+            return
+        # One made before, as a decorator, can have been turned off by torch as well as by the user.
+        if self.asked.get(region, region.device != "cpu" or region._enabled):
+            self.problems.append(
+                Problem(
+                    "autocast-device",
+                    f"autocast for {region.device} is on inside forward, and the target is {self.target}",
+                    called_at(),
+                    "the step is captured on CPU: the casts in the program would not be those of the target",
+                    "give the model its dtype, as with model.to(torch.bfloat16), instead of autocast",
+                )
+            )
+
+    def function_applied(self, function: type, *_, **__) -> None:
+        # Those that torch itself applies belong to operators, but for this one.
+        reentrant = issubclass(function, CheckpointFunction)
+        if not reentrant and not is_users(sys._getframe(2)):
+            return
+        self.problems.append(
+            Problem(
+                "custom-gradient",
+                f"the autograd.Function {function.__name__} has a backward of its own",
+                called_at(),
+                "capture differentiates what its forward computes, and does not see its backward",
+                "checkpoint with use_reentrant=False" if reentrant else "write it with torch operators",
+            )
+        )
+
+    def hook_registered(self, tensor: torch.Tensor, *_) -> None:
+        self.problems.append(_hook("forward", called_at()))
+
+    def attribute_set(self, module: nn.Module, name: str, value: object) -> None:
+        buffer = module._buffers.get(name)
+        if buffer is not None and value is not buffer and is_users(sys._getframe(2)):
+            self.problems.append(
+                Problem(
+                    "state-mutated",
+                    f"forward replaces the buffer {name!r} of {type(module).__name__}",
+                    called_at(),
+                    "state that outlives the step is not part of the program",
+                    "compute it without changing a buffer or an input",
+                )
+            )
+
+
+def _seen(original, see: Callable[..., None]):
+    """The method `original`, telling `see` of every call first."""
+    function = original.__func__ if isinstance(original, classmethod) else original
+
+    def call(*args, **kwargs):
+        see(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return classmethod(call) if isinstance(original, classmethod) else call
+
+
+def _hook(what: str, place: str) -> Problem:
+    return Problem(
+        "gradient-hook",
+        f"{what} has a hook on a gradient",
+        place,
+        "capture does not keep hooks, and the gradients would differ",
+        "compute what the hook does in forward, or after backward",
+    )

@@ -14,7 +14,6 @@ No pickle, no eval; the same build gives the same bytes anywhere.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields

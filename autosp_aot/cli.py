@@ -82,12 +82,14 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, out: Path |
     """
     from autosp_aot.artifact import read_manifest
     from autosp_aot.builder import build_file
+    from autosp_aot.report import facts
 
     path = build_file(model, sp, seq, batch, options, out, target, recompute, strict, seed, not no_weights)
     manifest = read_manifest(path)
-    inputs = ", ".join(f"{value.name} {list(value.shape)}" for value in manifest.batch)
-    click.echo(f"built {path} for {manifest.ranks} ranks on {manifest.target}: {inputs}", err=True)
-    click.echo(f"{'with' if manifest.has_weights else 'without'} initial weights", err=True)
+    for name, value in facts(manifest):
+        click.echo(f"{name + ':':<36}{value}", err=True)
+    if not manifest.has_weights:
+        click.echo("no weights stored: run needs --init-from", err=True)
     click.echo(path)
 
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.operators import COLLECTIVES
-from autosp_aot.placement import Placement, piece_elements, transfers
+from autosp_aot.placement import Placement, transfers
 from autosp_aot.program import Instr, Program, Value
 
 
@@ -67,8 +67,7 @@ def _collective(section: str, instr: Instr, values: dict[str, Value], rank: int,
 @lru_cache(maxsize=4096)
 def _sizes(source: Placement, target: Placement, whole: tuple[int, ...], rank: int, ranks: int):
     def elements(sender: int, receiver: int) -> int:
-        pieces = transfers(source, target, whole, sender, receiver)
-        return sum(piece_elements(piece, source, target, whole) for piece in pieces)
+        return sum(piece.elements(whole) for piece in transfers(source, target, whole, sender, receiver))
 
     return tuple(elements(rank, peer) for peer in range(ranks)), tuple(elements(peer, rank) for peer in range(ranks))
 

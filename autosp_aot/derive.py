@@ -18,7 +18,7 @@ from autosp_aot.operators import FREE, MOVES
 from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy
 from autosp_aot.passes.rules.table import spec_of
-from autosp_aot.placement import PARTIAL, REPLICATE, Placement, compatible, disjoint, local_shape
+from autosp_aot.placement import PARTIAL, REPLICATE, Placement, disjoint, local_shape
 from autosp_aot.program import Instr, Program, Ref, Value, at_rank, map_args
 
 RECOMPUTED = "recompute."
@@ -72,7 +72,7 @@ class _Derivation:
                 "reduce_scatter": source.partial and target.cut is not None and not target.partial,
                 "all_reduce": source == PARTIAL and target == REPLICATE,
             }[instr.op]
-            if not fits or not compatible(source, target):
+            if not fits:
                 raise _wrong(f"{instr.op} cannot take {name} from {_said(source)} to {_said(target)}", instr)
             self.check_value(out, self.whole_values[self.stands_for[name]], instr)
             self.know(out, self.stands_for[name])

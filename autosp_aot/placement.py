@@ -11,6 +11,7 @@ A dim of size `outer * extent` is cut along its `extent`: rank r holds, for ever
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 Bounds = tuple[tuple[int, int], ...]
@@ -63,6 +64,7 @@ def scale(bounds: Bounds, by: int) -> Bounds:
     return bounds if by == 1 else tuple((lo * by, hi * by) for lo, hi in bounds)
 
 
+@lru_cache(maxsize=4096)
 def disjoint(bounds: Bounds) -> bool:
     """True when no position belongs to two ranks."""
     filled = sorted(b for b in bounds if b[0] < b[1])
@@ -92,13 +94,33 @@ def local_shape(shape: tuple[int, ...], placement: Placement, rank: int) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a value that goes from one rank to another: an interval of the cut of each side, in whole coordinates.
+    """A part of a value that goes from one rank to another: (dim, start, stop) of each dim that is cut on either side.
 
-    `None` on a side means the whole extent. Where both sides cut the same dim and outer the intervals are equal.
+    In coordinates of the whole; what is not named goes whole.
     """
 
-    source: Box | None
-    target: Box | None
+    box: tuple[tuple[int, int, int], ...]
+
+    def elements(self, shape: tuple[int, ...]) -> int:
+        """How many elements of a value of this whole shape it holds."""
+        count = prod(shape)
+        for dim, start, stop in self.box:
+            count = count // shape[dim] * (stop - start)
+        return count
+
+    def local(self, placement: Placement, extents: tuple[int, ...], rank: int) -> tuple[tuple[int, int, int], ...]:
+        """The same part in coordinates of rank `rank`'s box; `extents` is the whole shape."""
+        cut = placement.cut
+        if cut is None:
+            return self.box
+        extent, (lo, hi) = extents[cut.dim] // cut.outer, cut.bounds[rank]
+        found = []
+        for dim, start, stop in self.box:
+            if dim == cut.dim:
+                part = start // extent
+                start, stop = (at - part * extent - lo + part * (hi - lo) for at in (start, stop))
+            found.append((dim, start, stop))
+        return tuple(found)
 
 
 def transfers(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Piece]:
@@ -106,21 +128,18 @@ def transfers(source: Placement, target: Placement, shape: tuple[int, ...], send
 
     Summands all travel. Of several copies the receiver takes its own, then that of the lowest rank that holds it.
     """
-    wanted = target.cut.bounds[receiver] if target.cut else None
-    if source.cut is None:
+    a, b = source.cut, target.cut
+    if a is None:
         if not source.partial and sender != receiver:
             return []
-        return [] if _empty(wanted) else [Piece(None, wanted)]
-    same = target.cut is not None and (target.cut.dim, target.cut.outer) == (source.cut.dim, source.cut.outer)
-    extent = shape[source.cut.dim] // source.cut.outer
-    needed = wanted if same else (0, extent)
-    if source.partial:
-        intervals = [_meet(source.cut.bounds[sender], needed)]
-    else:
-        intervals = _owned(source.cut.bounds, needed, sender, receiver)
-    if not same and _empty(wanted):
-        return []
-    return [Piece(box, box if same else wanted) for box in intervals if box[0] < box[1]]
+        return [Piece(())] if b is None else [Piece(((b.dim, *box),)) for box in _intervals(b, shape, receiver)]
+    same = b is not None and a.dim == b.dim
+    needed = _intervals(b, shape, receiver) if same else [(0, shape[a.dim])]
+    given = _given(source, shape, needed, sender, receiver)
+    if same or b is None:
+        return [Piece(((a.dim, *box),)) for box in given]
+    wanted = _intervals(b, shape, receiver)
+    return [Piece(((a.dim, *mine), (b.dim, *theirs))) for mine in given for theirs in wanted]
 
 
 def received_bytes(source: Placement, target: Placement, shape: tuple[int, ...], itemsize: int, ranks: int) -> int:
@@ -130,93 +149,40 @@ def received_bytes(source: Placement, target: Placement, shape: tuple[int, ...],
     """
     if source == target or source.replicated:
         return 0
-    whole = prod(shape) * itemsize
     if source.partial and target.cut == source.cut:
-        return 2 * whole * (ranks - 1) // ranks
+        return 2 * prod(shape) * itemsize * (ranks - 1) // ranks
     worst = 0
     for receiver in range(ranks):
-        got = 0
-        for sender in range(ranks):
-            if sender == receiver:
-                continue
-            for piece in transfers(source, target, shape, sender, receiver):
-                got += piece_elements(piece, source, target, shape)
-        worst = max(worst, got)
+        senders = (rank for rank in range(ranks) if rank != receiver)
+        pieces = (piece for sender in senders for piece in transfers(source, target, shape, sender, receiver))
+        worst = max(worst, sum(piece.elements(shape) for piece in pieces))
     return worst * itemsize
 
 
-def piece_elements(piece: Piece, source: Placement, target: Placement, shape: tuple[int, ...]) -> int:
-    """How many elements a piece holds."""
-    count = prod(shape)
-    for cut, box in _cut_boxes(piece, source, target):
-        count = count // (shape[cut.dim] // cut.outer) * (box[1] - box[0])
-    return count
+def _intervals(cut: Cut, shape: tuple[int, ...], rank: int) -> list[Box]:
+    """What a rank holds of a cut dim, as intervals of the whole dim."""
+    extent, (lo, hi) = shape[cut.dim] // cut.outer, cut.bounds[rank]
+    return [(part * extent + lo, part * extent + hi) for part in range(cut.outer)] if lo < hi else []
 
 
-def _cut_boxes(piece: Piece, source: Placement, target: Placement) -> list[tuple[Cut, Box]]:
-    """The intervals that bound a piece, each once, with the cut whose coordinates they are in."""
-    boxes = []
-    if piece.source is not None:
-        boxes.append((source.cut, piece.source))
-    if piece.target is not None and not (boxes and _same_axis(source.cut, target.cut)):
-        boxes.append((target.cut, piece.target))
-    return boxes
+def _given(source: Placement, shape: tuple[int, ...], needed: list[Box], sender: int, receiver: int) -> list[Box]:
+    """The parts of `needed` that `receiver` takes from `sender`."""
+    cut = source.cut
+    if not source.partial and not disjoint(cut.bounds):
+        for rank in (receiver, *(r for r in range(len(cut.bounds)) if r != receiver)):
+            if rank == sender:
+                break
+            needed = _without(needed, _intervals(cut, shape, rank))
+    return _meet(needed, _intervals(cut, shape, sender))
 
 
-def _same_axis(a: Cut, b: Cut) -> bool:
-    return (a.dim, a.outer) == (b.dim, b.outer)
+def _meet(some: list[Box], others: list[Box]) -> list[Box]:
+    boxes = ((max(a, c), min(b, d)) for a, b in some for c, d in others if a < d and c < b)
+    return [(lo, hi) for lo, hi in boxes if lo < hi]
 
 
-def compatible(source: Placement, target: Placement) -> bool:
-    """Whether a value can go from one to the other directly: two cuts of one dim have to cut the same extent."""
-    a, b = source.cut, target.cut
-    return a is None or b is None or a.dim != b.dim or a.outer == b.outer
-
-
-def _meet(a: Box, b: Box) -> Box:
-    return max(a[0], b[0]), min(a[1], b[1])
-
-
-def _empty(box: Box | None) -> bool:
-    return box is not None and box[0] >= box[1]
-
-
-def _owned(bounds: Bounds, needed: Box, sender: int, receiver: int) -> list[Box]:
-    """The parts of `needed` that `receiver` takes from `sender`, when some positions have several holders."""
-    order = [receiver, *(r for r in range(len(bounds)) if r != receiver)]
-    missing = [needed]
-    for rank in order:
-        taken = [box for box in (_meet(bounds[rank], part) for part in missing) if box[0] < box[1]]
-        if rank == sender:
-            return taken
-        if taken:
-            missing = [rest for part in missing for rest in _without(part, bounds[rank]) if rest[0] < rest[1]]
-    return []
-
-
-def _without(part: Box, hole: Box) -> list[Box]:
-    if hole[0] >= hole[1]:
-        return [part]
-    return [(part[0], min(part[1], hole[0])), (max(part[0], hole[1]), part[1])]
-
-
-# --- local coordinates --------------------------------------------------------------------------------------------
-
-
-def piece_in_source(piece: Piece, source: Placement, target: Placement, rank: int) -> list[tuple[int, int, int, int]]:
-    """A piece as slices of the sender's local tensor: (dim, outer, start, stop) each, to be applied in turn."""
-    return _local_slices(piece, source, target, source, rank)
-
-
-def piece_in_target(piece: Piece, source: Placement, target: Placement, rank: int) -> list[tuple[int, int, int, int]]:
-    """A piece as slices of the receiver's local tensor: (dim, outer, start, stop) each, to be applied in turn."""
-    return _local_slices(piece, source, target, target, rank)
-
-
-def _local_slices(piece, source, target, mine: Placement, rank: int) -> list[tuple[int, int, int, int]]:
-    slices = []
-    for cut, (lo, hi) in _cut_boxes(piece, source, target):
-        inside = mine.cut is not None and _same_axis(mine.cut, cut)
-        base = mine.cut.bounds[rank][0] if inside else 0
-        slices.append((cut.dim, cut.outer, lo - base, hi - base))
-    return slices
+def _without(some: list[Box], others: list[Box]) -> list[Box]:
+    for lo, hi in others:
+        parts = (part for a, b in some for part in ((a, min(b, lo)), (max(a, hi), b)))
+        some = [(a, b) for a, b in parts if a < b]
+    return some

@@ -10,7 +10,7 @@ to bring its results home; then the worst rank's work. Ties go to the first cand
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from math import prod
 
 from autosp_aot.errors import BuildError, Problem
@@ -21,9 +21,7 @@ from autosp_aot.passes.rules.table import spec_of
 from autosp_aot.placement import (
     PARTIAL,
     REPLICATE,
-    Bounds,
     Placement,
-    compatible,
     local_shape,
     received_bytes,
 )
@@ -198,7 +196,7 @@ class _Partition:
         return self.source(name, placement)[0]
 
     def source(self, name: str, placement: Placement) -> tuple[int, Placement | None]:
-        """The cheapest way to a placement: bytes received, and the version to go from (via Replicate where they clash)."""
+        """The cheapest way to a placement: bytes received, and the version to go from."""
         value = self.whole[name]
         best = None
         for version in self.versions[name]:
@@ -206,10 +204,7 @@ class _Partition:
                 return 0, version
             if placement.partial:
                 continue
-            if compatible(version, placement):
-                price = _moved(version, placement, value.shape, value.dtype, self.ranks)
-            else:
-                price = _moved(version, REPLICATE, value.shape, value.dtype, self.ranks)
+            price = _moved(version, placement, value.shape, value.dtype, self.ranks)
             if best is None or price < best[0]:
                 best = price, version
         assert best is not None
@@ -221,9 +216,6 @@ class _Partition:
         if placement in versions:
             return versions[placement]
         _, source = self.source(name, placement)
-        if not compatible(source, placement):
-            self.bring(name, REPLICATE, instr)
-            source = REPLICATE
         op = _move(source, placement)
         value = self.whole[name]
         moved = replace(self.local(value, placement), name=self.fresh(f"{name}.{op}"))
@@ -259,12 +251,12 @@ def _move(source: Placement, target: Placement) -> str:
     return "all_gather" if target.cut is None else "all_to_all"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _moved(source: Placement, target: Placement, shape: tuple[int, ...], dtype: str, ranks: int) -> int:
-    return received_bytes(source, target, shape, ITEMSIZE[dtype], ranks) if compatible(source, target) else prod(shape) * ITEMSIZE[dtype]
+    return received_bytes(source, target, shape, ITEMSIZE[dtype], ranks)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _largest(shape: tuple[int, ...], dtype: str, placement: Placement, ranks: int) -> int:
     """Bytes of the largest box."""
     return max(prod(local_shape(shape, placement, rank)) for rank in range(ranks)) * ITEMSIZE[dtype]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autosp_aot import operators
-from autosp_aot.placement import Placement, piece_in_source, piece_in_target, transfers
+from autosp_aot.placement import transfers
 from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args
 from autosp_aot.runtime import kernels
 
@@ -133,25 +133,26 @@ class Executor:
 
 
 class _Plan:
-    """How a value goes from one placement to another, for one rank: slices to send and slices to fill."""
+    """How a value goes from one placement to another, for one rank: parts to send and parts to fill."""
 
     def __init__(self, source: Value, target: Value, rank: int, ranks: int):
         self.target, self.summing = target, source.placement.partial
-        a, b = source.placement, target.placement
-        whole = source.whole_shape
+        a, b, whole = source.placement, target.placement, source.whole_shape
         self.sends = [
-            [(piece_in_source(p, a, b, rank), _piece_shape(p, a, b, whole)) for p in transfers(a, b, whole, rank, peer)]
+            (peer, piece.local(a, whole, rank), piece.elements(whole))
             for peer in range(ranks)
+            for piece in transfers(a, b, whole, rank, peer)
         ]
         self.fills = [
-            [(piece_in_target(p, a, b, rank), _piece_shape(p, a, b, whole)) for p in transfers(a, b, whole, peer, rank)]
+            (peer, piece.local(b, whole, rank), piece.elements(whole))
             for peer in range(ranks)
+            for piece in transfers(a, b, whole, peer, rank)
         ]
-        self.send_sizes = [sum(_numel(shape) for _, shape in pieces) for pieces in self.sends]
-        self.receive_sizes = [sum(_numel(shape) for _, shape in pieces) for pieces in self.fills]
+        self.send_sizes = [sum(count for to, _, count in self.sends if to == peer) for peer in range(ranks)]
+        self.receive_sizes = [sum(count for of, _, count in self.fills if of == peer) for peer in range(ranks)]
 
     def pack(self, tensor: Tensor) -> Tensor:
-        parts = [_narrowed(tensor, slices).reshape(-1) for pieces in self.sends for slices, _ in pieces]
+        parts = [_narrowed(tensor, box).reshape(-1) for _, box, _ in self.sends]
         return torch.cat(parts) if parts else tensor.new_empty(0)
 
     def unpack(self, received: Tensor) -> Tensor:
@@ -161,50 +162,32 @@ class _Plan:
         else:
             result = torch.empty(self.target.shape, dtype=dtype, device=received.device)
         at = 0
-        for pieces in self.fills:
-            for slices, shape in pieces:
-                part = received[at : at + _numel(shape)].view(shape)
-                at += _numel(shape)
-                place = _narrowed(result, slices)
-                place.add_(part) if self.summing else place.copy_(part)
+        for _, box, count in self.fills:
+            place = _narrowed(result, box)
+            part = received[at : at + count].view(place.shape)
+            place.add_(part) if self.summing else place.copy_(part)
+            at += count
         return result.to(dtype)
 
 
 def _shard(source: Value, target: Value, rank: int) -> Step:
-    a, b = source.placement, target.placement
-    (piece,) = transfers(a, b, source.whole_shape, rank, rank) or (None,)
-    slices = None if piece is None else piece_in_source(piece, a, b, rank)
+    a, b, whole = source.placement, target.placement, source.whole_shape
+    boxes = [piece.local(a, whole, rank) for piece in transfers(a, b, whole, rank, rank)]
+    dim = b.cut.dim
 
     def step(values: dict[str, Tensor]) -> None:
         tensor = values[source.name]
-        part = tensor.new_empty(target.shape) if slices is None else _narrowed(tensor, slices)
-        values[target.name] = part.reshape(target.shape)
+        parts = [_narrowed(tensor, box) for box in boxes]
+        values[target.name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
 
     return step
 
 
-def _narrowed(tensor: Tensor, slices: list[tuple[int, int, int, int]]) -> Tensor:
-    """A view of the part that slices (dim, outer, start, stop) describe, a cut dim with outer > 1 split in two."""
-    for dim, outer, start, stop in sorted(slices, reverse=True):
-        if outer != 1:
-            tensor = tensor.unflatten(dim, (outer, tensor.shape[dim] // outer))
-            dim += 1
+def _narrowed(tensor: Tensor, box: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """A view of a part."""
+    for dim, start, stop in box:
         tensor = tensor.narrow(dim, start, stop - start)
     return tensor
-
-
-def _piece_shape(piece, source: Placement, target: Placement, whole: tuple[int, ...]) -> tuple[int, ...]:
-    shape = list(whole)
-    for dim, outer, start, stop in sorted(piece_in_source(piece, source, target, 0), reverse=True):
-        shape[dim : dim + 1] = [outer, stop - start] if outer != 1 else [stop - start]
-    return tuple(shape)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _summing(dtype: torch.dtype) -> torch.dtype:

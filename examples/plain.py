@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, vocab_size: int, hidden_size: int, layers: int, heads: int, kv_heads: int, max_length: int, tied: bool):
+    def __init__(self, vocab_size, hidden_size, layers, heads, kv_heads, max_length, tied):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab_size, hidden_size), nn.Embedding(max_length, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, heads, kv_heads) for _ in range(layers))

@@ -120,8 +120,8 @@ Feed = Windows | StoredBatch
 def open_feed(inputs: tuple[TensorSpec, ...], seed: int, data: Path | None, batch_file: Path | None) -> Feed:
     """The batches of a run; looks at sizes only, so that a large corpus costs nothing.
 
-    `inputs` are the inputs of forward with their whole shapes. Raises ArtifactError: `batch-mismatch` with all offenders,
-    `no-tokens-for-input`, `vocabulary-unknown`, `bad-token-file`, `data-too-short`.
+    `inputs` are the inputs of forward with their whole shapes. Raises ArtifactError: `batch-mismatch` and
+    `no-tokens-for-input` with all offenders, `vocabulary-unknown`, `bad-token-file`, `data-too-short`.
     """
     if batch_file is not None:
         _check_batch(inputs, batch_file)

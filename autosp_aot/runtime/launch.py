@@ -49,22 +49,9 @@ def run(training: Training, seed: int, data: Path | None, batch_file: Path | Non
 
 
 def _check(manifest: Manifest, training: Training) -> None:
-    """What would fail on every rank alike fails here, before a process is started."""
-    started = os.environ.get("WORLD_SIZE")
-    if started is not None and int(started) != manifest.ranks:
-        raise ArtifactError(Problem(
-            "world-size", f"the artifact has programs for {manifest.ranks} ranks, and torchrun started {started}",
-            str(training.artifact), "each rank runs its own program, fixed when the artifact was built",
-            f"start {manifest.ranks} processes, or build again with --sp {started}",
-        ))  # fmt: skip
-    if started is None:
+    """What would fail on every rank alike fails here, before a process is started (`load` checks the rest)."""
+    if "WORLD_SIZE" not in os.environ:
         check_devices(manifest.target, manifest.ranks)
-    if training.init_from is None and not manifest.has_weights:
-        raise ArtifactError(Problem(
-            "no-weights", "the artifact has no stored weights", str(training.artifact),
-            "it was built with --no-weights, or they are 1 GB or more",
-            "give --init-from: a safetensors file, or a folder of them, with the names of model.state_dict()",
-        ))  # fmt: skip
     for option, path in (("--metrics", training.metrics), ("--dump", training.dump)):
         if path is not None and not path.absolute().parent.is_dir():
             raise AutospError(Problem("no-such-folder", f"{option} {path}: the folder does not exist"))

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from autosp_aot.artifact import read_manifest
+from autosp_aot.builder import build
+from autosp_aot.runtime.data import open_feed
+from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.train import AdamW, Training, train
+from examples import plain
+
+TINY = {"vocab_size": 8, "hidden_size": 4, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8, "dtype": "float64"}
+ALONE = Group(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("artifact") / "plain.sp1"
+    build(plain.build_model(**TINY), plain.example_batch(2, 4), 1, path, target="cpu")
+    return path
+
+
+@pytest.fixture
+def model(artifact):
+    model = plain.build_model(**TINY)
+    model.load_state_dict(load_file(artifact / "weights" / "model.safetensors"))
+    return model
+
+
+def random_tokens(artifact):
+    return open_feed(read_manifest(artifact).batch, 0, None, None)
+
+
+def test_adamw_is_torchs_bit_for_bit():
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = AdamW(ours, 1e-2), torch.optim.AdamW(theirs, 1e-2)
+    for _ in range(4):
+        for a, b in zip(ours[:2], theirs):  # the third has no gradient
+            gradient = torch.randn(a.shape)
+            a.grad, b.grad = gradient, gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_every_step_is_a_line_and_a_json_line(artifact, tmp_path, capsys):
+    train(Training(artifact, steps=3, lr=0.5, metrics=tmp_path / "m.jsonl"), random_tokens(artifact), ALONE)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [line.split()[:2] for line in lines] == [["step", "1"], ["step", "2"], ["step", "3"]]
+    assert all(list(row) == ["step", "loss", "grad_norm", "lr", "tokens_per_s"] for row in rows)
+    assert [(row["step"], row["lr"]) for row in rows] == [(1, 0.5), (2, 0.5), (3, 0.5)]
+
+
+def test_the_gradient_norm_is_that_of_all_gradients_together(artifact, model, tmp_path):
+    feed = random_tokens(artifact)
+    train(Training(artifact, steps=1, metrics=tmp_path / "m.jsonl"), feed, ALONE)
+    model(**feed.at(0)).backward()
+    whole = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert json.loads((tmp_path / "m.jsonl").read_text())["grad_norm"] == pytest.approx(float(whole), rel=1e-12)
+
+
+def test_a_loss_that_is_not_finite_is_said_and_training_goes_on(artifact, tmp_path, capsys):
+    labels = torch.full((2, 4), -100)
+    save_file({"input_ids": torch.zeros(2, 4, dtype=torch.long), "labels": labels}, tmp_path / "batch")
+    feed = open_feed(read_manifest(artifact).batch, 0, None, tmp_path / "batch")
+    train(Training(artifact, steps=2, metrics=tmp_path / "m.jsonl"), feed, ALONE)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.endswith("(not finite)") for line in lines)
+    assert json.loads((tmp_path / "m.jsonl").read_text().splitlines()[0])["loss"] is None

@@ -120,14 +120,14 @@ def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config
         buffers=specs(kept),
         aliases=_aliases(model),
         trainable=tuple(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss"),
-        operators={op: schema(op) for op in sorted({i.op for p in (whole, compiled.program) for i in p.instrs()}) if _foreign(op)},
+        operators={op: schema(op) for op in sorted({i.op for p in (compiled.whole, compiled.program) for i in p.instrs()}) if _foreign(op)},
         costs=asdict(costs(compiled.program)),
         fallbacks=tuple(asdict(fallback) for fallback in compiled.fallbacks),
         decisions=compiled.decisions,
         files={},
     )
     report = html_report(manifest, compiled.program)
-    return Artifact(manifest, whole, compiled.program, {v.name: buffers[v.name] for v in kept}, None, report)
+    return Artifact(manifest, compiled.whole, compiled.program, {v.name: buffers[v.name] for v in kept}, None, report)
 
 
 def model_values(model: nn.Module) -> dict[str, Tensor]:

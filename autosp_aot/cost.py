@@ -21,7 +21,10 @@ VIEWS = {
 }
 CONTRACTIONS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default")
 # Products of [S, D] and [D, S] or [S, S] and [S, D] that attention does, forward and backward.
-ATTENTION_PRODUCTS = {"autosp.attention": 2, "autosp.attention_backward": 5}
+ATTENTION_PRODUCTS = {
+    "autosp.attention": 2, "autosp.attention_rows": 2,
+    "autosp.attention_backward": 5, "autosp.attention_rows_backward": 5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,9 @@ def _flops(instr: Instr, values: dict[str, Value]) -> int:
     """Multiplications and additions of the products in a call; all else is linear and small beside them."""
     shapes = [values[name].shape for name in instr.refs()]
     if instr.op in ATTENTION_PRODUCTS:
-        q, k = (shapes[0], shapes[1]) if instr.op == "autosp.attention" else (shapes[1], shapes[2])
-        causal = 2 if instr.args[-3] else 1
+        backward = ATTENTION_PRODUCTS[instr.op] == 5
+        q, k = shapes[backward], shapes[backward + 1]
+        causal = 2 if instr.args[len(shapes) + 1] else 1
         return ATTENTION_PRODUCTS[instr.op] * 2 * prod(q) * k[2] // causal
     if instr.op in CONTRACTIONS:
         a, b = shapes[-2:]

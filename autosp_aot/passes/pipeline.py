@@ -7,6 +7,7 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.derive import derive
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.partition import Fallback, partition
+from autosp_aot.passes.query_rows import split_query_rows
 from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
 from autosp_aot.passes.sections import split_sections
@@ -16,8 +17,9 @@ from autosp_aot.verify import verify
 
 @dataclass(frozen=True)
 class Compiled:
-    """The program of all ranks, how each value was placed, and what computes replicated."""
+    """The whole step, the program of all ranks, how each value was placed, and what computes replicated."""
 
+    whole: Program
     program: Program
     decisions: dict[str, str]
     fallbacks: tuple[Fallback, ...]
@@ -25,6 +27,7 @@ class Compiled:
 
 def compile_program(whole: Program, sequence_dims: dict[str, int], config: BuildConfig) -> Compiled:
     """From the whole step to the step of every rank. Raises BuildError; verifies before the first pass and after each."""
+    whole = split_query_rows(whole, config.ranks)
     verify(whole)
     partitioned = partition(whole, sequence_dims, config.ranks)
     if config.strict and partitioned.fallbacks:
@@ -34,7 +37,7 @@ def compile_program(whole: Program, sequence_dims: dict[str, int], config: Build
         program = run(program)
         verify(program)
         derive(program, whole)
-    return Compiled(program, partitioned.decisions, partitioned.fallbacks)
+    return Compiled(whole, program, partitioned.decisions, partitioned.fallbacks)
 
 
 def _refused(fallback: Fallback) -> Problem:

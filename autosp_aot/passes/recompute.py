@@ -16,7 +16,7 @@ from dataclasses import replace
 from autosp_aot.program import Instr, Program, Section, Value, rename
 
 COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
-QUADRATIC = ("autosp.attention",)
+QUADRATIC = ("autosp.attention", "autosp.attention_rows")
 
 
 def recompute(program: Program, policy: str) -> Program:

@@ -45,6 +45,68 @@ def attention_backward(
     return tuple(torch.cat(found, 1) if len(parts) > 1 else found[0] for found in zip(*parts))
 
 
+def attention_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, group: int, rows: int, start: int):
+    """`attention` for positions `start ..` of heads and rows as one dim: q [B, L, D] -> out [B, L, Dv], lse [B, L]."""
+    if q.numel() == 0:
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32 if q.dtype in HALF else q.dtype)
+        return q.new_empty((*q.shape[:2], v.shape[3])), lse
+    kernel, _ = _kernels(q, v)
+    outs, lses = [], []
+    for part, kv, first in _row_runs(q.shape[1], group, rows, start):
+        mine, found = q[:, part].unsqueeze(1), None
+        for keys, is_causal in _key_blocks(first, mine.shape[2], k.shape[2], causal):
+            more = kernel(mine, k[:, kv, keys], v[:, kv, keys], scale, is_causal)
+            found = more if found is None else _merged(found, more)
+        outs.append(found[0].squeeze(1))
+        lses.append(found[1].squeeze(1))
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def attention_rows_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    scale: float, causal: bool, group: int, rows: int, start: int,
+):  # fmt: skip
+    """Gradients of `attention_rows`; those of k and v hold what this rank's rows add to them."""
+    dtype = torch.float32 if q.dtype in HALF else q.dtype
+    grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=dtype) for t in (q, k, v))
+    _, kernel = _kernels(q, v)
+    for part, kv, first in _row_runs(q.shape[1], group, rows, start):
+        mine = [t[:, part].unsqueeze(1) for t in (grad_out, q, out, lse)]
+        for keys, is_causal in _key_blocks(first, part.stop - part.start, k.shape[2], causal):
+            found = kernel(mine[0], mine[1], k[:, kv, keys], v[:, kv, keys], mine[2], mine[3], scale, is_causal)
+            grad_q[:, part] += found[0].squeeze(1)
+            grad_k[:, kv, keys] += found[1]
+            grad_v[:, kv, keys] += found[2]
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _row_runs(count: int, group: int, rows: int, start: int):
+    """(positions here, key/value head here, first row) of each head that the positions `start .. start + count` touch."""
+    at, runs, first_kv = start, [], start // rows // group
+    while at < start + count:
+        head, row = divmod(at, rows)
+        end = min((head + 1) * rows, start + count)
+        kv = head // group - first_kv
+        runs.append((slice(at - start, end - start), slice(kv, kv + 1), row))
+        at = end
+    return runs
+
+
+def _key_blocks(first: int, count: int, keys: int, causal: bool):
+    """What rows `first .. first + count` see: all keys, or those before them and a triangle (kernels differ on its corner)."""
+    if not causal:
+        return [(slice(0, keys), False)]
+    before = [(slice(0, first), False)] if first else []
+    return [*before, (slice(first, first + count), True)]
+
+
+def _merged(a, b):
+    """Attention over two sets of keys as one, by their lse."""
+    lse = torch.logaddexp(a[1], b[1])
+    weights = [torch.exp(part[1] - lse).unsqueeze(-1) for part in (a, b)]
+    return (a[0] * weights[0] + b[0] * weights[1]).to(a[0].dtype), lse
+
+
 def _runs(heads: int, group: int, first_head: int):
     """(query heads, key/value heads) as slices: all at once where they are one to one, else a run a key/value head."""
     if group == 1:
@@ -71,10 +133,10 @@ def _kernels(q: Tensor, v: Tensor):
     Only operators that CUDA and ROCm builds of torch share: flash attention is FlashAttention-2 on one, AOTriton or CK on
     the other.
     """
-    same_width = q.shape[3] == v.shape[3]
+    same_width = q.shape[-1] == v.shape[-1]
     if q.device.type == "cpu" and same_width:
         return _cpu_flash, _cpu_flash_backward
-    if q.device.type == "cuda" and same_width and q.dtype in HALF and q.shape[3] <= 256 and q.shape[3] % 8 == 0:
+    if q.device.type == "cuda" and same_width and q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
         return _cuda_flash, _cuda_flash_backward
     return blockwise, blockwise_backward
 
@@ -155,4 +217,9 @@ def _scores(q, k, rows: slice, keys: slice, scale: float, causal: bool, dtype) -
     return scores
 
 
-OURS = {"autosp.attention": attention, "autosp.attention_backward": attention_backward}
+OURS = {
+    "autosp.attention": attention,
+    "autosp.attention_backward": attention_backward,
+    "autosp.attention_rows": attention_rows,
+    "autosp.attention_rows_backward": attention_rows_backward,
+}

@@ -41,6 +41,8 @@ RULES = {
     "aten.zeros.default": views.factory(0),
     "autosp.attention": attention.attention,
     "autosp.attention_backward": attention.attention_backward,
+    "autosp.attention_rows": attention.attention,
+    "autosp.attention_rows_backward": attention.attention_backward,
 }
 
 

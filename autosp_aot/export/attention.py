@@ -11,11 +11,12 @@ import math
 import operator
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export import attention_op  # noqa: F401  (defines torch.ops.autosp)
-from autosp_aot.export.masks import evaluate, says_all, says_causal
+from autosp_aot.export.masks import constants_of, evaluate, says_all, says_causal, written
 from autosp_aot.export.source import where
 
 aten = torch.ops.aten
@@ -28,12 +29,13 @@ MOVES = (
 )  # fmt: skip
 
 
-def canonical_attention(graph: Graph) -> None:
-    """Rewrite every attention of the graph in place. Raises BuildError naming all that cannot be."""
-    problems, known = [], {}
+def canonical_attention(exported: ExportedProgram) -> None:
+    """Rewrite every attention of the exported graph in place. Raises BuildError naming all that cannot be."""
+    problems, graph, known = [], exported.graph, constants_of(exported)
+    dirty = written(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is SDPA:
-            problem = _rewrite(graph, node, known)
+            problem = _rewrite(graph, node, known, dirty)
             if problem:
                 problems.append(problem)
     if problems:
@@ -41,7 +43,7 @@ def canonical_attention(graph: Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _rewrite(graph: Graph, node: Node, known: dict) -> Problem | None:
+def _rewrite(graph: Graph, node: Node, known: dict, dirty: set[Node]) -> Problem | None:
     names = [argument.name for argument in SDPA._schema.arguments]
     given = {argument.name: argument.default_value for argument in SDPA._schema.arguments if argument.has_default_value()}
     given |= dict(zip(names, node.args)) | node.kwargs
@@ -63,7 +65,7 @@ def _rewrite(graph: Graph, node: Node, known: dict) -> Problem | None:
     if given["enable_gqa"]:
         group = heads // k.meta["val"].shape[1]
     else:
-        (k, k_group), (v, v_group) = _before_repetition(k), _before_repetition(v)
+        (k, k_group), (v, v_group) = _before_repetition(k, dirty), _before_repetition(v, dirty)
         if k_group != v_group:
             k, v = node.args[1], node.args[2]
         else:
@@ -93,10 +95,10 @@ def _mask_problem(mask: Node, place: str) -> Problem:
     )
 
 
-def _before_repetition(node: Node) -> tuple[Node, int]:
+def _before_repetition(node: Node, dirty: set[Node]) -> tuple[Node, int]:
     """The tensor [B, Nkv, S, D] whose heads `node` repeats, and how often; the node itself and 1 where it does not."""
     chain = [node]
-    while chain[-1].op == "call_function" and chain[-1].target in MOVES:
+    while chain[-1].op == "call_function" and chain[-1].target in MOVES and chain[-1] not in dirty:
         chain.append(chain[-1].args[0])
     for start in range(1, len(chain)):
         source = chain[start]

@@ -91,7 +91,7 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode,
     with watched(target, place), diagnosed(place), mode:
         exported = torch.export.export(wrapped, (), batch, strict=False)
     refuse_operators(exported)
-    canonical_attention(exported.graph_module.graph)
+    canonical_attention(exported)
     step = Step(exported, wrapped)
     with diagnosed(place), torch.fx.traceback.preserve_node_meta(), mode, contextlib.ExitStack() as stack:
         joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
@@ -34,7 +35,10 @@ PASS = (
 # Elementwise operators that torch does not tag so.
 UNTAGGED = (
     aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.__and__.Tensor, aten.__or__.Tensor,
+    aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther,
 )  # fmt: skip
+# A mask that mixes positions (cumsum, roll) is computed for real up to this size: [B, S], not [S, S].
+COMPUTED = 2**24
 CONSTANTS = (aten.full.default, aten.new_ones.default, aten.ones.default, aten.zeros.default)
 
 
@@ -76,6 +80,60 @@ def evaluate(node: Node, known: dict[Node, Known]) -> Known:
     return known[node]
 
 
+def constants_of(exported: ExportedProgram) -> dict[Node, Known]:
+    """What is known before looking: nothing of a tensor that is written to, the value of a lifted number."""
+    known: dict[Node, Known] = dict.fromkeys(written(exported.graph))
+    lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
+    for node in exported.graph.nodes:
+        value = exported.constants.get(lifted.get(node.name))
+        if value is not None and value.numel() == 1 and node not in known:
+            known[node] = value
+    return known
+
+
+def written(graph: Graph) -> set[Node]:
+    """Every node that shares its storage with something written in place, where anybody could see the difference.
+
+        mask = zeros([S, S])
+        row = select(mask, 0, 3)
+        fill_(row, -inf)              mask and row are written; an evaluation of `mask` alone would miss it
+    """
+    source: dict[Node, Node] = {}
+    dirty = set()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if not isinstance(node.target, torch._ops.OpOverload):
+            if node.target is operator.getitem:
+                source[node] = source.get(node.args[0], node.args[0])
+            elif _writes(graph.owning_module, node):
+                dirty.update(source.get(operand, operand) for operand in node.all_input_nodes)
+            continue
+        given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args)) | node.kwargs
+        for argument in node.target._schema.arguments:
+            operand = given.get(argument.name)
+            if argument.alias_info is None or not isinstance(operand, Node) or node.target is aten.detach_.default:
+                continue
+            if argument.alias_info.is_write and operand not in source and len(operand.users) == 1:
+                continue
+            source[node] = source.get(operand, operand)
+            if argument.alias_info.is_write:
+                dirty.add(source[node])
+    return {node for node in graph.nodes if source.get(node, node) in dirty}
+
+
+def _writes(module: GraphModule, region: Node) -> bool:
+    """True where a region of the graph (no_grad, autocast) writes to anything in place."""
+    inner = [getattr(module, operand.target) for operand in region.all_input_nodes if operand.op == "get_attr"]
+    nodes = [(child, node) for child in inner if isinstance(child, GraphModule) for node in child.graph.nodes]
+    return any(
+        node.target._schema.is_mutable
+        if isinstance(node.target, torch._ops.OpOverload)
+        else node.op == "call_function" and node.target is not operator.getitem and _writes(child, node)
+        for child, node in nodes
+    )
+
+
 def says_causal(said: Known) -> bool:
     """True when the mask is exactly the causal one."""
     return isinstance(said, Select) and said.causal()
@@ -91,37 +149,45 @@ def _lets_through(said: Tensor) -> bool:
 
 
 def _evaluate(node: Node, known: dict[Node, Known]) -> Known:
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), Tensor):
         return None
-    operands = [evaluate(n, known) for n in node.all_input_nodes]
-    if any(said is None for said in operands) or torch.Tag.nondeterministic_seeded in node.target.tags:
+    operands, target = [evaluate(n, known) for n in node.all_input_nodes], _functional(node.target)
+    if target is None or any(said is None for said in operands) or torch.Tag.nondeterministic_seeded in target.tags:
         return None
     if any(isinstance(said, Select) for said in operands):
-        return _map(node, known, operands)
-    if node.target in (aten.tril.default, aten.triu.default):
-        return _triangle(node, operands[0])
-    if node.target in COMPARES and isinstance(node.args[1], Node):
-        left, right = operands[0], operands[-1]
+        return _map(node, target, known, operands)
+    if target in (aten.tril.default, aten.triu.default):
+        return _triangle(node, target, operands[0])
+    if target in COMPARES and isinstance(node.args[1], Node):
+        left, right = known[node.args[0]], known[node.args[1]]
         if _varying(left) | _varying(right) == {-1, -2}:
-            return _compare(COMPARES[node.target], left, right)
-    return _constant(node, known, operands)
+            return _compare(COMPARES[target], left, right)
+    return _constant(node, target, known, operands)
 
 
-def _constant(node: Node, known: dict[Node, Known], operands: list[Tensor]) -> Tensor | None:
+def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The operator that gives what an in-place one writes; what others see of the write is `written`'s matter."""
+    if not target._schema.is_mutable:
+        return target
+    packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, target._overloadname, None)
+
+
+def _constant(node: Node, target, known: dict[Node, Known], operands: list[Tensor]) -> Tensor | None:
     """The constant, computed; None where it would vary along more than one dim."""
     shape = node.meta["val"].shape
-    if node.target is aten.expand.default:
+    if target is aten.expand.default:
         return operands[0].reshape([1] * (len(shape) - operands[0].dim()) + list(operands[0].shape))
-    if node.target in CONSTANTS:
+    if target in CONSTANTS:
         args = [[1] * len(shape) if isinstance(arg, (list, tuple)) else arg for arg in node.args]
-        return node.target(*map_arg(tuple(args), known.get), **node.kwargs)
-    pointwise = _pointwise(node.target)
+        return target(*map_arg(tuple(args), known.get), **node.kwargs)
+    pointwise = _pointwise(target)
     if pointwise and len(set().union(*map(_varying, operands))) > 1:
         return None
-    if not pointwise and sum(n > 1 for n in shape[-2:]) > 1 and len(shape) > 2:
+    if not pointwise and max(n.meta["val"].numel() for n in (node, *node.all_input_nodes)) > COMPUTED:
         return None
     whole = lambda n: known[n] if pointwise else known[n].expand(n.meta["val"].shape)  # noqa: E731
-    return _once(node.target(*map_arg(node.args, whole), **map_arg(node.kwargs, whole)))
+    return _once(target(*map_arg(node.args, whole), **map_arg(node.kwargs, whole)))
 
 
 def _pointwise(target) -> bool:
@@ -150,31 +216,31 @@ def _compare(compare: Callable, left: Tensor, right: Tensor) -> Select | None:
     return None
 
 
-def _triangle(node: Node, constant: Tensor) -> Select | None:
+def _triangle(node: Node, target, constant: Tensor) -> Select | None:
     """`tril` and `triu` of a constant that is the same everywhere."""
     rows, keys = node.meta["val"].shape[-2:]
     if constant.numel() != 1:
         return None
     diagonal = node.args[1] if len(node.args) > 1 else 0
-    compare = operator.le if node.target is aten.tril.default else operator.ge
+    compare = operator.le if target is aten.tril.default else operator.ge
     kept = constant.flatten()[0]
     return Select(compare, torch.arange(keys), torch.arange(rows) + diagonal, kept, torch.zeros_like(kept))
 
 
-def _map(node: Node, known: dict[Node, Known], operands: list[Known]) -> Select | None:
+def _map(node: Node, target, known: dict[Node, Known], operands: list[Known]) -> Select | None:
     """The operator applied to both answers of the one Select among its operands; all others are the same everywhere."""
     selects = [said for said in operands if isinstance(said, Select)]
     others = [said for said in operands if isinstance(said, Tensor)]
     if len(selects) != 1 or any(said.numel() != 1 for said in others) or node.meta["val"].dim() < 2:
         return None
-    if node.target in PASS:
+    if target in PASS:
         size = (len(selects[0].rows), len(selects[0].keys))
         return selects[0] if tuple(node.meta["val"].shape[-2:]) == size else None
-    if not _pointwise(node.target):
+    if not _pointwise(target):
         return None
 
     def branch(answer: str) -> Tensor:
         value = lambda n: getattr(known[n], answer) if isinstance(known[n], Select) else known[n].flatten()[0]  # noqa: E731
-        return node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+        return target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
 
     return replace(selects[0], yes=branch("yes"), no=branch("no"))

@@ -26,6 +26,7 @@ SDPA = aten.scaled_dot_product_attention.default
 MOVES = (
     aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten._unsafe_view.default,
     aten.clone.default, aten.contiguous.default, aten.slice.Tensor, aten.repeat_interleave.self_int,
+    aten.flatten.using_ints,
 )  # fmt: skip
 
 
@@ -128,6 +129,8 @@ def _follow(chain: list[Node], source: Node) -> list[list] | None:
                     dims[dim] = [f"x{len(sizes)}"]
                     sizes[f"x{len(sizes)}"] = new
         elif node.target is aten.repeat_interleave.self_int:
+            if len(node.args) < 3:
+                return None
             at = node.args[2] % len(shape)
             dims[at] = [*dims[at], f"x{len(sizes)}"]
             sizes[f"x{len(sizes)}"] = node.args[1]

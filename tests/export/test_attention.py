@@ -1,0 +1,137 @@
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+
+from autosp_aot.errors import BuildError
+from autosp_aot.export.attention import canonical_attention
+
+HEADS, LENGTH, WIDTH = 6, 5, 4
+
+
+class Attention(nn.Module):
+    def __init__(self, attend):
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, q, k, v):
+        return self.attend(q, k, v)
+
+
+def canonical(attend, kv_heads: int, batch: int = 2):
+    """The one autosp.attention in the graph of a function or module of q, k, v."""
+    with FakeTensorMode():
+        q, *kv = (torch.empty(batch, heads, LENGTH, WIDTH) for heads in (HEADS, kv_heads, kv_heads))
+        module = attend if isinstance(attend, nn.Module) else Attention(attend)
+        program = torch.export.export(module, (q, *kv), strict=False)
+    canonical_attention(program)
+    return next(node for node in program.graph.nodes if node.target is torch.ops.autosp.attention.default)
+
+
+def repeat_kv(x, times: int):
+    """As transformers has it."""
+    batch, heads, length, width = x.shape
+    x = x[:, :, None, :, :].expand(batch, heads, times, length, width)
+    return x.reshape(batch, heads * times, length, width)
+
+
+def repeat_interleave(x, times: int):
+    return x.repeat_interleave(times, dim=1)
+
+
+def repeat_negative_dim(x, times: int):
+    return x.repeat_interleave(times, dim=-3)
+
+
+def expand_flatten(x, times: int):
+    return x.unsqueeze(2).expand(-1, -1, times, -1, -1).contiguous().flatten(1, 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+@pytest.mark.parametrize("repeat", [repeat_kv, repeat_interleave, repeat_negative_dim, expand_flatten])
+def test_repeated_key_value_heads_are_read_before_their_repetition(repeat, kv_heads, batch):
+    group = HEADS // kv_heads
+    attention = canonical(
+        lambda q, k, v: scaled_dot_product_attention(q, repeat(k, group), repeat(v, group)), kv_heads, batch
+    )
+    assert [node.name for node in attention.args[:3]] == ["q", "k", "v"]
+
+
+def test_enable_gqa_reads_the_key_value_heads_as_they_are():
+    attention = canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, enable_gqa=True), 2)
+    assert [node.name for node in attention.args[:3]] == ["q", "k", "v"]
+
+
+def all_heads_in_turn(x, times: int):
+    return x.repeat(1, times, 1, 1)
+
+
+def all_heads_in_turn_by_expand(x, times: int):
+    batch, heads, length, width = x.shape
+    return x[:, None].expand(batch, times, heads, length, width).reshape(batch, times * heads, length, width)
+
+
+def positions_among_the_heads(x, times: int):
+    batch, heads, length, width = x.shape
+    x = x.transpose(1, 2)[:, :, :, None].expand(batch, length, heads, times, width)
+    return x.reshape(batch, heads * times, length, width)
+
+
+def written_after(x, times: int):
+    x = repeat_kv(x, times)
+    x[:, :, 0] = 0
+    return x
+
+
+@pytest.mark.parametrize(
+    "repeat", [all_heads_in_turn, all_heads_in_turn_by_expand, positions_among_the_heads, written_after]
+)
+def test_a_look_alike_of_the_repetition_is_left_expanded(repeat):
+    attention = canonical(lambda q, k, v: scaled_dot_product_attention(q, repeat(k, 3), repeat(v, 3)), 2)
+    assert [node.meta["val"].shape[1] for node in attention.args[1:3]] == [HEADS, HEADS]
+
+
+def test_keys_and_values_repeated_differently_are_left_expanded():
+    attention = canonical(lambda q, k, v: scaled_dot_product_attention(q, repeat_kv(k, 3), all_heads_in_turn(v, 3)), 2)
+    assert [node.meta["val"].shape[1] for node in attention.args[1:3]] == [HEADS, HEADS]
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 0.5), ({"scale": 2.0}, 2.0)])
+def test_the_scale_is_the_given_one_or_that_of_the_width(given, expected):
+    assert canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, **given), HEADS).args[3] == expected
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_is_causal_is_kept(causal):
+    assert canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal), HEADS).args[4] is causal
+
+
+class Refused(nn.Module):
+    def forward(self, q, k, v):
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()
+        q = scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+        q = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return scaled_dot_product_attention(q[0], k[0], v[0])
+
+
+def test_every_attention_that_cannot_be_made_canonical_is_refused_at_once():
+    with pytest.raises(BuildError) as caught:
+        canonical(Refused(), HEADS)
+    first = Refused.forward.__code__.co_firstlineno
+    assert str(caught.value) == (
+        "error[attention-dropout]: attention with dropout 0.5 is not supported\n"
+        f"  where  test_attention.py:{first + 2}\n"
+        "  why    its draws would have to be the same at every number of ranks\n"
+        "  fix    set the attention dropout to 0\n"
+        "error[mask-not-recognised]: the attention mask would need 2.33e-08 GiB as a tensor\n"
+        f"  where  scaled_dot_product_attention (test_attention.py:{first + 3}); "
+        f"mask made at test_attention.py:{first + 1}\n"
+        "  why    it depends on query and key in a way that is not causal\n"
+        "  fix    use is_causal=True, or a mask that is the causal one\n"
+        "error[attention-shape]: attention over 3 dims is not supported\n"
+        f"  where  test_attention.py:{first + 4}\n"
+        "  why    the canonical operator is [batch, heads, sequence, head dim]\n"
+        "  fix    add the missing dims"
+    )

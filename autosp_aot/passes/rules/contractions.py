@@ -23,15 +23,16 @@ def addmm(call) -> Spec:
     return from_notation(f"{word},iK,Kj->ij", shapes, [call.results[0].shape], contraction=True)
 
 
-def reduction(linear: bool):
-    """A reduction over the dims of argument 1: a sum when `linear`, else the reduced dims are whole."""
+def reduction(sums: bool, linear: bool):
+    """A reduction over the dims of argument 1, which have to be whole unless it `sums`."""
 
     def rule(call) -> Spec:
         shape = call.operands[0].shape
         dims, keep = _reduced(call)
-        word = [LETTERS[d].upper() if d in dims and not linear else LETTERS[d] for d in range(len(shape))]
+        word = [LETTERS[d].upper() if d in dims and not sums else LETTERS[d] for d in range(len(shape))]
         left = [("1" if keep else "") if d in dims else word[d] for d in range(len(shape))]
-        return from_notation(f"{''.join(word)}->{''.join(left)}", [shape], [v.shape for v in call.results], linear=((0,),))
+        results = [v.shape for v in call.results]
+        return from_notation(f"{''.join(word)}->{''.join(left)}", [shape], results, linear=((0,),) if linear else ())
 
     def _reduced(call) -> tuple[set[int], bool]:
         shape, args = call.operands[0].shape, call.instr.args

@@ -1,0 +1,144 @@
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from autosp_aot.export.joint import Joint
+
+
+class Model(nn.Module):
+    """Tied embedding and head, a parameter that is never used, one that is frozen, and a buffer."""
+
+    def __init__(self, give=lambda loss: loss):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.head = nn.Linear(4, 8)
+        self.head.weight = self.embedding.weight
+        self.unused = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.full((4,), 0.5), requires_grad=False)
+        self.register_buffer("factor", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        self.give = give
+
+    def forward(self, tokens, labels):
+        x = self.embedding(tokens) * self.factor + self.frozen
+        return self.give(cross_entropy(self.head(x).flatten(0, 1), labels.flatten()))
+
+
+class Autocast(Model):
+    def forward(self, tokens, labels):
+        # With the cache, eager casts a weight once and adds the gradients of its uses in bf16; captured, in fp32.
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            x = self.head(self.embedding(tokens)) @ self.head.weight
+            with torch.autocast("cpu", enabled=False):
+                x = x.float() @ self.embedding.weight.T
+            return super().forward(tokens, labels) + cross_entropy(x.flatten(0, 1), labels.flatten())
+
+
+class NoGrad(Model):
+    def forward(self, tokens, labels):
+        with torch.no_grad():
+            scale = self.embedding(tokens).mean()
+        return super().forward(tokens, labels) * scale
+
+
+def run(joint: Joint, model: nn.Module, batch) -> dict[str, torch.Tensor]:
+    """The captured graph on real tensors: its results by label."""
+    given = {
+        "parameter": dict(model.named_parameters()), "buffer": dict(model.named_buffers()), "batch": batch,
+        "tangent": {"grad_loss": torch.ones(())},
+    }  # fmt: skip
+    values = [given[kind][name] for kind, name in joint.inputs]
+    with torch.no_grad():
+        results = torch.fx.Interpreter(joint.graph_module).run(*values, enable_io_processing=False)
+    return {label: result for label, result in zip(joint.outputs, results) if label}
+
+
+def eager(model: nn.Module, batch) -> dict[str, torch.Tensor]:
+    loss = model(**batch)
+    loss.backward()
+    gradients = {f"grad.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+@pytest.mark.parametrize("make", [Model, NoGrad, Autocast])
+def test_the_captured_step_gives_bitwise_the_loss_and_gradients_of_eager(captured, batch, make):
+    torch.manual_seed(0)
+    model = make()
+    found, expected = run(captured(model), model, batch), eager(model, batch)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_tied_weights_are_one_parameter_and_unused_and_frozen_ones_have_no_gradient(captured):
+    joint = captured(Model())
+    assert [name for kind, name in joint.inputs if kind == "parameter"] == [
+        "unused", "frozen", "embedding.weight", "head.bias",
+    ]  # fmt: skip
+    assert [label for label in joint.outputs if label] == ["loss", "grad.embedding.weight", "grad.head.bias"]
+
+
+def test_capture_leaves_the_module_alone(captured):
+    model = Model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    captured(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.head.weight is model.embedding.weight and not model.head.weight.is_meta
+
+
+Output = namedtuple("Output", "loss logits")
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda loss: SimpleNamespace(loss=loss),
+        lambda loss: {"logits": loss + 1, "loss": loss},
+        lambda loss: (loss, loss + 1),
+        lambda loss: [loss],
+        lambda loss: Output(loss, loss + 1),
+    ],
+)
+def test_the_loss_is_found_in_what_forward_returns(captured, batch, give):
+    torch.manual_seed(0)
+    model = Model(give)
+    model.give = lambda loss: loss
+    plain = run(captured(model), model, batch)["loss"]
+    model.give = give
+    assert torch.equal(run(captured(model), model, batch)["loss"], plain)
+
+
+FORWARD = f"test_joint.py:{Model.forward.__code__.co_firstlineno}"
+
+
+@pytest.mark.parametrize(
+    ("give", "kind"),
+    [(lambda loss: None, "NoneType"), (lambda loss: {"logits": loss}, "dict"), (lambda loss: (), "tuple")],
+)
+def test_a_result_without_a_loss_is_refused(refusal, give, kind):
+    assert refusal(Model(give)) == (
+        f"error[no-loss]: forward returned {kind} without a loss\n"
+        f"  where  {FORWARD}\n"
+        "  why    training needs one number to differentiate\n"
+        "  fix    return the loss, an object with .loss, a mapping with 'loss', or a tuple that begins with it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("give", "what"),
+    [
+        (lambda loss: loss.expand(3), "torch.float32 of shape [3]"),
+        (lambda loss: loss[None], "torch.float32 of shape [1]"),
+        (lambda loss: loss.long(), "torch.int64 of shape []"),
+    ],
+)
+def test_a_loss_that_is_not_one_floating_number_is_refused(refusal, give, what):
+    assert refusal(Model(give)) == (
+        f"error[loss-not-scalar]: the loss is {what}\n"
+        f"  where  {FORWARD}\n"
+        "  why    only a single floating number can be differentiated\n"
+        "  fix    reduce it, with .mean() or .sum()"
+    )

@@ -1,0 +1,192 @@
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+
+class Model(nn.Module):
+    """Each test's model is this one with another `changed`, whose first line is the line that is named."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.head = nn.Linear(4, 8)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, tokens, labels):
+        return cross_entropy(self.head(self.changed(self.embedding(tokens))).flatten(0, 1), labels.flatten())
+
+    def line(self) -> str:
+        """The first line in the body of `changed`."""
+        return f"test_watch.py:{type(self).changed.__code__.co_firstlineno + 1}"
+
+
+class Cuda(Model):
+    def changed(self, x):
+        with torch.autocast("cuda", torch.bfloat16):
+            return x * 2
+
+
+class Cpu(Model):
+    def changed(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return x * 2
+
+
+class CudaOff(Model):
+    def changed(self, x):
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return x * 2
+
+
+class CudaDecorated(Model):
+    @torch.autocast("cuda", torch.bfloat16)
+    def changed(self, x):
+        return x * 2
+
+
+AUTOCAST = """\
+error[autocast-device]: autocast for {device} is on inside forward, and the target is {target}
+  where  {line}
+  why    the step is captured on CPU: the casts in the program would not be those of the target
+  fix    give the model its dtype, as with model.to(torch.bfloat16), instead of autocast"""
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("target", ["cpu", "cuda", "rocm"])
+def test_autocast_to_cuda_is_refused_for_every_target(refusal, target):
+    assert refusal(Cuda(), target) == AUTOCAST.format(device="cuda", target=target, line=Cuda().line())
+
+
+def test_autocast_to_cpu_is_refused_for_another_target(refusal):
+    assert refusal(Cpu(), "cuda") == AUTOCAST.format(device="cpu", target="cuda", line=Cpu().line())
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_autocast_as_a_decorator_is_refused_although_torch_has_turned_it_off(refusal):
+    assert "error[autocast-device]: autocast for cuda is on" in refusal(CudaDecorated())
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_autocast_that_is_off_changes_nothing_on_any_device(captured, target):
+    joint = captured(CudaOff(), target)
+    values = [node.meta.get("val") for node in joint.graph_module.graph.nodes]
+    assert not any(value.dtype == torch.bfloat16 for value in values if isinstance(value, torch.Tensor))
+
+
+class TwoTimesThree(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+class Custom(Model):
+    def changed(self, x):
+        x = TwoTimesThree.apply(x)
+        return TwoTimesThree.apply(x)
+
+
+class Reentrant(Model):
+    def changed(self, x):
+        return checkpoint(torch.sin, x, use_reentrant=True)
+
+
+class NotReentrant(Model):
+    def changed(self, x):
+        return checkpoint(torch.sin, x, use_reentrant=False)
+
+
+def test_an_autograd_function_is_refused_at_every_line_that_applies_it(refusal):
+    first = Custom.changed.__code__.co_firstlineno
+    block = (
+        "error[custom-gradient]: the autograd.Function TwoTimesThree has a backward of its own\n"
+        "  where  test_watch.py:{}\n"
+        "  why    capture differentiates what its forward computes, and does not see its backward\n"
+        "  fix    write it with torch operators"
+    )
+    assert refusal(Custom()) == block.format(first + 1) + "\n" + block.format(first + 2)
+
+
+def test_reentrant_checkpointing_is_refused(refusal):
+    assert refusal(Reentrant()) == (
+        "error[custom-gradient]: the autograd.Function CheckpointFunction has a backward of its own\n"
+        f"  where  {Reentrant().line()}\n"
+        "  why    capture differentiates what its forward computes, and does not see its backward\n"
+        "  fix    checkpoint with use_reentrant=False"
+    )
+
+
+def test_other_checkpointing_is_captured(captured):
+    assert "grad.embedding.weight" in captured(NotReentrant()).outputs
+
+
+class Hooked(Model):
+    def changed(self, x):
+        x.register_hook(lambda grad: 2 * grad)
+        return x
+
+
+class Unchanged(Model):
+    def changed(self, x):
+        return x
+
+
+def test_a_hook_registered_in_forward_is_refused(refusal):
+    assert refusal(Hooked()) == (
+        "error[gradient-hook]: forward has a hook on a gradient\n"
+        f"  where  {Hooked().line()}\n"
+        "  why    capture does not keep hooks, and the gradients would differ\n"
+        "  fix    compute what the hook does in forward, or after backward"
+    )
+
+
+def test_hooks_on_modules_are_refused(refusal):
+    model = Unchanged()
+    model.head.register_full_backward_hook(lambda module, grad_in, grad_out: grad_in)
+    model.embedding.register_full_backward_pre_hook(lambda module, grad_out: grad_out)
+    assert [line for line in refusal(model).splitlines() if line.startswith("error")] == [
+        "error[gradient-hook]: module 'embedding' has a hook on a gradient",
+        "error[gradient-hook]: module 'head' has a hook on a gradient",
+    ]
+
+
+class Replaced(Model):
+    def changed(self, x):
+        self.count = self.count + 1
+        return x
+
+
+def test_a_replaced_buffer_is_refused(refusal):
+    assert refusal(Replaced()) == (
+        "error[state-mutated]: forward replaces the buffer 'count' of Replaced\n"
+        f"  where  {Replaced().line()}\n"
+        "  why    state that outlives the step is not part of the program\n"
+        "  fix    compute it without changing a buffer or an input"
+    )
+
+
+class Drawn(Model):
+    def changed(self, x):
+        return x * random.random()
+
+
+def test_a_draw_of_pythons_random_is_refused(refusal):
+    assert refusal(Drawn()) == (
+        "error[random-operator]: forward draws from Python's random module\n"
+        f"  where  test_watch.py:{Model.forward.__code__.co_firstlineno}\n"
+        "  why    the number drawn while building would stay for every step\n"
+        "  fix    take that out of forward"
+    )
+
+
+def test_torch_is_as_it_was_after_watching(captured):
+    before = [vars(torch.autograd.Function)["apply"], vars(nn.Module)["__setattr__"], torch.autocast.__enter__]
+    captured(Unchanged())
+    assert [vars(torch.autograd.Function)["apply"], vars(nn.Module)["__setattr__"], torch.autocast.__enter__] == before

@@ -40,7 +40,7 @@ def canonical_attention(exported: ExportedProgram) -> None:
             if problem:
                 problems.append(problem)
     if problems:
-        raise BuildError(*problems)
+        raise BuildError(*dict.fromkeys(problems))
     graph.eliminate_dead_code()
 
 

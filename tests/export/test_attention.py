@@ -112,11 +112,12 @@ class Refused(nn.Module):
     def forward(self, q, k, v):
         mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()
         q = scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-        q = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        for _ in range(2):
+            q = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return scaled_dot_product_attention(q[0], k[0], v[0])
 
 
-def test_every_attention_that_cannot_be_made_canonical_is_refused_at_once():
+def test_every_attention_that_cannot_be_made_canonical_is_refused_at_once_and_each_line_once():
     with pytest.raises(BuildError) as caught:
         canonical(Refused(), HEADS)
     first = Refused.forward.__code__.co_firstlineno
@@ -126,12 +127,12 @@ def test_every_attention_that_cannot_be_made_canonical_is_refused_at_once():
         "  why    its draws would have to be the same at every number of ranks\n"
         "  fix    set the attention dropout to 0\n"
         "error[mask-not-recognised]: the attention mask would need 2.33e-08 GiB as a tensor\n"
-        f"  where  scaled_dot_product_attention (test_attention.py:{first + 3}); "
+        f"  where  scaled_dot_product_attention (test_attention.py:{first + 4}); "
         f"mask made at test_attention.py:{first + 1}\n"
         "  why    it depends on query and key in a way that is not causal\n"
         "  fix    use is_causal=True, or a mask that is the causal one\n"
         "error[attention-shape]: attention over 3 dims is not supported\n"
-        f"  where  test_attention.py:{first + 4}\n"
+        f"  where  test_attention.py:{first + 5}\n"
         "  why    the canonical operator is [batch, heads, sequence, head dim]\n"
         "  fix    add the missing dims"
     )

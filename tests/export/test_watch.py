@@ -42,12 +42,6 @@ class CudaOff(Model):
             return x * 2
 
 
-class CudaDecorated(Model):
-    @torch.autocast("cuda", torch.bfloat16)
-    def changed(self, x):
-        return x * 2
-
-
 AUTOCAST = """\
 error[autocast-device]: autocast for {device} is on inside forward, and the target is {target}
   where  {line}
@@ -67,6 +61,11 @@ def test_autocast_to_cpu_is_refused_for_another_target(refusal):
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_autocast_as_a_decorator_is_refused_although_torch_has_turned_it_off(refusal):
+    class CudaDecorated(Model):
+        @torch.autocast("cuda", torch.bfloat16)
+        def changed(self, x):
+            return x * 2
+
     assert "error[autocast-device]: autocast for cuda is on" in refusal(CudaDecorated())
 
 

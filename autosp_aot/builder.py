@@ -24,6 +24,7 @@ from autosp_aot.operators import FREE, MOVES, schema
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.program import Program, Value
 from autosp_aot.report import html_report
+from autosp_aot.runtime.groups import present_target
 
 WEIGHTS_LIMIT_BYTES = 10**9
 
@@ -49,7 +50,7 @@ def build_file(
     out = Path(f"{model_file.stem}.sp{ranks}") if out is None else out
     refuse_existing(out)
     batch, sequence_dims = make_batch(model_file, batch_size, seq)
-    config = BuildConfig(ranks, target or default_target(), recompute, strict)
+    config = BuildConfig(ranks, target or present_target(), recompute, strict)
     said = json.dumps([model_file.sha256, sorted(options.items()), seq, batch_size, asdict(config)], default=str)
     source = hashlib.sha256(said.encode()).hexdigest()
     artifact = compile_model(make_model(model_file, options), batch, sequence_dims, config, source)
@@ -79,7 +80,7 @@ def build(
     `path` the artifact is written there. Raises BuildError.
     """
     dims = dict(sequence_dims) if sequence_dims is not None else guess_sequence_dims(batch)
-    config = BuildConfig(sp, target or default_target(), recompute, strict)
+    config = BuildConfig(sp, target or present_target(), recompute, strict)
     if path is not None:
         refuse_existing(Path(path))
     artifact = compile_model(module, batch, dims, config, "")
@@ -88,13 +89,6 @@ def build(
     if path is not None:
         artifact.save(path)
     return artifact
-
-
-def default_target() -> str:
-    """The device torch has here: cuda, rocm or cpu."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return "rocm" if torch.version.hip else "cuda"
 
 
 def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str) -> Artifact:

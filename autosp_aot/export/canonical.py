@@ -2,6 +2,7 @@
 
     t, transpose, permute                          -> aten.permute.default       (chains composed)
     view, _unsafe_view, unsqueeze, squeeze ...     -> aten.reshape.default       (chains composed)
+    split, unbind, select;  stack                  -> aten.slice.Tensor;  aten.cat.default
     detach, alias, clone, equal casts              -> gone
     nll_loss_forward(..., mean)                    -> nll_loss_forward(..., sum), then sum / count
     equal calls                                    -> one call;   unused calls  -> gone
@@ -33,6 +34,7 @@ RESHAPES = (
     aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints,
 )  # fmt: skip
 PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
+SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int)
 NOTHING = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
 DROPPED_KWARGS = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 MEAN, SUM = 1, 2
@@ -103,7 +105,7 @@ class _Canonical:
         if not all(isinstance(t, Tensor) for t in types if t is not None):
             raise BuildError(Problem("data-dependent", f"{node.target} makes a number from data", where(node).source,
                                      "the program would depend on the values of a batch", "keep it in tensors"))
-        names = self.spelled(node, list(types))
+        names = self.split(node) if node.target in SPLITS else self.spelled(node, list(types))
         if isinstance(results, (tuple, list)):
             self.pairs[node] = names
         else:
@@ -138,6 +140,8 @@ class _Canonical:
             return (self.reshape(node, part, types[0]),)
         if target is aten.cat.default:
             return (self.cat(node, types[0]),)
+        if target is aten.stack.default:
+            return (self.stack(node, types[0]),)
         if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
             start, end, step = _range(args)
             kwargs = (("dtype", Dtype(DTYPES[types[0].dtype])),)
@@ -178,6 +182,28 @@ class _Canonical:
             return operand
         args = (Ref(operand), dim % result.dim(), start, max(start, end), step)
         return self.emit(node, "aten.slice.Tensor", args, (), [result])[0]
+
+    def split(self, node: Node) -> tuple[str, ...]:
+        """The parts of a dim, a slice each."""
+        operand, parts = self.names[node.args[0]], node.meta["val"]
+        unbound = node.target is aten.unbind.int
+        dims = node.args[0].meta["val"].dim()
+        dim = (node.args[-1] if len(node.args) > 1 + (not unbound) else 0) % dims
+        names, start = [], 0
+        for part in parts:
+            piece = part.unsqueeze(dim) if unbound else part
+            end = start + piece.shape[dim]
+            name = self.emit(node, "aten.slice.Tensor", (Ref(operand), dim, start, end, 1), (), [piece])[0]
+            names.append(self.reshape(node, name, part) if unbound else name)
+            start = end
+        return tuple(names)
+
+    def stack(self, node: Node, result: Tensor) -> str:
+        dim = (node.args[1] if len(node.args) > 1 else 0) % result.dim()
+        parts = []
+        for part in node.args[0]:
+            parts.append(self.reshape(node, self.names[part], part.meta["val"].unsqueeze(dim)))
+        return self.emit(node, "aten.cat.default", (tuple(map(Ref, parts)), dim), (), [result])[0]
 
     def cat(self, node: Node, result: Tensor) -> str:
         dim = (node.args[1] if len(node.args) > 1 else 0) % result.dim()

@@ -5,7 +5,8 @@
                                            out, lse @ Shard(1) = attention(q.all_to_all, ...)
 
 In graph order each call takes the strategy with the least cost: bytes the worst rank must receive for its operands, and
-to bring its results home; then the worst rank's work. Ties go to the first candidate; home comes first.
+to bring its results home; then the worst rank's work. Ties go to the first candidate; home comes first. Gathering a
+value to compute the same on every rank is the last resort, however small it is.
 """
 
 from collections import Counter
@@ -124,14 +125,16 @@ class _Partition:
         return Strategy(), (operands, tuple(REPLICATE for _ in instr.values()))
 
     def choose(self, instr: Instr, spec: Spec):
+        """The cheapest strategy; one that cuts nothing but has to gather only where there is no other."""
         best = None
         for strategy in self.candidates(instr, spec):
             placed = spec.instantiate(strategy)
             if placed is None or not self.reachable(instr, placed[0]):
                 continue
-            cost = self.cost(instr, spec, strategy, placed)
-            if best is None or cost < best[0]:
-                best = cost, strategy, placed
+            gathers = strategy.factor is None and any(map(self.price, instr.refs(), placed[0]))
+            rank = gathers, self.cost(instr, spec, strategy, placed)
+            if best is None or rank < best[0]:
+                best = rank, strategy, placed
         assert best is not None
         return best[1], best[2]
 

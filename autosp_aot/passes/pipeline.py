@@ -31,7 +31,7 @@ def compile_program(whole: Program, sequence_dims: dict[str, int], config: Build
     verify(whole)
     partitioned = partition(whole, sequence_dims, config.ranks)
     if config.strict and partitioned.fallbacks:
-        raise BuildError(*(_refused(fallback) for fallback in partitioned.fallbacks))
+        raise BuildError(*dict.fromkeys(map(_refused, partitioned.fallbacks)))
     program = partitioned.program
     for run in (lambda program: program, split_sections, partial(recompute, policy=config.recompute), release):
         program = run(program)

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from autosp_aot.builder import compile_model
+from autosp_aot.config import BuildConfig
+from examples import plain
+
+TINY = {"vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8}
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """An artifact in memory: one layer, 2 heads, 1 key/value head, 2 rows of 5 tokens, for 3 ranks (one has half a head)."""
+    torch.manual_seed(0)
+    model = plain.build_model(**TINY, dtype="float64")
+    return compile_model(model, plain.example_batch(2, 5), {"input_ids": 1, "labels": 1}, BuildConfig(3), "")
+
+
+@pytest.fixture(scope="session")
+def tiny2():
+    """The same for 2 ranks: a head each."""
+    torch.manual_seed(0)
+    model = plain.build_model(**TINY, dtype="float64")
+    return compile_model(model, plain.example_batch(2, 5), {"input_ids": 1, "labels": 1}, BuildConfig(2), "")

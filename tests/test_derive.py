@@ -1,0 +1,144 @@
+"""Wrong rewrites, planted one at a time: each is found without numbers, by name."""
+
+from dataclasses import replace
+
+import pytest
+
+from autosp_aot.derive import derive
+from autosp_aot.errors import ArtifactError
+from autosp_aot.passes.release import release
+from autosp_aot.placement import REPLICATE
+from autosp_aot.program import PerRank, Ref, at_rank
+from autosp_aot.verify import verify
+from tests.edits import edit, named
+
+
+def refused(program, whole) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        verify(program)
+        derive(program, whole)
+    return str(caught.value)
+
+
+def without(program, wanted):
+    """The program without a move: what it made is what it moved."""
+    found = []
+
+    def drop(instr):
+        found.append((instr.values()[0].name, instr.refs()[0]))
+        return []
+
+    program = edit(program, wanted, drop)
+    names = dict(found)
+    strip = lambda section: replace(  # noqa: E731
+        section,
+        instrs=tuple(
+            replace(i, args=tuple(Ref(names.get(a.name, a.name)) if isinstance(a, Ref) else a for a in i.args))
+            for i in section.instrs
+            if i.op != "free"
+        ),
+        takes=tuple(dict.fromkeys(names.get(n, n) for n in section.takes)),
+        gives=tuple((label, names.get(n, n)) for label, n in section.gives),
+    )
+    return release(replace(program, sections=tuple(map(strip, program.sections))))
+
+
+def test_the_untouched_program_is_proved(tiny, tiny2):
+    for artifact in (tiny, tiny2):
+        verify(artifact.program)
+        derive(artifact.program, artifact.whole)
+
+
+def test_a_missing_sum_of_the_token_count_is_found(tiny2):
+    program = without(tiny2.program, named("all_reduce", "nll_loss_forward_1"))
+    assert "error[placement-wrong]: aten.div.Tensor of (Partial, Partial)" in refused(program, tiny2.whole)
+
+
+def test_a_missing_sum_of_gradients_is_found(tiny2):
+    section = replace(tiny2.program.section("sum_gradients"), instrs=())
+    gives = tuple((label, name) for label, name in tiny2.program.section("backward").gives)
+    assert "a reduction is missing" in refused(tiny2.program.with_section(replace(section, gives=gives)), tiny2.whole)
+
+
+def test_a_doubled_sum_is_found(tiny2):
+    def twice(instr):
+        again = replace(instr.outs[0], name="again")
+        return [instr, replace(instr, outs=(again,), args=(Ref(instr.outs[0].name),))]
+
+    program = edit(tiny2.program, named("all_reduce", "nll_loss_forward_1"), twice)
+    assert "all_reduce cannot take nll_loss_forward_1.all_reduce from Replicate to Replicate" in refused(program, tiny2.whole)
+
+
+def test_swapped_dims_of_an_all_to_all_are_found(tiny2):
+    def swap(instr):
+        out = instr.outs[0]
+        dim = 3 - out.placement.cut.dim
+        return [replace(instr, outs=(replace(out, placement=replace(out.placement, cut=replace(out.placement.cut, dim=dim))),))]
+
+    program = edit(tiny2.program, named("all_to_all"), swap)
+    assert "has another shape than rank 0's box" in refused(program, tiny2.whole)
+
+
+def test_a_shifted_position_on_one_rank_is_found(tiny):
+    program = edit(tiny.program, named("autosp.attention_rows"), lambda i: [_last(i, 1)])
+    assert "an argument of autosp.attention_rows is wrong on rank 1" in refused(program, tiny.whole)
+
+
+def _last(instr, rank):
+    values = list(instr.args[-1].values)
+    values[rank] += 1
+    return replace(instr, args=(*instr.args[:-1], PerRank(tuple(values))))
+
+
+def test_a_scale_applied_twice_is_found(tiny2):
+    again = lambda instr: [replace(instr, args=(*instr.args[:3], instr.args[3] ** 2, *instr.args[4:]))]  # noqa: E731
+    program = edit(tiny2.program, named("autosp.attention"), again)
+    assert "an argument of autosp.attention is wrong on rank 0" in refused(program, tiny2.whole)
+
+
+def test_a_mean_over_local_tokens_is_found(tiny2):
+    mean = lambda instr: [replace(instr, args=(*instr.args[:3], 1, instr.args[4]))]  # noqa: E731
+    program = edit(tiny2.program, named("aten.nll_loss_forward.default"), mean)
+    assert "an argument of aten.nll_loss_forward.default is wrong" in refused(program, tiny2.whole)
+
+
+def test_a_skipped_label_shift_is_found(tiny2):
+    whole = lambda instr: [replace(instr, args=(instr.args[0], 1, 0, 4, 1))]  # noqa: E731
+    shifts = lambda instr: instr.op == "aten.slice.Tensor" and instr.args[0] == Ref("labels")  # noqa: E731
+    assert "an argument of aten.slice.Tensor is wrong" in refused(edit(tiny2.program, shifts, whole), tiny2.whole)
+
+
+def test_another_operand_is_found(tiny2):
+    other = lambda instr: [replace(instr, args=(instr.args[1], instr.args[0], *instr.args[2:]))]  # noqa: E731
+    program = edit(tiny2.program, named("autosp.attention"), other)
+    assert "is computed from" in refused(program, tiny2.whole)
+
+
+def test_a_copy_of_a_key_value_head_whose_gradient_is_not_summed_is_found(tiny2):
+    def whole_at_once(instr):
+        outs = tuple(replace(out, placement=replace(out.placement, partial=False)) for out in instr.outs)
+        return [replace(instr, outs=outs)]
+
+    program = edit(tiny2.program, named("autosp.attention_backward"), whole_at_once)
+    assert "no strategy of its sharding rule has these placements" in refused(program, tiny2.whole)
+
+
+def test_a_value_released_too_early_is_found(tiny2):
+    section = tiny2.program.section("forward")
+    at = next(i for i, instr in enumerate(section.instrs) if instr.op == "free" and i > 3)
+    instrs = (*section.instrs[: at - 1], section.instrs[at], section.instrs[at - 1], *section.instrs[at + 1 :])
+    text = refused(tiny2.program.with_section(replace(section, instrs=instrs)), tiny2.whole)
+    assert "is used but not alive" in text and "it was released before" in text
+
+
+def test_a_value_made_on_every_rank_but_called_a_shard_is_found(tiny2):
+    def claim(instr):
+        out = instr.outs[0]
+        return [replace(instr, outs=(replace(out, placement=REPLICATE),))]
+
+    program = edit(tiny2.program, named("aten.embedding.default"), claim)
+    assert "error[placement-wrong]" in refused(program, tiny2.whole)
+
+
+def test_another_whole_step_is_not_proved(tiny, tiny2):
+    assert "error[placement-wrong]" in refused(tiny2.program, replace(tiny.whole, inputs=tiny.whole.inputs[1:]))

@@ -20,6 +20,7 @@ from autosp_aot.export.canonical import DTYPES, canonical_program
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
 from autosp_aot.export.model_file import guess_sequence_dims, make_batch, make_model, read_model_file
+from autosp_aot.export.watch import refuse_hooks
 from autosp_aot.operators import FREE, MOVES, schema
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.program import Program, Value
@@ -93,6 +94,7 @@ def build(
 
 def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str) -> Artifact:
     """Capture, partition and schedule a model; no weights are allocated."""
+    refuse_hooks(model)
     mode = FakeTensorMode()
     whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, config.target))
     _refuse_operators(whole)

@@ -4,7 +4,7 @@
     view, _unsafe_view, unsqueeze, squeeze ...     -> aten.reshape.default       (chains composed)
     split, unbind, select;  stack                  -> aten.slice.Tensor;  aten.cat.default
     detach, alias, clone, equal casts              -> gone
-    nll_loss_forward(..., mean)                    -> nll_loss_forward(..., sum), then sum / count
+    nll_loss_forward(..., mean);  mean             -> nll_loss_forward(..., sum), then sum / count;  sum / count
     equal calls                                    -> one call;   unused calls  -> gone
 
 Values are named by module path, operator and occurrence; what depends on the loss gradient begins with `grad.`.
@@ -149,6 +149,11 @@ class _Canonical:
         if target is aten.nll_loss_forward.default and args[3] == MEAN:
             total, count = self.emit(node, str(target), self.arguments((*args[:3], SUM, args[4])), (), types)
             return self.emit(node, "aten.div.Tensor", (Ref(total), Ref(count)), (), types[:1]) + (count,)
+        if target is aten.mean.default:
+            dtype = (("dtype", Dtype(DTYPES[types[0].dtype])),)
+            total = self.emit(node, "aten.sum.default", (Ref(operand),), dtype, types)[0]
+            count = args[0].meta["val"].numel()
+            return self.emit(node, "aten.div.Scalar", (Ref(total), count), (), types)
         if target is torch.ops.autosp.attention.default:
             group = args[0].meta["val"].shape[1] // args[1].meta["val"].shape[1]
             return self.emit(node, "autosp.attention", (*self.arguments(args), group, 0), (), types)

@@ -8,7 +8,7 @@
     compiled        the same under torch.compile
 
 A step is forward and backward, gradients summed over the ranks. Turns cancel the drift of a busy machine, so only the
-ratios of one run mean something. Exit code 1 where loss or gradients differ, or `built, none` takes over 1.10 of by hand.
+ratios of one run mean something. Exit code 1 where loss or gradients differ, or where a build takes 1.10 of by hand.
 """
 
 import argparse

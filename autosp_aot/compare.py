@@ -1,14 +1,16 @@
-"""The difference of two artifacts: first what changed in meaning, then the text of each rank that changed."""
+"""The difference of two artifacts: first what changed in meaning, then the text of the programs."""
 
 import difflib
+import json
+import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autosp_aot.artifact import Manifest, read_manifest, read_rank
-from autosp_aot.collectives import collectives_of
+from autosp_aot.artifact import RANKS, Manifest, read_bodies, read_manifest
+from autosp_aot.operators import COLLECTIVES, FREE
 from autosp_aot.program import Program
-from autosp_aot.program_text import print_program
 
 CONTEXT_LINES = 2
 TEXT_LINES = 400
@@ -24,89 +26,171 @@ class Comparison:
 
     @property
     def as_json(self) -> dict:
-        return {"same": self.same, "meaning": list(self.meaning), "text": self.text}
+        return asdict(self)
 
 
 def compare(path_a: str | Path, path_b: str | Path) -> Comparison:
     """Compare two artifacts. Raises ArtifactError where one cannot be read."""
     a, b = read_manifest(path_a), read_manifest(path_b)
-    meaning = [*_versions(a, b), *_build(a, b)]
-    if a.files == b.files and not meaning:
+    if a == b:
         return Comparison(True, (), "the same")
-    diff: list[str] = []
-    for rank in range(min(a.ranks, b.ranks)):
-        first, second = read_rank(path_a, rank), read_rank(path_b, rank)
-        changes = _programs(first, second, rank)
-        new = [change for change in changes if change not in meaning]
-        meaning += new
-        if rank == 0 or new:
-            diff += _text(first, second, rank)
-    meaning += _costs(a, b)
-    if a.decisions != b.decisions:
-        changed = sorted(n for n in {*a.decisions, *b.decisions} if a.decisions.get(n) != b.decisions.get(n))
-        meaning.append(f"placed otherwise: {len(changed)} values, the first {changed[0]}")
-    rest = sorted(n for n in {*a.files, *b.files} if a.files.get(n) != b.files.get(n))
-    meaning.append(f"files that differ: {', '.join(rest)}")
-    if len(diff) > TEXT_LINES:
-        diff = [*diff[:TEXT_LINES], f"... and {len(diff) - TEXT_LINES} lines more"]
-    return Comparison(False, tuple(meaning), "\n".join([*meaning, *diff]))
+    first, second = _programs(path_a), _programs(path_b)
+    meaning = [
+        *_versions(a, b),
+        *_build(a, b),
+        *_counts("collective", _collectives, first, second),
+        *_bytes_moved(a, b),
+        *_counts("values computed again", _recomputed, first, second),
+        *_costs(a, b),
+        *_fallbacks(a, b),
+        *_counts("operator", _operators, first, second),
+        *_decisions(a, b),
+        *_files(a, b),
+    ]
+    diff = _text_diff(Path(path_a), Path(path_b), a, b)
+    return Comparison(False, tuple(meaning), "\n".join([*meaning, "", *diff] if diff else meaning))
+
+
+def _programs(path: str | Path) -> list[Program]:
+    """Each rank's program; what is counted here does not depend on the constants."""
+    by_rank = {rank: program for ranks, program in read_bodies(path) for rank in ranks}
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+# --- what changed in meaning --------------------------------------------------------------------------------------
 
 
 def _versions(a: Manifest, b: Manifest) -> list[str]:
-    names = sorted({*a.versions, *b.versions})
-    return [
-        f"made by another {name}: {a.versions.get(name)} -> {b.versions.get(name)}"
-        for name in names
-        if a.versions.get(name) != b.versions.get(name)
-    ]
+    return [f"made by another {name}: {old} -> {new}" for name, old, new in _changed(a.versions, b.versions)]
 
 
 def _build(a: Manifest, b: Manifest) -> list[str]:
-    return [
-        f"{what}: {getattr(a, what)} -> {getattr(b, what)}"
-        for what in ("ranks", "target", "recompute", "sequence_dims", "batch", "aliases", "trainable")
-        if getattr(a, what) != getattr(b, what)
+    said = []
+    for what in ("ranks", "target", "recompute", "sequence_dims", "aliases"):
+        if getattr(a, what) != getattr(b, what):
+            said.append(f"{what}: {getattr(a, what)} -> {getattr(b, what)}")
+    for what in ("batch", "parameters", "buffers"):
+        specs = [{s.name: f"{s.dtype}{list(s.shape)}" for s in getattr(manifest, what)} for manifest in (a, b)]
+        said += _layers_once(f"{what} {name}: {old} -> {new}" for name, old, new in _changed(*specs))
+    said += _layers_once(f"no longer trained: {name}" for name in a.trainable if name not in b.trainable)
+    said += _layers_once(f"now trained: {name}" for name in b.trainable if name not in a.trainable)
+    if a.source != b.source:
+        said.append("built from another model file, or with other options")
+    return said
+
+
+def _layers_once(lines: Iterable[str]) -> list[str]:
+    """Lines that are alike but for the number of the layer, once: `blocks.*.norm.weight ... (x32)`."""
+    alike: dict[str, list[str]] = {}
+    for line in lines:
+        alike.setdefault(re.sub(r"\.\d+\.", ".*.", line), []).append(line)
+    return [same[0] if len(same) == 1 else f"{said} (x{len(same)})" for said, same in alike.items()]
+
+
+def _counts(what: str, count, first: list[Program], second: list[Program]) -> list[str]:
+    """Counts that changed, each with the ranks it changed on unless that is all."""
+    ranks: dict[str, list[int]] = {}
+    for rank, (a, b) in enumerate(zip(first, second)):
+        for key, old, new in _changed(count(a), count(b)):
+            ranks.setdefault(f"{what}{key}: {old or 0} -> {new or 0}", []).append(rank)
+    every = min(len(first), len(second))
+    return [said if len(on) == every else f"{said} on rank {', '.join(map(str, on))}" for said, on in ranks.items()]
+
+
+def _collectives(program: Program) -> Counter[str]:
+    return Counter(
+        f" {instr.op} of {instr.values()[0].dtype} in {section.name}"
+        for section in program.sections
+        for instr in section.instrs
+        if instr.op in COLLECTIVES
+    )
+
+
+def _recomputed(program: Program) -> Counter[str]:
+    names = (out.name for instr in program.instrs() for out in instr.values())
+    return Counter("" for name in names if name.startswith("recompute."))
+
+
+def _operators(program: Program) -> Counter[str]:
+    calls = ((section.name, instr.op) for section in program.sections for instr in section.instrs)
+    return Counter(f" {op} in {section}" for section, op in calls if op not in (*COLLECTIVES, FREE))
+
+
+def _bytes_moved(a: Manifest, b: Manifest) -> list[str]:
+    rows = [
+        {f"{row['op']} in {row['section']}": row["received_bytes"] for row in manifest.costs["moved"]}
+        for manifest in (a, b)
     ]
-
-
-def _programs(a: Program, b: Program, rank: int) -> list[str]:
-    """Collectives, recomputation and operators of one rank that changed."""
-    found = []
-    for what, count in (("collective", _collective_counts), ("recomputed", _recomputed_counts), ("operator", _operator_counts)):
-        first, second = count(a, rank), count(b, rank)
-        for key in sorted({*first, *second}):
-            if first[key] != second[key]:
-                found.append(f"{what} {key}: {first[key]} -> {second[key]}")
-    return found
-
-
-def _collective_counts(program: Program, rank: int) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for c in collectives_of(program, rank):
-        counts[f"{c.op} {c.dtype} of {sum(c.send_sizes)} elements in {c.section}"] += 1
-    return counts
-
-
-def _recomputed_counts(program: Program, rank: int) -> Counter[str]:
-    names = [out.name for instr in program.instrs() for out in instr.values()]
-    return Counter("values" for name in names if name.startswith("recompute."))
-
-
-def _operator_counts(program: Program, rank: int) -> Counter[str]:
-    return Counter(f"{instr.op} in {section.name}" for section in program.sections for instr in section.instrs)
+    return [f"bytes received by {key}: {_numbers(old or 0, new or 0)}" for key, old, new in _changed(*rows)]
 
 
 def _costs(a: Manifest, b: Manifest) -> list[str]:
-    names = ("peak_bytes", "peak_at", "kept_bytes", "flops", "recomputed_flops")
-    changed = [f"{name}: {a.costs[name]} -> {b.costs[name]}" for name in names if a.costs[name] != b.costs[name]]
-    rows = [{(row["section"], row["op"]): row["received_bytes"] for row in m.costs["moved"]} for m in (a, b)]
-    for key in sorted({*rows[0], *rows[1]}):
-        before, after = rows[0].get(key, 0), rows[1].get(key, 0)
-        if before != after:
-            changed.append(f"bytes received by {key[1]} in {key[0]}: {before} -> {after}")
-    return changed
+    names = ("recomputed_flops", "peak_bytes", "peak_at", "kept_bytes", "flops")
+    costs = [{name: manifest.costs[name] for name in names} for manifest in (a, b)]
+    return [f"{name}: {_numbers(old, new)}" for name, old, new in _changed(*costs)]
 
 
-def _text(a: Program, b: Program, rank: int) -> list[str]:
-    lines = [print_program(program)[0].splitlines() for program in (a, b)]
-    return list(difflib.unified_diff(*lines, f"a rank {rank}", f"b rank {rank}", lineterm="", n=CONTEXT_LINES))
+def _fallbacks(a: Manifest, b: Manifest) -> list[str]:
+    counts = [Counter(f"{f['op']} ({f['source']})" for f in manifest.fallbacks) for manifest in (a, b)]
+    return [f"computed on every rank: {key} {old or 0} -> {new or 0}" for key, old, new in _changed(*counts)]
+
+
+def _decisions(a: Manifest, b: Manifest) -> list[str]:
+    changed = list(_changed(a.decisions, b.decisions))
+    if not changed:
+        return []
+    name, old, new = changed[0]
+    return [f"placed otherwise: {len(changed)} values, the first {name}: {old} -> {new}"]
+
+
+def _files(a: Manifest, b: Manifest) -> list[str]:
+    names = [name for name, _, _ in _changed(a.files, b.files)]
+    return [f"files that differ: {', '.join(names)}"] if names else []
+
+
+def _changed(a: dict, b: dict) -> Iterator[tuple[str, object, object]]:
+    """Keys whose values differ, with both values; None where there is none."""
+    for key in (*a, *(key for key in b if key not in a)):
+        if a.get(key) != b.get(key):
+            yield key, a.get(key), b.get(key)
+
+
+def _numbers(old, new) -> str:
+    grown = f" ({(new - old) / old:+.1%})" if isinstance(old, int) and old else ""
+    return f"{old} -> {new}{grown}"
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def _text_diff(path_a: Path, path_b: Path, a: Manifest, b: Manifest) -> list[str]:
+    """Unified diffs of the bodies that ranks run, each pair once, and of the table of constants."""
+    bodies = [[entry["body"] for entry in json.loads((path / RANKS).read_text())] for path in (path_a, path_b)]
+    lines: list[str] = []
+    for first, second in dict.fromkeys([*zip(*bodies), (RANKS, RANKS)]):
+        if a.files[first] != b.files[second]:
+            texts = [(path / name).read_text().splitlines() for path, name in ((path_a, first), (path_b, second))]
+            diff = difflib.unified_diff(*texts, f"a/{first}", f"b/{second}", lineterm="", n=CONTEXT_LINES)
+            lines += _folded(list(diff))
+    if len(lines) > TEXT_LINES:
+        return [*lines[:TEXT_LINES], f"... and {len(lines) - TEXT_LINES} lines more"]
+    return lines
+
+
+def _folded(diff: list[str]) -> list[str]:
+    """The diff with hunks that are alike but for numbers, as those of equal layers are, shown once."""
+    hunks: list[list[str]] = [[]]
+    for line in diff:
+        if line.startswith("@@"):
+            hunks.append([])
+        hunks[-1].append(line)
+    head, *hunks = hunks
+    alike: dict[str, list[list[str]]] = {}
+    for hunk in hunks:
+        alike.setdefault(re.sub(r"\d+", "0", "\n".join(hunk[1:])), []).append(hunk)
+    lines = head
+    for first, *more in alike.values():
+        lines += first
+        if more:
+            lines.append(f"  ... and {len(more)} more that differ from it in numbers only")
+    return lines

@@ -14,6 +14,7 @@ No pickle, no eval; the same build gives the same bytes anywhere.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +32,11 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 BUFFERS = "buffers.safetensors"
+WHOLE = "whole.program"
+RANKS = "ranks.json"
+REPORT = "report.html"
+REQUIRED = frozenset({WHOLE, RANKS, BUFFERS, REPORT})
+BODY = re.compile(r"body\.\d+\.program")
 TEXT_LIMIT_BYTES = 512 * 2**20
 
 
@@ -105,23 +111,41 @@ class Artifact:
 def refuse_existing(path: Path) -> None:
     """Raise BuildError (`output-exists`) where something that is no artifact stands at `path`."""
     if path.exists() and not (path / MANIFEST).is_file():
-        raise BuildError(Problem("output-exists", f"{path} exists and is not an artifact", str(path),
-                                 "only an artifact is ever replaced", "give another folder with -o, or move it away"))  # fmt: skip
+        raise BuildError(
+            Problem("output-exists", f"{path} exists and is not an artifact", str(path),
+                    "only an artifact is ever replaced", "give another folder with -o, or move it away")
+        )  # fmt: skip
 
 
 def write_artifact(artifact: Artifact, path: Path) -> Path:
     """Write all files beside `path` and put them in place in one step: an artifact is whole or not there."""
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        made = Path(scratch, "new")
-        made.mkdir()
-        _write_files(artifact, made)
-        old = Path(scratch, "old")
-        if path.exists():
-            os.rename(path, old)
-        os.rename(made, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            made = Path(scratch, "new")
+            made.mkdir()
+            _write_files(artifact, made)
+            _put(made, path, Path(scratch, "old"))
+    except OSError as error:
+        raise BuildError(
+            Problem("output-unwritable", f"{path} cannot be written", str(path), str(error),
+                    "give another folder with -o, or make room there")
+        ) from error  # fmt: skip
     return path
+
+
+def _put(made: Path, path: Path, old: Path) -> None:
+    """Move `made` to `path`; what was there goes to `old`, and back if the move fails."""
+    if not path.exists():
+        os.rename(made, path)
+        return
+    os.rename(path, old)
+    try:
+        os.rename(made, path)
+    except OSError:
+        os.rename(old, path)
+        raise
 
 
 def _write_files(artifact: Artifact, path: Path) -> None:
@@ -131,21 +155,21 @@ def _write_files(artifact: Artifact, path: Path) -> None:
         {"body": "body.0.program", "constants": {name: values[rank] for name, values in constants.items()}}
         for rank in range(artifact.manifest.ranks)
     ]
-    (path / "whole.program").write_text(whole)
-    (path / "body.0.program").write_text(body)
-    (path / "ranks.json").write_text(_ranks_text(ranks))
-    (path / "report.html").write_text(artifact.report)
-    safetensors.torch.save_file(_packed(artifact.buffers), path / BUFFERS)
+    texts = {WHOLE: whole, "body.0.program": body, RANKS: _ranks_text(ranks), REPORT: artifact.report}
+    for name, text in texts.items():
+        (path / name).write_text(text, encoding="utf-8")
+    _write_tensors(artifact.buffers, path / BUFFERS)
     if artifact.weights is not None:
-        (path / "weights").mkdir()
-        safetensors.torch.save_file(_packed(artifact.weights), path / WEIGHTS)
-    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+        (path / WEIGHTS).parent.mkdir()
+        _write_tensors(artifact.weights, path / WEIGHTS)
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     manifest = asdict(artifact.manifest) | {"files": {name: _sha256(path / name) for name in names}}
-    (path / MANIFEST).write_text(_sealed(manifest))
+    (path / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
 
 
-def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    safetensors.torch.save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors makes it readable for its owner only
 
 
 def _ranks_text(ranks: list[dict]) -> str:
@@ -153,9 +177,14 @@ def _ranks_text(ranks: list[dict]) -> str:
     return "[\n" + ",\n".join(json.dumps(rank) for rank in ranks) + "\n]\n"
 
 
-def _sealed(manifest: dict) -> str:
-    text = json.dumps(manifest, indent=1, sort_keys=True)
-    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}, indent=1, sort_keys=True) + "\n"
+def sealed(manifest: dict) -> str:
+    """The text of manifest.json: the manifest and its own hash."""
+    whole = {"sha256": _seal(manifest), "manifest": manifest}
+    return json.dumps(whole, indent=1, sort_keys=True) + "\n"
+
+
+def _seal(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, indent=1, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -170,12 +199,13 @@ def read_manifest(path: str | Path) -> Manifest:
     """The manifest of an artifact, with the hash of every file checked. Raises ArtifactError."""
     path = Path(path)
     if not (path / MANIFEST).is_file():
-        raise _damaged("artifact-missing", f"{path} is not an artifact", f"it has no {MANIFEST}", "build one with autosp-aot build")
+        why = f"it has no {MANIFEST}"
+        raise _damaged("artifact-missing", f"{path} is not an artifact", why, "build one with autosp-aot build")
     try:
-        sealed = json.loads((path / MANIFEST).read_text())
-        found = sealed["manifest"]
-        seal = hashlib.sha256(json.dumps(found, indent=1, sort_keys=True).encode()).hexdigest()
-        if seal != sealed["sha256"] or set(sealed) != {"sha256", "manifest"}:
+        text = _text(path / MANIFEST)
+        whole = json.loads(text)
+        found = whole["manifest"]
+        if text != sealed(found):
             raise ValueError("its own hash does not match")
         if found.get("format") != FORMAT:
             raise ValueError(f"format {found.get('format')}, this version reads {FORMAT}")
@@ -183,6 +213,8 @@ def read_manifest(path: str | Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
     _check_files(path, manifest)
+    if len(_ranks(path)) != manifest.ranks:
+        raise _damaged("ranks-damaged", f"{path / RANKS} has {len(_ranks(path))} ranks", f"it is for {manifest.ranks}")
     return manifest
 
 
@@ -207,26 +239,34 @@ def _tensor_spec(entry: dict) -> TensorSpec:
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
-    there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    if there != set(manifest.files):
-        odd = sorted(there ^ set(manifest.files))
-        raise _damaged("artifact-files", f"{path} has missing or unexpected files: {', '.join(odd)}", "the manifest lists all files")
+    strange = sorted(name for name in manifest.files if name not in REQUIRED | {WEIGHTS} and not BODY.fullmatch(name))
+    if strange:
+        raise _damaged("artifact-files", f"{path} lists {', '.join(strange)}", "no artifact has a file of that name")
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
+    odd = there ^ (REQUIRED | set(manifest.files))
+    if odd:
+        what = f"{path} has missing or unexpected files: {', '.join(sorted(odd))}"
+        raise _damaged("artifact-files", what, "the manifest lists all files")
     for name, digest in manifest.files.items():
-        if name.endswith((".program", ".json")) and (path / name).stat().st_size > TEXT_LIMIT_BYTES:
-            raise _damaged("artifact-size", f"{path / name} is over {TEXT_LIMIT_BYTES} bytes", "no program is that long")
         if _sha256(path / name) != digest:
-            raise _damaged("file-changed", f"{path / name} is not the file that was built", "its hash is not the manifest's")
+            raise _damaged("file-changed", f"{path / name} is not what was built", "its hash is not the manifest's")
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > TEXT_LIMIT_BYTES:
+        raise _damaged("artifact-size", f"{path} is over {TEXT_LIMIT_BYTES} bytes", "no artifact has so long a text")
+    return path.read_text(encoding="utf-8")
 
 
 def read_whole(path: str | Path) -> Program:
     """The unsharded step of an artifact."""
-    return _parsed(Path(path) / "whole.program", {})
+    return _parsed(Path(path) / WHOLE, {}, 1)
 
 
 def read_rank(path: str | Path, rank: int) -> Program:
     """One rank's program, every constant filled in; verified. Raises ArtifactError."""
-    entry = _ranks(Path(path))[rank]
-    program = _parsed(Path(path) / entry["body"], entry["constants"])
+    entries = _ranks(Path(path))
+    program = _parsed(Path(path) / entries[rank]["body"], entries[rank]["constants"], len(entries))
     verify(program)
     return program
 
@@ -241,10 +281,10 @@ def read_bodies(path: str | Path) -> list[tuple[tuple[int, ...], Program]]:
     for body, ranks in bodies.items():
         names = entries[ranks[0]]["constants"]
         if any(set(entries[rank]["constants"]) != set(names) for rank in ranks):
-            raise _damaged("ranks-damaged", f"ranks of {body} have different constants", "ranks that share a body share names")
+            raise _damaged("ranks-damaged", f"ranks of {body} have different constants", "they share its names")
         spread = [entries[rank if rank in ranks else ranks[0]]["constants"] for rank in range(len(entries))]
         constants = {name: tuple(constant[name] for constant in spread) for name in names}
-        program = _parsed(Path(path) / body, constants)
+        program = _parsed(Path(path) / body, constants, len(entries))
         verify(program)
         found.append((tuple(ranks), program))
     return found
@@ -257,24 +297,29 @@ def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
 
 def _ranks(path: Path) -> list[dict]:
     try:
-        entries = json.loads((path / "ranks.json").read_text())
+        entries = json.loads(_text(path / RANKS))
+        if not isinstance(entries, list):
+            raise ValueError("it is no list of ranks")
         for entry in entries:
             numbers = entry["constants"].values()
             if set(entry) != {"body", "constants"} or not all(type(n) is int for n in numbers):
                 raise ValueError("a rank has a body and constants that are whole numbers")
-            if entry["body"] not in {file.name for file in path.glob("body.*.program")}:
+            if not BODY.fullmatch(entry["body"]) or not (path / entry["body"]).is_file():
                 raise ValueError(f"no body {entry['body']!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged("ranks-damaged", f"{path / 'ranks.json'} cannot be read", str(error)) from error
+        raise _damaged("ranks-damaged", f"{path / RANKS} cannot be read", str(error)) from error
     return entries
 
 
-def _parsed(path: Path, constants: Mapping) -> Program:
+def _parsed(path: Path, constants: Mapping, ranks: int) -> Program:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = _text(path)
+    except UnicodeDecodeError as error:
         raise _damaged("program-unreadable", f"{path} cannot be read", str(error)) from error
-    return parse_program(text, constants)
+    program = parse_program(text, constants)
+    if program.ranks != ranks:
+        raise _damaged("ranks-damaged", f"{path} is for {program.ranks} ranks", f"{RANKS} has {ranks}")
+    return program
 
 
 def specs(values: list[Value], vocabularies: Mapping[str, int] | None = None) -> tuple[TensorSpec, ...]:

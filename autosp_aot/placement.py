@@ -142,6 +142,7 @@ def transfers(source: Placement, target: Placement, shape: tuple[int, ...], send
     return [Piece(((a.dim, *mine), (b.dim, *theirs))) for mine in given for theirs in wanted]
 
 
+@lru_cache(maxsize=4096)
 def received_bytes(source: Placement, target: Placement, shape: tuple[int, ...], itemsize: int, ranks: int) -> int:
     """Bytes the worst rank receives from others when a value goes from `source` to `target`.
 

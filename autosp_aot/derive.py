@@ -12,6 +12,7 @@ No numbers are computed: a missing or doubled sum, a swapped dim, a shifted posi
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.operators import FREE, MOVES
@@ -19,7 +20,7 @@ from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy
 from autosp_aot.passes.rules.table import spec_of
 from autosp_aot.placement import PARTIAL, REPLICATE, Placement, disjoint, local_shape
-from autosp_aot.program import Instr, Program, Ref, Value, at_rank, map_args
+from autosp_aot.program import Instr, Int, PerRank, Program, Ref, Value, at_rank, map_args, per_rank
 
 RECOMPUTED = "recompute."
 
@@ -119,10 +120,10 @@ class _Derivation:
     def check_value(self, value: Value, whole: Value, instr: Instr) -> None:
         if value.dtype != whole.dtype:
             raise _wrong(f"{value.name} is {value.dtype}", instr, f"in the whole program it is {whole.dtype}")
-        for rank in self.ranks:
+        rank = _misfit(value.shape, whole.shape, value.placement, self.ranks)
+        if rank is not None:
             expected = local_shape(whole.shape, value.placement, rank)
-            if tuple(at_rank(n, rank) for n in value.shape) != expected:
-                raise _wrong(f"{value.name} has another shape than rank {rank}'s box {list(expected)}", instr)
+            raise _wrong(f"{value.name} has another shape than rank {rank}'s box {list(expected)}", instr)
 
     def check_arguments(self, instr: Instr, origin: Instr, spec: Spec | None, strategy: Strategy, operands, results) -> None:
         args = origin.args
@@ -130,10 +131,10 @@ class _Derivation:
             shapes = [self.local(name, p) for name, p in zip(origin.refs(), operands)]
             made = [self.local(out.name, p) for out, p in zip(origin.values(), results)]
             args = spec.localize(args, Local(strategy, shapes, made))
-        for rank in self.ranks:
-            expected = map_args((args, origin.kwargs), lambda leaf: _plain(leaf, rank))
-            if map_args((instr.args, instr.kwargs), lambda leaf: _plain(leaf, rank)) != expected:
-                raise _wrong(f"an argument of {instr.op} is wrong on rank {rank}", instr, "it does not follow from the placements")
+        found, expected = (instr.args, instr.kwargs), (args, origin.kwargs)
+        if _plain(found, self.ranks) != _plain(expected, self.ranks):
+            rank = next(rank for rank in self.ranks if _plain(found, (rank,)) != _plain(expected, (rank,)))
+            raise _wrong(f"an argument of {instr.op} is wrong on rank {rank}", instr, "it does not follow from the placements")
 
     def local(self, name: str, placement: Placement):
         return Local.shape(self.whole_values[name].shape, placement, self.program.ranks)
@@ -153,9 +154,22 @@ class _Derivation:
                 raise _wrong(f"{label} is {_said(self.placements[name])} at the end of the step", why="a reduction is missing")
 
 
-def _plain(leaf, rank: int):
-    """An argument with rank's number in it, and without the names of operands (those were compared before)."""
-    return type(leaf), ("" if isinstance(leaf, Ref) else repr(at_rank(leaf, rank)))
+@lru_cache(maxsize=4096)
+def _misfit(shape: tuple[Int, ...], whole: tuple[int, ...], placement: Placement, ranks: tuple[int, ...]) -> int | None:
+    """The first rank whose box has another shape."""
+    boxes = ((rank, local_shape(whole, placement, rank)) for rank in ranks)
+    return next((rank for rank, box in boxes if tuple(at_rank(n, rank) for n in shape) != box), None)
+
+
+def _plain(args: tuple, ranks: tuple[int, ...]):
+    """Arguments with the numbers of `ranks`, and without the names of operands (those were compared before)."""
+
+    def plain(leaf):
+        if isinstance(leaf, PerRank):
+            leaf = per_rank(tuple(leaf.values[rank] for rank in ranks))
+        return type(leaf), "" if isinstance(leaf, Ref) else repr(leaf)
+
+    return map_args(args, plain)
 
 
 def _inside(source: Placement, target: Placement, ranks: int) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from autosp_aot.errors import ArtifactError, BuildError, Problem
@@ -168,7 +169,8 @@ def _write_files(artifact: Artifact, path: Path) -> None:
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    apart = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(apart, path)
     path.chmod(0o644)  # safetensors makes it readable for its owner only
 
 
@@ -226,6 +228,7 @@ def _manifest(found: dict) -> Manifest:
         found[key] = tuple(_tensor_spec(entry) for entry in found[key])
     for key in ("trainable", "fallbacks"):
         found[key] = tuple(found[key])
+    found["costs"]["moved"] = tuple(found["costs"]["moved"])
     if not isinstance(found["ranks"], int) or found["ranks"] < 1:
         raise ValueError("ranks is not a positive number")
     return Manifest(**found)
@@ -291,8 +294,11 @@ def read_bodies(path: str | Path) -> list[tuple[tuple[int, ...], Program]]:
 
 
 def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file of an artifact."""
-    return safetensors.torch.load_file(Path(path) / name)
+    """The tensors of a safetensors file of an artifact. Raises ArtifactError."""
+    try:
+        return safetensors.torch.load_file(Path(path) / name)
+    except safetensors.SafetensorError as error:
+        raise _damaged("tensors-unreadable", f"{Path(path) / name} cannot be read", str(error)) from error
 
 
 def _ranks(path: Path) -> list[dict]:

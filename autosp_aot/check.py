@@ -1,10 +1,16 @@
 """`autosp-aot check`: the proof that an artifact's programs, all ranks together, are the whole step."""
 
+from dataclasses import asdict
 from pathlib import Path
 
-from autosp_aot.artifact import read_bodies, read_manifest, read_whole
+from autosp_aot.artifact import BUFFERS, Manifest, TensorSpec, read_bodies, read_manifest, read_tensors, read_whole
 from autosp_aot.collectives import check_collectives, collectives_of
+from autosp_aot.cost import costs
 from autosp_aot.derive import derive
+from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.program import Program, Value
+from autosp_aot.runtime.checkpoint import read_weights
+from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.load import check_operators
 from autosp_aot.verify import verify
 
@@ -12,8 +18,9 @@ from autosp_aot.verify import verify
 def check(path: str | Path) -> list[str]:
     """Prove an artifact; what was proved, a line each. Raises ArtifactError at the first thing that does not hold.
 
-    Files have their hashes; programs parse and are legal; operators are allowed and unchanged; every line follows from the
-    whole step by the sharding rules, with every rank's numbers; all ranks meet in the same collectives with equal sizes.
+    Files have their hashes; programs parse and are legal; operators are allowed and unchanged; every line follows from
+    the whole step by the sharding rules, with every rank's numbers; all ranks meet in the same collectives with equal
+    sizes; the manifest says of inputs, values and costs what the programs and files hold.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -29,9 +36,56 @@ def check(path: str | Path) -> list[str]:
     for ranks, program in bodies:
         derive(program, whole, ranks)
         lines += sum(1 for _ in program.instrs())
+    _check_inputs(manifest, whole)
+    _check_values(manifest, path)
+    if len(bodies) == 1:
+        _check_costs(manifest, bodies[0][1])
     return [
         f"files       {len(manifest.files)} with the hashes of the manifest",
         f"programs    {manifest.ranks} ranks, {len(bodies)} bodies, {lines} lines, each derived from the whole step",
         f"collectives {len(by_rank[0])} a rank: kind, order, sizes and dtype agree",
         f"operators   {len(manifest.operators)} allowed, with the schemas of this torch",
     ]
+
+
+def _check_inputs(manifest: Manifest, whole: Program) -> None:
+    """The manifest's inputs and trained parameters are the whole step's."""
+    state = {spec.name: _type(spec) for spec in (*manifest.parameters, *manifest.buffers)}
+    batch = {spec.name: _type(spec) for spec in manifest.batch}
+    for entry in whole.inputs:
+        known = {"batch": batch, "parameter": state, "buffer": state}.get(entry.kind)
+        if known is not None and known.get(entry.value.name) != (entry.value.dtype, entry.value.shape):
+            raise _wrong(entry.value.name, known.get(entry.value.name), _type(entry.value))
+    inputs = {entry.value.name for entry in whole.inputs if entry.kind == "batch"}
+    if set(batch) != inputs:
+        raise _wrong("the inputs", sorted(batch), sorted(inputs))
+    trained = sorted(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss")
+    if sorted(manifest.trainable) != trained:
+        raise _wrong("the trained parameters", sorted(manifest.trainable), trained)
+
+
+def _check_values(manifest: Manifest, path: Path) -> None:
+    """The tensor files hold what the manifest says, no more."""
+    said = {spec.name: (DTYPES[spec.dtype], spec.shape) for spec in manifest.buffers}
+    held = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read_tensors(path, BUFFERS).items()}
+    if said != held:
+        raise _wrong(BUFFERS, said, held)
+    if manifest.has_weights:
+        read_weights(path, manifest, None)
+
+
+def _check_costs(manifest: Manifest, program: Program) -> None:
+    found = asdict(costs(program))
+    for name, number in found.items():
+        if manifest.costs.get(name) != number:
+            raise _wrong(name, manifest.costs.get(name), number)
+
+
+def _type(spec: TensorSpec | Value) -> tuple[str, tuple[int, ...]]:
+    return spec.dtype, spec.shape
+
+
+def _wrong(what: str, said: object, held: object) -> ArtifactError:
+    why = f"it says {said}\nthe artifact holds {held}"
+    problem = Problem("manifest-wrong", f"the manifest is wrong about {what}", why=why, fix="build the artifact again")
+    return ArtifactError(problem)

@@ -47,6 +47,7 @@ REPLICATE = Placement()
 PARTIAL = Placement(partial=True)
 
 
+@lru_cache(maxsize=4096)
 def even_bounds(extent: int, ranks: int) -> Bounds:
     """`extent` positions over `ranks` ranks, in order, sizes differing by at most one, larger ones first."""
     size, more = divmod(extent, ranks)
@@ -60,6 +61,7 @@ def window(bounds: Bounds, offset: int, size: int) -> Bounds:
     return tuple((clamp(lo), clamp(hi)) for lo, hi in bounds)
 
 
+@lru_cache(maxsize=4096)
 def scale(bounds: Bounds, by: int) -> Bounds:
     return bounds if by == 1 else tuple((lo * by, hi * by) for lo, hi in bounds)
 
@@ -71,6 +73,7 @@ def disjoint(bounds: Bounds) -> bool:
     return all(a[1] <= b[0] for a, b in zip(filled, filled[1:]))
 
 
+@lru_cache(maxsize=4096)
 def covers(bounds: Bounds, extent: int) -> bool:
     """True when every position of the extent belongs to some rank."""
     at = 0

@@ -7,6 +7,7 @@ A label is a place inside a dim: the dim has `outer * extent * inner` positions,
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from autosp_aot.passes.rules.spec import Dims, Spec
 from autosp_aot.passes.rules.table import spec_of
@@ -42,10 +43,14 @@ class Labels:
 
     def bounds(self, extent: int) -> Bounds:
         """Even shares of the sequence; of a dim a little longer or shorter the last rank has the difference."""
-        even = even_bounds(self.length, self.ranks)
-        clamped = [(min(lo, extent), min(hi, extent)) for lo, hi in even]
-        clamped[-1] = (clamped[-1][0], extent)
-        return tuple(clamped)
+        return _home_bounds(self.length, self.ranks, extent)
+
+
+@lru_cache
+def _home_bounds(length: int, ranks: int, extent: int) -> Bounds:
+    clamped = [(min(lo, extent), min(hi, extent)) for lo, hi in even_bounds(length, ranks)]
+    clamped[-1] = (clamped[-1][0], extent)
+    return tuple(clamped)
 
 
 def find_labels(program: Program, sequence_dims: dict[str, int], ranks: int) -> Labels:

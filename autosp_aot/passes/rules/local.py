@@ -1,5 +1,7 @@
 """What a rule's `localize` is given: the strategy, and the local shapes it leads to."""
 
+from functools import lru_cache
+
 from autosp_aot.passes.rules.spec import Axis, Strategy
 from autosp_aot.placement import Placement, local_shape
 from autosp_aot.program import Int, PerRank, at_rank, per_rank
@@ -15,6 +17,7 @@ class Local:
         self.operand_shapes, self.result_shapes = operand_shapes, result_shapes
 
     @staticmethod
+    @lru_cache(maxsize=4096)
     def shape(whole: tuple[int, ...], placement: Placement, ranks: int) -> Shape:
         """The local shape of a whole shape, a `PerRank` where the ranks differ."""
         return tuple(map(per_rank, zip(*(local_shape(whole, placement, rank) for rank in range(ranks)))))

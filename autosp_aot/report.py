@@ -2,6 +2,7 @@
 
 import html
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 from autosp_aot.artifact import Manifest, read_manifest, read_rank
@@ -11,13 +12,19 @@ from autosp_aot.program import ITEMSIZE, Program
 from autosp_aot.program_text import print_program
 
 Rows = list[tuple[str, ...]]
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse}"
+    "td,th{padding:.2em 1.5em .2em 0;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
+)
 
 
 def show(path: str | Path, rank: int) -> str:
     """Tables of what the artifact moves and keeps, then the program of a rank with its numbers filled in."""
     manifest = read_manifest(path)
     text, _ = print_program(_program(path, manifest, rank))
-    return "\n\n".join([_aligned(facts(manifest)), _aligned(traffic(manifest)), text])
+    tables = [facts(manifest), traffic(manifest), *([replicated(manifest)] if manifest.fallbacks else [])]
+    return "\n\n".join([*map(_aligned, tables), text])
 
 
 def show_json(path: str | Path, rank: int) -> dict:
@@ -25,26 +32,28 @@ def show_json(path: str | Path, rank: int) -> dict:
     manifest = read_manifest(path)
     program = _program(path, manifest, rank)
     collectives = [asdict(collective) for collective in collectives_of(program, rank)]
-    return {"manifest": asdict(manifest), "rank": rank, "collectives": collectives, "program": print_program(program)[0]}
+    text, _ = print_program(program)
+    return {"manifest": asdict(manifest), "rank": rank, "collectives": collectives, "program": text}
 
 
 def _program(path, manifest: Manifest, rank: int) -> Program:
     if rank >= manifest.ranks:
-        raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path),
-                                    f"the artifact has ranks 0 to {manifest.ranks - 1}", "give another --rank"))  # fmt: skip
+        why = f"the artifact has ranks 0 to {manifest.ranks - 1}"
+        raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path), why, "give another --rank"))
     return read_rank(path, rank)
 
 
 def facts(manifest: Manifest) -> Rows:
     """What was built, and what it costs the rank with the largest boxes."""
     costs = manifest.costs
-    weights = sum(_elements(spec.shape) * ITEMSIZE[spec.dtype] for spec in manifest.parameters)
+    weights = sum(prod(spec.shape) * ITEMSIZE[spec.dtype] for spec in manifest.parameters)
+    again = costs["recomputed_flops"] / max(costs["flops"], 1)
     return [
         ("ranks", str(manifest.ranks)),
         ("target", manifest.target),
         ("inputs", ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.batch)),
         ("parameters", f"{len(manifest.parameters)}, {_bytes(weights)} on every rank"),
-        ("recompute", f"{manifest.recompute}, {costs['recomputed_flops'] / max(costs['flops'], 1):.1%} of the products' FLOPs"),
+        ("recompute", f"{manifest.recompute}, {again:.1%} of the products' FLOPs"),
         ("kept for backward", _bytes(costs["kept_bytes"])),
         ("peak of activations and gradients", f"{_bytes(costs['peak_bytes'])} at {costs['peak_at']}"),
         ("computed on every rank", ", ".join(sorted({f["op"] for f in manifest.fallbacks})) or "nothing"),
@@ -59,21 +68,29 @@ def traffic(manifest: Manifest) -> Rows:
     return rows
 
 
+def replicated(manifest: Manifest) -> Rows:
+    """Operators without a rule, that every rank computes over the whole."""
+    rows: Rows = [("operator", "where", "gathered on every rank")]
+    return rows + [(f["op"], f["source"], _bytes(f["gathered_bytes"])) for f in manifest.fallbacks]
+
+
 def html_report(manifest: Manifest, program: Program) -> str:
     """One self-contained page: facts, traffic, what computes replicated. No scripts, nothing from a network."""
-    tables = [("The build", facts(manifest)), ("What moves", traffic(manifest))]
-    tables.append(("Computed on every rank", [("operator", "where"), *((f["op"], f["source"]) for f in manifest.fallbacks)]))
-    body = "".join(f"<h2>{title}</h2>{_table(rows)}" for title, rows in tables)
-    style = "body{font:15px/1.5 system-ui;max-width:60em;margin:2em auto}td{padding:.2em 1em .2em 0;border-bottom:1px solid #ddd}"
-    title = f"autosp-aot: {manifest.ranks} ranks on {manifest.target}"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1>{body}</html>\n"
-    )
+    title = html.escape(f"autosp-aot: {manifest.ranks} ranks on {manifest.target}")
+    body = f"<h1>{title}</h1><h2>The build</h2>{_table(facts(manifest))}"
+    body += f"<h2>What moves</h2>{_table(traffic(manifest), head=True)}"
+    if manifest.fallbacks:
+        body += f"<h2>Computed on every rank</h2>{_table(replicated(manifest), head=True)}"
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}{body}</html>\n'
 
 
-def _table(rows: Rows) -> str:
-    lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+def _table(rows: Rows, head: bool = False) -> str:
+    lines = []
+    for at, row in enumerate(rows):
+        tag = "th" if head and at == 0 else "td"
+        cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -89,10 +106,3 @@ def _bytes(count: int) -> str:
             break
         size /= 1024
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -45,7 +45,8 @@ def build_file(
 ) -> Path:
     """`autosp-aot build`: compile MODEL.py and write the artifact to `out` (default `./<model file stem>.sp<ranks>`).
 
-    Weights are made only after compiling, from `seed`, when they are under 1 GB. Raises BuildError; writes all or nothing.
+    Weights are made only after compiling, from `seed`, when they are under 1 GB. Raises BuildError and writes all or
+    nothing.
     """
     model_file = read_model_file(model_path)
     out = Path(f"{model_file.stem}.sp{ranks}") if out is None else out
@@ -102,7 +103,9 @@ def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config
     persistent = set(_state_names(model))
     buffers = dict(model.named_buffers()) | constants
     inputs = {kind: [e.value for e in whole.inputs if e.kind == kind] for kind in ("parameter", "buffer", "batch")}
+    stored = [value for value in inputs["buffer"] if value.name in persistent]
     kept = [value for value in inputs["buffer"] if value.name not in persistent]
+    operators = {instr.op for program in (compiled.whole, compiled.program) for instr in program.instrs()}
     manifest = Manifest(
         format=FORMAT,
         versions=_versions(model),
@@ -112,11 +115,11 @@ def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config
         recompute=config.recompute,
         sequence_dims=sequence_dims,
         batch=specs(inputs["batch"], _vocabularies(whole)),
-        parameters=specs([*inputs["parameter"], *(v for v in inputs["buffer"] if v.name in persistent), *_unused(model, inputs)]),
+        parameters=specs([*inputs["parameter"], *stored, *_unused(model, inputs)]),
         buffers=specs(kept),
         aliases=_aliases(model),
         trainable=tuple(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss"),
-        operators={op: schema(op) for op in sorted({i.op for p in (compiled.whole, compiled.program) for i in p.instrs()}) if _foreign(op)},
+        operators={op: schema(op) for op in sorted(operators) if _foreign(op)},
         costs=asdict(costs(compiled.program)),
         fallbacks=tuple(asdict(fallback) for fallback in compiled.fallbacks),
         decisions=compiled.decisions,
@@ -137,7 +140,8 @@ def _refuse_operators(whole: Program) -> None:
     problems: dict[str, Problem] = {}
     for instr in whole.instrs():
         if schema(instr.op) is None and instr.op not in problems:
-            problems[instr.op] = Problem("operator-refused", f"{instr.op} may not be part of a program", instr.where.source,
+            what = f"{instr.op} may not be part of a program"
+            problems[instr.op] = Problem("operator-refused", what, instr.where.source,
                                          "it writes to an operand, draws random numbers, or is no operator of ATen",
                                          "use another operator")  # fmt: skip
     if problems:

@@ -43,7 +43,8 @@ def check_collectives(by_rank: list[list[Collective]]) -> None:
                 raise _mismatch(f"{_said(b)} of rank {rank} is {b.dtype}", f"on rank 0 it is {a.dtype}")
         if len(mine) != len(first):
             more = (mine if len(mine) > len(first) else first)[min(len(mine), len(first))]
-            raise _mismatch(f"rank {rank} has {len(mine)} collectives, rank 0 {len(first)}", f"the first more is {_said(more)}")
+            what = f"rank {rank} has {len(mine)} collectives, rank 0 {len(first)}"
+            raise _mismatch(what, f"the first more is {_said(more)}")
     for at, step in enumerate(zip(*by_rank)):
         for sender, mine in enumerate(step):
             for receiver, other in enumerate(step):

@@ -39,7 +39,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the rank with the largest boxes. Parameters, gradients' optimizer state and kernels' workspace are not in it."""
+    """Of the rank with the largest boxes. Parameters, optimizer state and kernels' workspace are not in it."""
 
     peak_bytes: int
     peak_at: str
@@ -68,9 +68,8 @@ def moved(program: Program) -> list[Moved]:
             if instr.op in COLLECTIVES:
                 key = section.name, instr.op
                 counts[key] += 1
-                received[key] += sum(
-                    _received(values[name], values[out.name], program.ranks) for name, out in zip(instr.refs(), instr.values())
-                )
+                pairs = zip(instr.refs(), instr.values())
+                received[key] += sum(_received(values[name], values[out.name], program.ranks) for name, out in pairs)
     return [Moved(*key, counts[key], received[key]) for key in counts]
 
 
@@ -111,7 +110,8 @@ class _Storages:
         for out in instr.values():
             self.make(out, instr)
         if self.total > self.peak:
-            self.peak, self.peak_at = self.total, f"{section.name}: {instr.values()[0].name if instr.values() else instr.op}"
+            what = instr.values()[0].name if instr.values() else instr.op
+            self.peak, self.peak_at = self.total, f"{section.name}: {what}"
 
     def make(self, out: Value, instr: Instr) -> None:
         view = VIEWS.get(instr.op)

@@ -1,8 +1,8 @@
 """The static proof that a partitioned program is the whole program: every line is derived again from the rules.
 
 Each value of a rank's program stands for one value of the whole program, with a placement. Inputs stand for themselves;
-a move keeps what a value stands for and must be legal between its placements; a call must be the whole program's call of
-that operator on what its operands stand for, under a strategy its rule allows, with the arguments that follow from it.
+a move keeps what a value stands for and must be legal between its placements; a call must be the whole program's call
+of that operator on what its operands stand for, under a strategy its rule allows, with the arguments that follow.
 
     whole     %h = aten.mul.Tensor(%x, %w)
     ranks     %h @ Shard(1) = aten.mul.Tensor(%x @ Shard(1), %w @ Replicate)        derived: cut factor 1 of 3
@@ -85,7 +85,8 @@ class _Derivation:
             raise _wrong(f"the whole program has no {instr.op} that makes {first}", instr)
         means = [self.stands_for[name] for name in instr.refs()]
         if means != origin.refs():
-            raise _wrong(f"{first} is computed from {', '.join(means)}", instr, f"in the whole program from {', '.join(origin.refs())}")
+            why = f"in the whole program from {', '.join(origin.refs())}"
+            raise _wrong(f"{first} is computed from {', '.join(means)}", instr, why)
         outs = [out and out.name.removeprefix(RECOMPUTED) for out in instr.outs]
         if outs != [out and out.name for out in origin.outs]:
             raise _wrong(f"the results of {instr.op} are {outs}", instr)
@@ -125,7 +126,9 @@ class _Derivation:
             expected = local_shape(whole.shape, value.placement, rank)
             raise _wrong(f"{value.name} has another shape than rank {rank}'s box {list(expected)}", instr)
 
-    def check_arguments(self, instr: Instr, origin: Instr, spec: Spec | None, strategy: Strategy, operands, results) -> None:
+    def check_arguments(
+        self, instr: Instr, origin: Instr, spec: Spec | None, strategy: Strategy, operands, results
+    ) -> None:
         args = origin.args
         if spec is not None and spec.localize is not None and strategy.factor is not None:
             shapes = [self.local(name, p) for name, p in zip(origin.refs(), operands)]
@@ -134,7 +137,8 @@ class _Derivation:
         found, expected = (instr.args, instr.kwargs), (args, origin.kwargs)
         if _plain(found, self.ranks) != _plain(expected, self.ranks):
             rank = next(rank for rank in self.ranks if _plain(found, (rank,)) != _plain(expected, (rank,)))
-            raise _wrong(f"an argument of {instr.op} is wrong on rank {rank}", instr, "it does not follow from the placements")
+            what = f"an argument of {instr.op} is wrong on rank {rank}"
+            raise _wrong(what, instr, "it does not follow from the placements")
 
     def local(self, name: str, placement: Placement):
         return Local.shape(self.whole_values[name].shape, placement, self.program.ranks)
@@ -145,13 +149,15 @@ class _Derivation:
         for section in self.program.sections:
             given |= dict(section.gives)
         if set(given) != set(self.whole_gives):
-            raise _wrong(f"the program gives {sorted(set(given) ^ set(self.whole_gives))} more or less than the whole program")
+            odd = sorted(set(given) ^ set(self.whole_gives))
+            raise _wrong(f"the program gives {odd} more or less than the whole program")
         for label, name in given.items():
             if self.stands_for[name] != self.whole_gives[label]:
                 raise _wrong(f"{label} is {self.stands_for[name]}, in the whole program {self.whole_gives[label]}")
             last = self.program.sections[-1].name == "sum_gradients"
             if self.placements[name] != REPLICATE and (last or label == "loss"):
-                raise _wrong(f"{label} is {_said(self.placements[name])} at the end of the step", why="a reduction is missing")
+                what = f"{label} is {_said(self.placements[name])} at the end of the step"
+                raise _wrong(what, why="a reduction is missing")
 
 
 @lru_cache(maxsize=4096)

@@ -15,7 +15,7 @@ class Problem:
 
 
 class AutospError(Exception):
-    """Base of everything a user can cause. Holds all offenders at once; `exit_code` is what the command line returns."""
+    """Base of everything a user can cause: all offenders at once; `exit_code` is what the command line returns."""
 
     exit_code = 2
 

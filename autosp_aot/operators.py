@@ -7,15 +7,16 @@ none without a tensor operand except the constant tensors below. Everything else
 import torch
 
 FACTORIES = frozenset({
-    "aten.arange.start_step", "aten.full.default", "aten.ones.default", "aten.scalar_tensor.default", "aten.zeros.default",
+    "aten.arange.start_step", "aten.full.default", "aten.ones.default", "aten.scalar_tensor.default",
+    "aten.zeros.default",
 })  # fmt: skip
 OURS = {
     "autosp.attention": "autosp.attention(q, k, v, scale, causal, group, first_head) -> (out, lse)",
-    "autosp.attention_backward": "autosp.attention_backward(grad_out, q, k, v, out, lse, scale, causal, group, first_head)"
-    " -> (grad_q, grad_k, grad_v)",
+    "autosp.attention_backward": "autosp.attention_backward(grad_out, q, k, v, out, lse, scale, causal, group,"
+    " first_head) -> (grad_q, grad_k, grad_v)",
     "autosp.attention_rows": "autosp.attention_rows(q, k, v, scale, causal, group, rows, start) -> (out, lse)",
-    "autosp.attention_rows_backward": "autosp.attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal, group, rows,"
-    " start) -> (grad_q, grad_k, grad_v)",
+    "autosp.attention_rows_backward": "autosp.attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal,"
+    " group, rows, start) -> (grad_q, grad_k, grad_v)",
 }
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 COLLECTIVES = MOVES[1:]

@@ -46,12 +46,14 @@ def canonical_attention(exported: ExportedProgram) -> None:
 
 def _rewrite(graph: Graph, node: Node, known: dict, dirty: set[Node]) -> Problem | None:
     names = [argument.name for argument in SDPA._schema.arguments]
-    given = {argument.name: argument.default_value for argument in SDPA._schema.arguments if argument.has_default_value()}
+    arguments = SDPA._schema.arguments
+    given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
     given |= dict(zip(names, node.args)) | node.kwargs
     q, k, v, mask = given["query"], given["key"], given["value"], given["attn_mask"]
     causal, place = given["is_causal"], where(node)
     if given["dropout_p"]:
-        return Problem("attention-dropout", f"attention with dropout {given['dropout_p']} is not supported", place.source,
+        what = f"attention with dropout {given['dropout_p']} is not supported"
+        return Problem("attention-dropout", what, place.source,
                        "its draws would have to be the same at every number of ranks", "set the attention dropout to 0")
     if mask is not None:
         said = evaluate(mask, known)

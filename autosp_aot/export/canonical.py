@@ -28,7 +28,9 @@ DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
 }  # fmt: skip
-SAME = (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.contiguous.default)
+SAME = (
+    aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.contiguous.default,
+)  # fmt: skip
 RESHAPES = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints,
@@ -72,7 +74,8 @@ class _Canonical:
             elif node.op == "call_function" and node.target not in NOTHING:
                 self.call(node)
         output = next(node for node in self.graph.nodes if node.op == "output")
-        gives = [(label, self.names[node]) for node, label in zip(output.args[0], self.joint.outputs) if node is not None]
+        outputs = zip(self.joint.outputs, output.args[0])
+        gives = [(label, self.names[node]) for label, node in outputs if node is not None]
         instrs = _alive(self.instrs, [name for _, name in gives])
         used = {name for instr in instrs for name in instr.refs()}
         inputs = tuple(entry for entry in self.inputs if entry.kind != "buffer" or entry.value.name in used)
@@ -125,7 +128,8 @@ class _Canonical:
         if target in (aten._to_copy.default, aten.to.dtype):
             if self.types[operand].dtype == DTYPES[types[0].dtype]:
                 return (operand,)
-            return self.emit(node, "aten._to_copy.default", (Ref(operand),), (("dtype", Dtype(DTYPES[types[0].dtype])),), types)
+            dtype = Dtype(DTYPES[types[0].dtype])
+            return self.emit(node, "aten._to_copy.default", (Ref(operand),), (("dtype", dtype),), types)
         if target is aten.expand.default:
             if self.types[operand].shape == shape:
                 return (operand,)
@@ -150,10 +154,7 @@ class _Canonical:
             total, count = self.emit(node, str(target), self.arguments((*args[:3], SUM, args[4])), (), types)
             return self.emit(node, "aten.div.Tensor", (Ref(total), Ref(count)), (), types[:1]) + (count,)
         if target is aten.mean.default:
-            dtype = (("dtype", Dtype(DTYPES[types[0].dtype])),)
-            total = self.emit(node, "aten.sum.default", (Ref(operand),), dtype, types)[0]
-            count = args[0].meta["val"].numel()
-            return self.emit(node, "aten.div.Scalar", (Ref(total), count), (), types)
+            return (self.mean(node, operand, types[0]),)
         if target is torch.ops.autosp.attention.default:
             group = args[0].meta["val"].shape[1] // args[1].meta["val"].shape[1]
             return self.emit(node, "autosp.attention", (*self.arguments(args), group, 0), (), types)
@@ -210,6 +211,17 @@ class _Canonical:
             parts.append(self.reshape(node, self.names[part], part.meta["val"].unsqueeze(dim)))
         return self.emit(node, "aten.cat.default", (tuple(map(Ref, parts)), dim), (), [result])[0]
 
+    def mean(self, node: Node, operand: str, result: Tensor) -> str:
+        """A sum, in fp32 for half dtypes as eager adds them up, divided by the count."""
+        wide = result.to(torch.float32) if result.dtype in (torch.float16, torch.bfloat16) else result
+        dtype, count = Dtype(DTYPES[wide.dtype]), node.args[0].meta["val"].numel()
+        total = self.emit(node, "aten.sum.default", (Ref(operand),), (("dtype", dtype),), [wide])[0]
+        mean = self.emit(node, "aten.div.Scalar", (Ref(total), count), (), [wide])[0]
+        if wide is result:
+            return mean
+        narrow = (("dtype", Dtype(DTYPES[result.dtype])),)
+        return self.emit(node, "aten._to_copy.default", (Ref(mean),), narrow, [result])[0]
+
     def cat(self, node: Node, result: Tensor) -> str:
         dim = (node.args[1] if len(node.args) > 1 else 0) % result.dim()
         parts = [self.names[part] for part in node.args[0] if part.meta["val"].numel() or part.meta["val"].dim() > 1]
@@ -236,7 +248,8 @@ class _Canonical:
         place = where(node)
         operands = Instr((), op, args, kwargs).refs()
         late = any(name in self.after_loss for name in operands)
-        names = tuple(self.fresh(("grad." if late else "") + place.module, op, at, len(types)) for at in range(len(types)))
+        module = ("grad." if late else "") + place.module
+        names = tuple(self.fresh(module, op, at, len(types)) for at in range(len(types)))
         outs = tuple(None if t is None else self.typed(name, t) for name, t in zip(names, types))
         instr = Instr(outs, op, args, kwargs, place)
         for out in instr.values():

@@ -102,7 +102,8 @@ def _in_factor(spec: Spec, dims: Dims, label: Label) -> tuple[int, int, int, int
     for axis in dims[label.dim]:
         extent = spec.size(axis)
         after = size // before // extent
-        if axis.group == 1 and label.outer % before == 0 and label.inner % after == 0 and label.outer // before < extent:
+        divides = axis.group == 1 and label.outer % before == 0 and label.inner % after == 0
+        if divides and label.outer // before < extent:
             if axis.size is None:
                 return axis.factor, label.outer // before, label.extent, label.inner // after
             if label.outer == before and label.inner == after:

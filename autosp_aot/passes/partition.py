@@ -164,7 +164,7 @@ class _Partition:
         return [replace(cut, partial=at) for at in [(), *partial] for cut in [*cuts, Strategy()]]
 
     def is_small(self, instr: Instr) -> bool:
-        """Token ids, labels, positions and what is computed from them alone: whole on every rank, whatever shifts them."""
+        """Token ids, labels, positions and what follows from them alone: whole on every rank, whatever shifts them."""
         if any(out.dtype in FLOATS or prod(out.shape) > self.small for out in instr.values()):
             return False
         return all(REPLICATE in self.versions[name] for name in instr.refs())
@@ -184,7 +184,8 @@ class _Partition:
             if home not in (None, placement) and not placement.replicated:
                 received += _moved(placement, home, out.shape, out.dtype, self.ranks)
                 received += _largest(out.shape, out.dtype, placement, self.ranks) * LOCAL_BYTE
-        touched = sum(_largest(self.whole[n].shape, self.whole[n].dtype, p, self.ranks) for n, p in zip(instr.refs(), operands))
+        read = zip((self.whole[name] for name in instr.refs()), operands)
+        touched = sum(_largest(value.shape, value.dtype, placement, self.ranks) for value, placement in read)
         touched += sum(_largest(out.shape, out.dtype, p, self.ranks) for out, p in zip(instr.values(), results))
         flops = 0.0
         if spec.contraction:

@@ -26,7 +26,7 @@ class Compiled:
 
 
 def compile_program(whole: Program, sequence_dims: dict[str, int], config: BuildConfig) -> Compiled:
-    """From the whole step to the step of every rank. Raises BuildError; verifies before the first pass and after each."""
+    """From the whole step to the step of every rank, verified before and after each pass. Raises BuildError."""
     whole = split_query_rows(whole, config.ranks)
     verify(whole)
     partitioned = partition(whole, sequence_dims, config.ranks)

@@ -3,7 +3,7 @@
     out, lse = attention(q, k, v)                     q: [B, N, S, D]
       ->
     rows = reshape(q)                                 [B, N * S, D]
-    o, l = attention_rows(rows, k, v, rows=S)         rank r: positions lo..hi of N * S, and the key/value heads they read
+    o, l = attention_rows(rows, k, v, rows=S)         rank r: positions lo..hi of N * S, and the k/v heads they read
     out, lse = reshape(o), reshape(l)
 """
 
@@ -26,7 +26,7 @@ def split_query_rows(whole: Program, ranks: int) -> Program:
 
 
 def _rewritten(instr: Instr, values: dict[str, Value]) -> list[Instr]:
-    """The call over rows. Operands and results that have a dim of query rows are reshaped; k, v and their gradients stay."""
+    """The call over rows: operands and results with a dim of query rows are reshaped; k, v and their gradients stay."""
     backward = instr.op == "autosp.attention_backward"
     q = values[instr.refs()[1 if backward else 0]]
     rows = q.shape[2]

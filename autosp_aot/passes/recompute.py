@@ -1,14 +1,14 @@
 """Sequence-aware checkpointing: what costs linear time in the sequence is computed again, attention never is.
 
-    forward    h1 = ...                              kept: h1, q k v as they leave their collectives, attention's results
+    forward    h1 = ...                              kept: h1, q k v after their collectives, attention's results
                n = norm(h1); q = all_to_all(n @ Wq)
                o, lse = attention(q, k, v)
                h2 = h1 + all_to_all(o) @ Wo          kept: all_to_all(o), h2
     backward   recompute.n = norm(h1)                just before its first use, one layer at a time
                grad_Wq = recompute.n' @ grad_q
 
-Method: selective checkpointing by operator cost (AutoSP, ICLR 2026; Korthikanti et al. 2022, arXiv:2205.05198), with the
-layer inputs found as the places where a single value carries the forward pass.
+Method: selective checkpointing by operator cost (AutoSP, ICLR 2026; Korthikanti et al. 2022, arXiv:2205.05198), with
+the layer inputs found as the places where a single value carries the forward pass.
 """
 
 from dataclasses import replace
@@ -89,7 +89,7 @@ def _kept(program: Program, forward: Section) -> set[str]:
 
 
 def _cuts(program: Program, forward: Section, kept: set[str]) -> dict[int, Value]:
-    """Instructions after which exactly one value is alive, of those that depend on weights and batch and are not kept."""
+    """Instructions after which one value is alive, of those that depend on weights and batch and are not kept."""
     weights = {entry.value.name for entry in program.inputs if entry.kind == "parameter"}
     batch = {entry.value.name for entry in program.inputs if entry.kind == "batch"}
     last_use = {name: at for at, instr in enumerate(forward.instrs) for name in instr.refs()}

@@ -43,7 +43,10 @@ def _sum_gradients(gradients, values: dict[str, Value]) -> tuple[tuple[Instr, ..
     instrs: list[Instr] = []
     totals: dict[str, str] = {}
     for bucket in _buckets([values[name] for name in summands]):
-        outs = tuple(replace(v, name=f"{v.name}.all_reduce", placement=replace(v.placement, partial=False)) for v in bucket)
+        outs = tuple(
+            replace(value, name=f"{value.name}.all_reduce", placement=replace(value.placement, partial=False))
+            for value in bucket
+        )
         instrs.append(Instr(outs, "all_reduce", tuple(Ref(v.name) for v in bucket)))
         totals.update((v.name, out.name) for v, out in zip(bucket, outs))
     return tuple(instrs), tuple((label, totals.get(name, name)) for label, name in gradients)

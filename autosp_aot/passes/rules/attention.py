@@ -1,6 +1,7 @@
-"""The canonical attention pair, cut by query heads or by query rows; a rank gets the key/value heads that its part reads.
+"""The canonical attention pair, cut by query heads or by query rows; a rank gets the key/value heads its part reads.
 
-    q: [B, N, S, D]   k, v: [B, N / group, T, D]     rank r: query heads lo..hi, key/value heads lo // group .. ceil(hi / group)
+    q: [B, N, S, D]   k, v: [B, N / group, T, D]     rank r: query heads lo..hi,
+                                                             key/value heads lo // group .. ceil(hi / group)
     q: [B, N * S, D]                                 rank r: positions lo..hi of heads and rows as one dim, likewise
 
 Two ranks that share a group both get its key/value head (copies); its gradients are then summands.
@@ -63,7 +64,7 @@ def _spec(call, q, k, v, operands: str, results: str) -> Spec:
 
 @lru_cache
 def row_bounds(heads: int, rows: int, causal: bool, ranks: int) -> Bounds:
-    """Heads and rows as one dim, cut where every rank has the same number of scores; row i of a causal head has i + 1."""
+    """Heads and rows as one dim, cut where all ranks have equally many scores; row i of a causal head has i + 1."""
     if not causal:
         return even_bounds(heads * rows, ranks)
     scores = rows * (rows + 1) // 2

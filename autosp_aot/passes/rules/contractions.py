@@ -83,7 +83,8 @@ def _norm_words(dims: int, normalized: int) -> tuple[str, str]:
 
 def _several(words: list[str], results: list, call) -> Spec:
     kept = [word for word in results if word]
-    return from_notation(f"{','.join(words)}->{','.join(kept)}", [v.shape for v in call.operands], [v.shape for v in call.results])
+    operands, results = ([value.shape for value in values] for values in (call.operands, call.results))
+    return from_notation(f"{','.join(words)}->{','.join(kept)}", operands, results)
 
 
 def embedding(call) -> Spec:

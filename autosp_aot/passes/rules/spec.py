@@ -1,7 +1,8 @@
 """What a sharding rule says: the factors of an operator, and how each dim of operands and results consists of them.
 
-    mm: ik, kj -> ij      i, j parallel (in every result that has them);  k vanishes: cut along it, the result is Partial
-    log_softmax: iW -> iW                   W (upper case) must be whole
+    mm: ik, kj -> ij            i, j parallel (in every result that has them)
+                                k vanishes: cut along it, the result is Partial
+    log_softmax: iW -> iW       W (upper case) must be whole
 
 One factor at a time is cut. A strategy is (factor, bounds); `instantiate` gives the placement of every operand and
 result under it, or None where it is not allowed.
@@ -119,7 +120,7 @@ class Spec:
         return bounds if axis.size is None else window(bounds, axis.offset, axis.size)
 
     def strategy_of(self, dims: Dims, placement: Placement) -> Strategy | None:
-        """The strategy that cuts a tensor with these dims as the placement says; None where there is none or several."""
+        """The strategy that cuts a tensor with these dims as the placement says; None where there is not just one."""
         if placement.cut is None:
             return Strategy()
         cut = placement.cut

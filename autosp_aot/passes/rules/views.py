@@ -26,7 +26,8 @@ def reshape(call) -> Spec:
         extents += factors
         _deal(operand, ins, factors, first)
         _deal(result, outs, factors, first)
-    return Spec(tuple(extents), frozenset(whole), (tuple(operand),), (tuple(result),), LINEAR_IN_FIRST, localize=_sizes(1))
+    operands, results = (tuple(operand),), (tuple(result),)
+    return Spec(tuple(extents), frozenset(whole), operands, results, LINEAR_IN_FIRST, localize=_sizes(1))
 
 
 def _groups(ins: tuple[int, ...], outs: tuple[int, ...]):
@@ -130,7 +131,8 @@ def slice_backward(call) -> Spec:
     operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:
         extents, operand = _own_dim(shape, dim, size, operand)
-        return Spec(extents, frozenset({dim, len(shape)}), (operand,), (_identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
+        whole = frozenset({dim, len(shape)})
+        return Spec(extents, whole, (operand,), (_identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
 
     def localize(args, local):
         start = local.start(seen)
@@ -183,8 +185,9 @@ def arange(call) -> Spec | None:
         return None
 
     def localize(args, local):
-        bounds = local.bounds
-        return (per_rank(tuple(start + lo * step for lo, _ in bounds)), per_rank(tuple(start + hi * step for _, hi in bounds)), step)
+        first = per_rank(tuple(start + lo * step for lo, _ in local.bounds))
+        end = per_rank(tuple(start + hi * step for _, hi in local.bounds))
+        return first, end, step
 
     return Spec(call.results[0].shape, frozenset(), (), (_identity(call.results[0].shape),), localize=localize,
                 flat=frozenset({0}))  # fmt: skip

@@ -1,7 +1,7 @@
 """The executor: a loop over one rank's instructions, prepared once.
 
-A section runs as a generator. Where the ranks have to meet it yields an `Exchange` or a `Sum` and is sent the answer, so
-the same code runs over torch.distributed (`groups`) and in one process (`simulate`).
+A section runs as a generator. Where the ranks have to meet it yields an `Exchange` or a `Sum` and is sent the answer,
+so the same code runs over torch.distributed (`groups`) and in one process (`simulate`).
 """
 
 from collections.abc import Callable, Generator
@@ -56,7 +56,7 @@ class Executor:
         self.gives = {section.name: section.gives for section in program.sections}
 
     def run(self, section: str, values: dict[str, Tensor]) -> Run:
-        """Run a section over `values` (by name; it adds to them and releases from them); returns its results by label."""
+        """Run a section over `values` (by name; it adds to them and releases from them); its results by label."""
         for meets, step in self.steps[section]:
             if meets:
                 yield from step(values)
@@ -178,7 +178,8 @@ def _shard(source: Value, target: Value, rank: int) -> Step:
     def step(values: dict[str, Tensor]) -> None:
         tensor = values[source.name]
         parts = [_narrowed(tensor, box) for box in boxes]
-        values[target.name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
+        values[target.name] = joined
 
     return step
 

@@ -81,7 +81,7 @@ def attention_rows_backward(
 
 
 def _row_runs(count: int, group: int, rows: int, start: int):
-    """(positions here, key/value head here, first row) of each head that the positions `start .. start + count` touch."""
+    """(positions here, key/value head here, first row) of each head that positions `start .. start + count` touch."""
     at, runs, first_kv = start, [], start // rows // group
     while at < start + count:
         head, row = divmod(at, rows)
@@ -93,7 +93,7 @@ def _row_runs(count: int, group: int, rows: int, start: int):
 
 
 def _key_blocks(first: int, count: int, keys: int, causal: bool):
-    """What rows `first .. first + count` see: all keys, or those before them and a triangle (kernels differ on its corner)."""
+    """What rows `first .. first + count` see: all keys, or those before them and a triangle (kernels differ on it)."""
     if not causal:
         return [(slice(0, keys), False)]
     before = [(slice(0, first), False)] if first else []
@@ -130,8 +130,8 @@ def _part(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv: slice):
 def _kernels(q: Tensor, v: Tensor):
     """Forward and backward kernel for a device, dtype and width.
 
-    Only operators that CUDA and ROCm builds of torch share: flash attention is FlashAttention-2 on one, AOTriton or CK on
-    the other.
+    Only operators that CUDA and ROCm builds of torch share: flash attention is FlashAttention-2 on one, AOTriton or CK
+    on the other.
     """
     same_width = q.shape[-1] == v.shape[-1]
     if q.device.type == "cpu" and same_width:
@@ -164,7 +164,7 @@ def _cuda_flash_backward(grad_out, q, k, v, out, lse, scale, causal):
 
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool):
-    """Attention in plain torch with O(S) memory: online softmax over blocks of keys (Dao et al. 2022, arXiv:2205.14135)."""
+    """Attention in plain torch with O(S) memory: online softmax over blocks of keys (Dao et al., arXiv:2205.14135)."""
     dtype = torch.float32 if q.dtype in HALF else q.dtype
     outs, lses = [], []
     for rows in _blocks(q.shape[2]):

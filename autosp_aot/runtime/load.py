@@ -32,12 +32,14 @@ def load(
         group = Group.join(manifest.target)
         comm, device = group, device or group.device
     if comm.size != manifest.ranks:
-        raise ArtifactError(Problem("world-size", f"the artifact is for {manifest.ranks} ranks, and here are {comm.size}", str(path),
-                                    "each rank runs its own program", f"start {manifest.ranks} processes, or build for {comm.size}"))  # fmt: skip
+        what = f"the artifact is for {manifest.ranks} ranks, and here are {comm.size}"
+        fix = f"start {manifest.ranks} processes, or build for {comm.size}"
+        raise ArtifactError(Problem("world-size", what, str(path), "each rank runs its own program", fix))
     device = torch.device(device or "cpu")
     if (device.type == "cpu") != (manifest.target == "cpu"):
-        raise ArtifactError(Problem("wrong-device", f"the artifact is for {manifest.target}, the device is {device.type}", str(path),
-                                    "kernels are fixed when an artifact is built", f"build with --target for {device.type}"))  # fmt: skip
+        what = f"the artifact is for {manifest.target}, the device is {device.type}"
+        why, fix = "kernels are fixed when an artifact is built", f"build with --target for {device.type}"
+        raise ArtifactError(Problem("wrong-device", what, str(path), why, fix))
     program = read_rank(path, comm.rank)
     check_operators(program, manifest)
     weights = read_weights(path, manifest, None if init_from is None else Path(init_from))
@@ -45,12 +47,13 @@ def load(
 
 
 def check_operators(program: Program, manifest: Manifest) -> None:
-    """Raise ArtifactError unless every operator is allowed and is, in this torch, what it was when the artifact was built."""
+    """Raise ArtifactError unless every operator is allowed and is, in this torch, what it was at the build."""
     problems = []
     for op in sorted({instr.op for instr in program.instrs()} - {*MOVES, FREE}):
         here = schema(op)
         if here is None:
-            problems.append(Problem("operator-refused", f"{op} is not allowed in a program", why="it is not a pure operator of ATen",
+            problems.append(Problem("operator-refused", f"{op} is not allowed in a program",
+                                    why="it is not a pure operator of ATen",
                                     fix="build the artifact again"))  # fmt: skip
         elif here != manifest.operators.get(op):
             problems.append(Problem("operator-changed", f"{op} is not what it was when the artifact was built",

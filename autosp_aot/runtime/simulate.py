@@ -1,6 +1,6 @@
 """All ranks in one process, in lockstep: every collective is done by handing buffers over.
 
-Thousands of cases in seconds, where a process a rank takes seconds each. The programs and the executor are the real ones.
+Thousands of cases in seconds, where a process a rank takes seconds each. Programs and executor are the real ones.
 """
 
 import torch

@@ -10,7 +10,7 @@ TINY = {"vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """An artifact in memory: one layer, 2 heads, 1 key/value head, 2 rows of 5 tokens, for 3 ranks (one has half a head)."""
+    """An artifact in memory: a layer, 2 heads, 1 key/value head, 2 rows of 5 tokens, for 3 ranks (one: half a head)."""
     torch.manual_seed(0)
     model = plain.build_model(**TINY, dtype="float64")
     return compile_model(model, plain.example_batch(2, 5), {"input_ids": 1, "labels": 1}, BuildConfig(3), "")

@@ -29,7 +29,9 @@ from examples import llama, plain
 HEADS = [(8, 8), (8, 2), (8, 1), (6, 6), (6, 2), (6, 1)]
 RANKS = [1, 2, 3, 4, 6, 8]
 LENGTHS, BATCHES = [64, 65], [1, 2]
-LIMITS = {("plain", "float64"): 1e-12, ("llama", "float64"): 1e-6, ("plain", "float32"): 1e-5, ("llama", "float32"): 1e-5}
+LIMITS = {
+    ("plain", "float64"): 1e-12, ("llama", "float64"): 1e-6, ("plain", "float32"): 1e-5, ("llama", "float32"): 1e-5,
+}  # fmt: skip
 WIDTH, VOCABULARY = 8, 64
 
 
@@ -48,7 +50,8 @@ class Case:
     def model(self) -> nn.Module:
         torch.manual_seed(0)
         if self.example == "plain":
-            return plain.build_model(VOCABULARY, WIDTH * self.heads, 1, self.heads, self.kv_heads, 128, self.tied, self.dtype)
+            width = WIDTH * self.heads
+            return plain.build_model(VOCABULARY, width, 1, self.heads, self.kv_heads, 128, self.tied, self.dtype)
         return llama.build_model(
             self.dtype, vocab_size=VOCABULARY, hidden_size=WIDTH * self.heads, intermediate_size=3 * WIDTH * self.heads,
             num_hidden_layers=1, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, head_dim=WIDTH,
@@ -155,7 +158,7 @@ eager: `|g - ref| / max(|ref|, 1e-4 r)`, r the root mean square of all gradient 
 
 llama in float64 casts to float32 inside (norms, rotary tables, logits), so its gradients differ by roundings of float32;
 plain stays in its dtype throughout. With more ranks than heads, query rows are split as well.
-""".format(torch=torch.__version__.partition("+")[0], dashes="---|" * len(RANKS))
+""".format(torch=torch.__version__.partition("+")[0], dashes="---|" * len(RANKS))  # noqa: E501
 
 
 if __name__ == "__main__":

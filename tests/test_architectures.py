@@ -18,8 +18,9 @@ from examples import llama
 from tests.exactness import difference, eager
 
 SMALL = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=64, use_cache=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, use_cache=False, bos_token_id=1, eos_token_id=2,
+    pad_token_id=0,
 )  # fmt: skip
 GPT2 = dict(
     vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,

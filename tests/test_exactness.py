@@ -9,7 +9,10 @@ import torch
 from tests.exactness import BATCHES, HEADS, LENGTHS, LIMITS, RANKS, Case, errors, own_difference
 
 PAIRWISE = [
-    Case(example, dtype, heads, kv, LENGTHS[at % 2], BATCHES[(at // 2 + (dtype == "float32")) % 2], (at + at // 4) % 2 == 0)
+    Case(
+        example, dtype, heads, kv, LENGTHS[at % 2], BATCHES[(at // 2 + (dtype == "float32")) % 2],
+        (at + at // 4) % 2 == 0,
+    )  # fmt: skip
     for example, dtype in LIMITS
     for at, (heads, kv) in enumerate(HEADS)
 ]

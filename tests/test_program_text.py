@@ -42,7 +42,7 @@ section step takes ()
   free(%ids.shard)
   _; %b: f32[4] @ Partial = aten.odd.default([%embed.embedding, None], -1, 1e-06, -inf, True, "tanh", [$0, 4], dtype=dtype:f32)
 gives (loss=%b)
-"""
+"""  # noqa: E501
 
 
 def test_a_program_prints_as_expected_and_is_read_back():
@@ -64,7 +64,8 @@ def test_a_damaged_line_is_refused_with_its_number():
     with pytest.raises(ArtifactError) as caught:
         parse_program(TEXT.replace("shard(%ids)", "shard(%ids"), {"$0": 2})
     assert str(caught.value) == (
-        "error[program-syntax]: line 8 of a program cannot be read: '  %ids.shard: i64[$0] @ Shard(0, cut5) = shard(%ids'\n"
+        "error[program-syntax]: line 8 of a program cannot be read:"
+        " '  %ids.shard: i64[$0] @ Shard(0, cut5) = shard(%ids'\n"
         "  why    not an instruction\n"
         "  fix    build the artifact again"
     )

@@ -70,7 +70,10 @@ def test_the_heads_move_once_each_way_and_nothing_that_carries_the_sequence_is_g
                 moved[section.name, instr.op] += sum(prod(values[name].whole_shape) for name in instr.refs())
     heads = (8 + 4 + 4 + 8) * 8 * 4096
     assert moved["forward", "all_to_all"] == moved["backward", "all_to_all"] == heads
-    assert set(moved) == {(s, "all_to_all") for s in ("forward", "backward")} | {("forward", "all_reduce"), ("sum_gradients", "all_reduce")}
+    assert set(moved) == {
+        ("forward", "all_to_all"), ("backward", "all_to_all"),
+        ("forward", "all_reduce"), ("sum_gradients", "all_reduce"),
+    }  # fmt: skip
     assert moved["forward", "all_reduce"] == 2
     assert not artifact.manifest.fallbacks
 
@@ -109,7 +112,9 @@ def test_strict_refuses_it():
     assert "aten.cumsum.default" in str(caught.value) and "test_partition.py" in str(caught.value)
 
 
-@pytest.mark.parametrize("op", ["aten.mm.default", "aten.reshape.default", "aten.native_layer_norm.default", "autosp.attention"])
+@pytest.mark.parametrize(
+    "op", ["aten.mm.default", "aten.reshape.default", "aten.native_layer_norm.default", "autosp.attention"]
+)
 def test_without_its_rule_an_operator_still_builds_through_the_fallback(op, monkeypatch):
     table._spec.cache_clear()
     monkeypatch.setitem(table.RULES, op, lambda call: None)

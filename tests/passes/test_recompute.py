@@ -11,12 +11,15 @@ from examples import llama
 
 
 def built(model, recompute: str):
-    return compile_model(model, llama.example_batch(2, 33), {"input_ids": 1, "labels": 1}, BuildConfig(3, recompute=recompute), "")
+    dims = {"input_ids": 1, "labels": 1}
+    return compile_model(model, llama.example_batch(2, 33), dims, BuildConfig(3, recompute=recompute), "")
 
 
 def small():
     torch.manual_seed(0)
-    return llama.build_model(num_hidden_layers=3, hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=64)
+    return llama.build_model(
+        num_hidden_layers=3, hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=64
+    )
 
 
 def test_sac_gives_the_bits_of_none():

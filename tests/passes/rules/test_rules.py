@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.boxes import joined, parts
 
 from autosp_aot.operators import overload
 from autosp_aot.passes.rules.local import Local
@@ -15,6 +14,7 @@ from autosp_aot.placement import even_bounds
 from autosp_aot.program import Dtype, Instr, Ref, Value, at_rank, map_args
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.kernels import OURS
+from tests.boxes import joined, parts
 
 CASES = 40
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -163,7 +163,8 @@ def _embedding_backward(rng):
 def _broadcast(rng):
     shape = _sizes(rng, 3)
     other = [1 if rng.random() < 0.3 else size for size in shape][rng.randint(0, 2) :]
-    return (_normal(rng, *shape), _normal(rng, *other)) if rng.random() < 0.5 else (_normal(rng, *other), _normal(rng, *shape))
+    first, second = (shape, other) if rng.random() < 0.5 else (other, shape)
+    return _normal(rng, *first), _normal(rng, *second)
 
 
 ARGUMENTS = {
@@ -173,7 +174,9 @@ ARGUMENTS = {
     "aten._softmax_backward_data.default": lambda rng: _softmax(rng, True, False),
     "aten.addmm.default": _addmm,
     "aten.amax.default": _reduced,
-    "aten.arange.start_step": lambda rng: (start := rng.randint(-3, 3), start + 2 * rng.randint(1, 6), rng.choice([1, 2])),
+    "aten.arange.start_step": lambda rng: (
+        start := rng.randint(-3, 3), start + 2 * rng.randint(1, 6), rng.choice([1, 2])
+    ),  # fmt: skip
     "aten.bmm.default": _bmm,
     "aten.cat.default": _cat,
     "aten.constant_pad_nd.default": _pad,

@@ -60,8 +60,8 @@ class ShardedModel(nn.Module):
             owner.register_buffer(leaf, tensor)
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """The loss of a batch, given whole. Raises ArtifactError (`batch-mismatch`) for another shape or dtype."""
-        check_batch(self.manifest, batch)
+        """The loss of a batch, given whole. Raises ArtifactError (`batch-mismatch`) for another shape, dtype or device."""
+        check_batch(self.manifest, batch, self.executor.device)
         trainable = {name: p for name, p in self.named_parameters() if name in self.manifest.trainable}
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         return _Step.apply(self, {**self.constants, **state, **batch}, list(trainable), *trainable.values())
@@ -73,6 +73,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, module: ShardedModel, values: dict[str, Tensor], names: list[str], *parameters: Tensor) -> Tensor:
         ctx.module, ctx.values, ctx.names = module, values, names
+        ctx.save_for_backward(*values.values())  # torch refuses to give back one that was written to since
         loss = run(module.executor, "forward", values, module.comm)["loss"]
         return loss.clone()
 
@@ -81,6 +82,9 @@ class _Step(torch.autograd.Function):
         values = ctx.values
         if values is None:
             raise RuntimeError("backward was called twice on one loss: what forward kept is released as it is used")
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True: the program holds one backward, and none of that backward")
+        _ = ctx.saved_tensors
         ctx.values = None
         values["grad_loss"] = grad_loss
         run(ctx.module.executor, "backward", values, ctx.module.comm)
@@ -89,27 +93,30 @@ class _Step(torch.autograd.Function):
 
 
 def run(executor: Executor, section: str, values: dict[str, Tensor], comm: Comm) -> dict[str, Tensor]:
-    """Run a section to its end, meeting the other ranks over `comm`."""
+    """Run a section to its end, meeting the other ranks over `comm`; the caller's autocast does not reach into it."""
     generator: Run = executor.run(section, values)
     answer = None
-    while True:
-        try:
-            meeting: Meeting = generator.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        if isinstance(meeting, Exchange):
-            answer = comm.exchange(meeting.buffer, meeting.send_sizes, meeting.receive_sizes)
-        else:
-            answer = comm.sum(meeting.buffer)
+    with torch.autocast(executor.device.type, enabled=False):
+        while True:
+            try:
+                meeting: Meeting = generator.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            if isinstance(meeting, Exchange):
+                answer = comm.exchange(meeting.buffer, meeting.send_sizes, meeting.receive_sizes)
+            else:
+                answer = comm.sum(meeting.buffer)
 
 
-def check_batch(manifest: Manifest, batch: Mapping[str, Tensor]) -> None:
-    """Raise ArtifactError (`batch-mismatch`) unless the batch has the names, shapes and dtypes of the build."""
+def check_batch(manifest: Manifest, batch: Mapping[str, Tensor], device: torch.device) -> None:
+    """Raise ArtifactError (`batch-mismatch`) unless the batch has names, shapes and dtypes of the build, on this device."""
     wanted = {spec.name: spec for spec in manifest.batch}
     problems = [f"{name} is missing" for name in wanted if name not in batch]
     problems += [f"{name} is not an input" for name in batch if name not in wanted]
     for name, tensor in batch.items():
         spec = wanted.get(name)
+        if spec is not None and tensor.device.type != device.type:
+            problems.append(f"{name} is on {tensor.device.type}, the program runs on {device.type}")
         if spec is not None and (tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]):
             problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, built for {spec.dtype} {list(spec.shape)}")
     if problems:

@@ -38,6 +38,9 @@ RANKS = "ranks.json"
 REPORT = "report.html"
 REQUIRED = frozenset({WHOLE, RANKS, BUFFERS, REPORT})
 BODY = re.compile(r"body\.\d+\.program")
+TARGETS = ("cpu", "cuda", "rocm")
+POLICIES = ("sac", "none")
+RANK_SECTIONS = ("forward", "backward", "sum_gradients")
 TEXT_LIMIT_BYTES = 512 * 2**20
 
 
@@ -231,6 +234,16 @@ def _manifest(found: dict) -> Manifest:
     found["costs"]["moved"] = tuple(found["costs"]["moved"])
     if not isinstance(found["ranks"], int) or found["ranks"] < 1:
         raise ValueError("ranks is not a positive number")
+    if found["target"] not in TARGETS or found["recompute"] not in POLICIES:
+        raise ValueError("no such target or recompute policy")
+    stored = {spec.name for spec in found["parameters"]}
+    if not {*found["aliases"].values(), *found["trainable"]} <= stored:
+        raise ValueError("an alias or a trainable name is no parameter")
+    shapes = {spec.name: spec.shape for spec in found["batch"]}
+    if len({shapes[name][dim] for name, dim in found["sequence_dims"].items()}) != 1:
+        raise ValueError("the sequence dims differ in length")
+    if not all(isinstance(version, str) for version in found["versions"].values()):
+        raise ValueError("a version is no text")
     return Manifest(**found)
 
 
@@ -270,7 +283,7 @@ def read_rank(path: str | Path, rank: int) -> Program:
     """One rank's program, every constant filled in; verified. Raises ArtifactError."""
     entries = _ranks(Path(path))
     program = _parsed(Path(path) / entries[rank]["body"], entries[rank]["constants"], len(entries))
-    verify(program)
+    _verify_rank(program)
     return program
 
 
@@ -288,9 +301,15 @@ def read_bodies(path: str | Path) -> list[tuple[tuple[int, ...], Program]]:
         spread = [entries[rank if rank in ranks else ranks[0]]["constants"] for rank in range(len(entries))]
         constants = {name: tuple(constant[name] for constant in spread) for name in names}
         program = _parsed(Path(path) / body, constants, len(entries))
-        verify(program)
+        _verify_rank(program)
         found.append((tuple(ranks), program))
     return found
+
+
+def _verify_rank(program: Program) -> None:
+    verify(program)
+    if tuple(section.name for section in program.sections) != RANK_SECTIONS:
+        raise _damaged("program-illegal", "a rank's program lacks a section", f"it has {', '.join(RANK_SECTIONS)}")
 
 
 def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:

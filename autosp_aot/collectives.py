@@ -62,7 +62,8 @@ def _collective(section: str, instr: Instr, values: dict[str, Value], rank: int,
         sizes = ((count,) * ranks, (count,) * ranks)
     else:
         sizes = _sizes(source.placement, target.placement, source.whole_shape, rank, ranks)
-    return Collective(section, instr.op, target.name, target.dtype, *sizes)
+    operands = ", ".join(out.name for out in instr.values())
+    return Collective(section, instr.op, operands, target.dtype, *sizes)
 
 
 @lru_cache(maxsize=4096)

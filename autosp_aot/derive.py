@@ -147,13 +147,16 @@ class _Derivation:
         """Loss and gradients are the whole program's, whole on every rank at the end."""
         given: dict[str, str] = {}
         for section in self.program.sections:
+            if len(dict(section.gives)) != len(section.gives):
+                raise _wrong(f"section {section.name} gives one label twice")
+            for label, name in section.gives:
+                if self.stands_for[name] != self.whole_gives.get(label):
+                    raise _wrong(f"{label} is {self.stands_for[name]}, in the whole program {self.whole_gives.get(label)}")
             given |= dict(section.gives)
         if set(given) != set(self.whole_gives):
             odd = sorted(set(given) ^ set(self.whole_gives))
             raise _wrong(f"the program gives {odd} more or less than the whole program")
         for label, name in given.items():
-            if self.stands_for[name] != self.whole_gives[label]:
-                raise _wrong(f"{label} is {self.stands_for[name]}, in the whole program {self.whole_gives[label]}")
             last = self.program.sections[-1].name == "sum_gradients"
             if self.placements[name] != REPLICATE and (last or label == "loss"):
                 what = f"{label} is {_said(self.placements[name])} at the end of the step"

@@ -23,6 +23,7 @@ from autosp_aot.program import ITEMSIZE, Dtype, Input, Instr, Int, PerRank, Prog
 
 HEADER = "autosp program 1"
 KINDS = ("parameter", "buffer", "batch", "tangent")
+DEPTH = 8  # of lists in an argument
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
 
 
@@ -233,15 +234,15 @@ class _Parser:
             at = self.comma(tokens, at, len(tokens))
         return tuple(args), tuple(kwargs)
 
-    def arg(self, tokens, at: int):
+    def arg(self, tokens, at: int, depth: int = 0):
         kind, token = tokens[at]
         if kind != "mark":
             return self.leaf(kind, token), at + 1
-        if token != "[":
+        if token != "[" or depth > DEPTH:
             raise ValueError(f"unexpected {token!r}")
         items, at = [], at + 1
         while tokens[at] != ("mark", "]"):
-            item, at = self.arg(tokens, at)
+            item, at = self.arg(tokens, at, depth + 1)
             items.append(item)
             at = at if tokens[at] == ("mark", "]") else self.comma(tokens, at, -1)
         return tuple(items), at + 1

@@ -39,6 +39,13 @@ def test_another_kind_on_one_rank(by_rank):
     assert "collective 0 of rank 1 is all_gather of" in mismatch(by_rank)
 
 
+def test_another_order_inside_a_bucket_on_one_rank(by_rank):
+    bucket = by_rank[1][-1]
+    names = bucket.value.split(", ")
+    by_rank[1][-1] = replace(bucket, value=", ".join([names[1], names[0], *names[2:]]))
+    assert f"collective {len(by_rank[0]) - 1} of rank 1 is all_reduce of {names[1]}, {names[0]}" in mismatch(by_rank)
+
+
 def test_another_dtype_on_one_rank(by_rank):
     by_rank[1][0] = replace(by_rank[1][0], dtype="f32")
     assert "of rank 1 is f32" in mismatch(by_rank)

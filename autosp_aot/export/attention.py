@@ -73,7 +73,12 @@ def _rewrite(graph: Graph, node: Node, known: dict, dirty: set[Node]) -> Problem
             k, v = node.args[1], node.args[2]
         else:
             group = k_group
-    assert heads == group * k.meta["val"].shape[1]
+    shapes = [tuple(t.meta["val"].shape) for t in (q, k, v)]
+    if shapes[1][1] == shapes[2][1] == 1:
+        group = heads
+    problem = _shape_problem(shapes, group, causal, place.source)
+    if problem:
+        return problem
     scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(q.meta["val"].shape[-1])
     with graph.inserting_before(node):
         pair = graph.call_function(torch.ops.autosp.attention.default, (q, k, v, float(scale), bool(causal)))
@@ -85,16 +90,29 @@ def _rewrite(graph: Graph, node: Node, known: dict, dirty: set[Node]) -> Problem
     return None
 
 
+def _shape_problem(shapes: list[tuple[int, ...]], group: int, causal: bool, place: str) -> Problem | None:
+    """What the operator cannot take: dims that eager would broadcast, and a causal corner that kernels disagree on."""
+    q, k, v = shapes
+    if q[0] != k[0] or k[:3] != v[:3] or q[1] != group * k[1] or q[3] != k[3]:
+        return Problem("attention-shape", f"attention over q {list(q)}, k {list(k)}, v {list(v)} is not supported", place,
+                       "batch, heads and keys have to agree as they are; only key/value heads may be repeated",
+                       "expand k and v to the batch and the heads of q")
+    if causal and q[2] != k[2]:
+        return Problem("attention-shape", f"causal attention of {q[2]} queries over {k[2]} keys is not supported", place,
+                       "kernels differ in which keys the first query sees", "give as many queries as keys")
+    return None
+
+
 def _mask_problem(mask: Node, place: str) -> Problem:
     val = mask.meta["val"]
     size = val.numel() * val.element_size()
     made = where(mask).source
     return Problem(
         "mask-not-recognised",
-        f"the attention mask would need {size / 2**30:.3g} GiB as a tensor",
+        f"the attention mask is not recognised; as a tensor of every query and key it takes {size} bytes",
         f"scaled_dot_product_attention ({place})" + (f"; mask made at {made}" if made else ""),
-        "it depends on query and key in a way that is not causal",
-        "use is_causal=True, or a mask that is the causal one",
+        "it is not known to be causal from comparisons of positions, tril or triu made in forward",
+        "use is_causal=True, or make the causal mask in forward",
     )
 
 

@@ -37,7 +37,9 @@ RESHAPES = (
 )  # fmt: skip
 PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
 SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int)
-NOTHING = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+NOTHING = (
+    aten._assert_async.msg, aten._assert_async.default, aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
 DROPPED_KWARGS = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 MEAN, SUM = 1, 2
 
@@ -105,6 +107,10 @@ class _Canonical:
                                      "write it with torch operators"))
         results = node.meta["val"]
         types = results if isinstance(results, (tuple, list)) else (results,)
+        for dtype in (*(t.dtype for t in types if isinstance(t, Tensor)), *_dtypes((node.args, node.kwargs))):
+            if dtype not in DTYPES:
+                raise BuildError(Problem("dtype-unsupported", f"{node.target} makes or takes {dtype}", where(node).source,
+                                         "programs have no such dtype", "compute it in real floats or integers"))
         if not all(isinstance(t, Tensor) for t in types if t is not None):
             raise BuildError(Problem("data-dependent", f"{node.target} makes a number from data", where(node).source,
                                      "the program would depend on the values of a batch", "keep it in tensors"))
@@ -142,6 +148,8 @@ class _Canonical:
             one = types[0].unsqueeze(dim)
             part = self.emit(node, "aten.slice.Tensor", (Ref(operand), dim, at, at + 1, 1), (), [one])[0]
             return (self.reshape(node, part, types[0]),)
+        if target is aten.select_backward.default:
+            return (self.select_backward(node, operand, types[0]),)
         if target is aten.cat.default:
             return (self.cat(node, types[0]),)
         if target is aten.stack.default:
@@ -211,6 +219,15 @@ class _Canonical:
             parts.append(self.reshape(node, self.names[part], part.meta["val"].unsqueeze(dim)))
         return self.emit(node, "aten.cat.default", (tuple(map(Ref, parts)), dim), (), [result])[0]
 
+    def select_backward(self, node: Node, operand: str, result: Tensor) -> str:
+        """A gradient put back at one position of a dim of zeros."""
+        _, sizes, dim, at = node.args
+        dim %= len(sizes)
+        at %= sizes[dim]
+        one = self.reshape(node, operand, node.args[0].meta["val"].unsqueeze(dim))
+        args = (Ref(one), tuple(sizes), dim, at, at + 1, 1)
+        return self.emit(node, "aten.slice_backward.default", args, (), [result])[0]
+
     def mean(self, node: Node, operand: str, result: Tensor) -> str:
         """A sum, in fp32 for half dtypes as eager adds them up, divided by the count."""
         wide = result.to(torch.float32) if result.dtype in (torch.float16, torch.bfloat16) else result
@@ -265,6 +282,13 @@ class _Canonical:
         name = f"{module}.{role}" if module and not module.endswith(".") else module + role
         self.taken[name] += 1
         return name if self.taken[name] == 1 else f"{name}.{self.taken[name] - 1}"
+
+
+def _dtypes(arg) -> list[torch.dtype]:
+    """The dtypes among nested arguments."""
+    if isinstance(arg, (tuple, list, dict)):
+        return [dtype for item in (arg.values() if isinstance(arg, dict) else arg) for dtype in _dtypes(item)]
+    return [arg] if isinstance(arg, torch.dtype) else []
 
 
 def _typed_key(arg):

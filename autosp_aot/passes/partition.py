@@ -120,7 +120,7 @@ class _Partition:
         """No rule: operands whole, computed on every rank."""
         operands = tuple(REPLICATE for _ in instr.refs())
         gathered = sum(self.price(name, REPLICATE) for name in instr.refs())
-        if self.ranks > 1:
+        if self.ranks > 1 and instr.refs():
             self.fallbacks.append(Fallback(instr.op, instr.where.source, gathered))
         return Strategy(), (operands, tuple(REPLICATE for _ in instr.values()))
 

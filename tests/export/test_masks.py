@@ -146,4 +146,4 @@ def test_an_unknown_mask_of_any_length_is_refused_without_being_made(spelling):
     program = exported(OTHER[spelling], length=200_000)
     with pytest.raises(BuildError) as caught:
         canonical_attention(program)
-    assert "the attention mask would need" in str(caught.value)
+    assert "the attention mask is not recognised" in str(caught.value)

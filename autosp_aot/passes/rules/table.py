@@ -24,6 +24,7 @@ RULES = {
     "aten.embedding_dense_backward.default": contractions.embedding_backward,
     "aten.expand.default": views.expand,
     "aten.full.default": views.factory(0),
+    "aten.logsumexp.default": reduction(sums=False, linear=False),
     "aten.mean.dim": reduction(sums=False, linear=True),
     "aten.mm.default": notation("ik,kj->ij", linear=((0,), (1,)), contraction=True),
     "aten.native_layer_norm.default": contractions.layer_norm,

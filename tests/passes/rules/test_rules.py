@@ -184,6 +184,7 @@ ARGUMENTS = {
     "aten.embedding_dense_backward.default": _embedding_backward,
     "aten.expand.default": _expand,
     "aten.full.default": lambda rng: (tuple(_sizes(rng, 2)), 2.5),
+    "aten.logsumexp.default": _reduced,
     "aten.mean.dim": _reduced,
     "aten.mm.default": _mm,
     "aten.native_layer_norm.default": lambda rng: _norm(rng, False),

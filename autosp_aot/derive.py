@@ -150,8 +150,9 @@ class _Derivation:
             if len(dict(section.gives)) != len(section.gives):
                 raise _wrong(f"section {section.name} gives one label twice")
             for label, name in section.gives:
-                if self.stands_for[name] != self.whole_gives.get(label):
-                    raise _wrong(f"{label} is {self.stands_for[name]}, in the whole program {self.whole_gives.get(label)}")
+                wanted = self.whole_gives.get(label)
+                if self.stands_for[name] != wanted:
+                    raise _wrong(f"{label} is {self.stands_for[name]}, in the whole program {wanted}")
             given |= dict(section.gives)
         if set(given) != set(self.whole_gives):
             odd = sorted(set(given) ^ set(self.whole_gives))

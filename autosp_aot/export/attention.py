@@ -94,11 +94,13 @@ def _shape_problem(shapes: list[tuple[int, ...]], group: int, causal: bool, plac
     """What the operator cannot take: dims that eager would broadcast, and a causal corner that kernels disagree on."""
     q, k, v = shapes
     if q[0] != k[0] or k[:3] != v[:3] or q[1] != group * k[1] or q[3] != k[3]:
-        return Problem("attention-shape", f"attention over q {list(q)}, k {list(k)}, v {list(v)} is not supported", place,
+        what = f"attention over q {list(q)}, k {list(k)}, v {list(v)} is not supported"
+        return Problem("attention-shape", what, place,
                        "batch, heads and keys have to agree as they are; only key/value heads may be repeated",
                        "expand k and v to the batch and the heads of q")
     if causal and q[2] != k[2]:
-        return Problem("attention-shape", f"causal attention of {q[2]} queries over {k[2]} keys is not supported", place,
+        what = f"causal attention of {q[2]} queries over {k[2]} keys is not supported"
+        return Problem("attention-shape", what, place,
                        "kernels differ in which keys the first query sees", "give as many queries as keys")
     return None
 

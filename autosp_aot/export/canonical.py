@@ -109,7 +109,8 @@ class _Canonical:
         types = results if isinstance(results, (tuple, list)) else (results,)
         for dtype in (*(t.dtype for t in types if isinstance(t, Tensor)), *_dtypes((node.args, node.kwargs))):
             if dtype not in DTYPES:
-                raise BuildError(Problem("dtype-unsupported", f"{node.target} makes or takes {dtype}", where(node).source,
+                what = f"{node.target} makes or takes {dtype}"
+                raise BuildError(Problem("dtype-unsupported", what, where(node).source,
                                          "programs have no such dtype", "compute it in real floats or integers"))
         if not all(isinstance(t, Tensor) for t in types if t is not None):
             raise BuildError(Problem("data-dependent", f"{node.target} makes a number from data", where(node).source,

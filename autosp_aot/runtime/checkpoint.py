@@ -15,7 +15,7 @@ from autosp_aot.runtime.execute import DTYPES
 
 
 def read_weights(path: Path, manifest: Manifest, init_from: Path | None) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, from `init_from` (a safetensors file or a folder of them) or the artifact.
+    """Parameters and persistent buffers by name, from `init_from` (a safetensors file or a folder) or the artifact.
 
     A tied weight may be given under any of its names, or under several with one value. Raises ArtifactError:
     `no-weights`, `weights-unreadable`, `weights-mismatch`.
@@ -74,7 +74,8 @@ def _check(wanted: Mapping[str, TensorSpec], found: Mapping[str, Tensor], proble
     for name, tensor in found.items():
         spec = wanted[name]
         if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
-            problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, the model's is {spec.dtype} {list(spec.shape)}")
+            wants = f"the model's is {spec.dtype} {list(spec.shape)}"
+            problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, {wants}")
     if problems:
         raise ArtifactError(Problem("weights-mismatch", "the weights are not this model's", place, "\n".join(problems),
                                     "give weights saved from the model that was built"))  # fmt: skip

@@ -153,6 +153,14 @@ def _check_batch(inputs: tuple[TensorSpec, ...], path: Path) -> None:
         for name in sorted(wanted.keys() | found.keys())
         if wanted.get(name) != found.get(name)
     ]  # fmt: skip
+    for entry in inputs:
+        ids = given.get(entry.name)
+        if entry.vocabulary is not None and ids is not None and not 0 <= ids.min() <= ids.max() < entry.vocabulary:
+            problems.append(Problem(
+                "token-out-of-range", f"{entry.name}: token ids reach from {ids.min()} to {ids.max()}", str(path),
+                f"the model has embeddings for 0 to {entry.vocabulary - 1}",
+                "change the file, or build the model with a larger vocabulary",
+            ))  # fmt: skip
     if problems:
         raise ArtifactError(*problems)
 

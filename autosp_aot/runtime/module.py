@@ -27,12 +27,18 @@ class Comm(Protocol):
 class ShardedModel(nn.Module):
     """The model of an artifact on one of its ranks, with the original's parameter names.
 
-    `forward(**batch)` takes the whole batch on every rank (shapes and dtypes as built) and returns the loss, the same on
+    `forward(**batch)` takes the whole batch on every rank (shapes, dtypes as built) and returns the loss, the same on
     every rank; `backward` adds the gradients of the whole step to `.grad`, the same on every rank.
     """
 
-    def __init__(self, manifest: Manifest, executor: Executor, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor],
-                 comm: Comm):  # fmt: skip
+    def __init__(
+        self,
+        manifest: Manifest,
+        executor: Executor,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        comm: Comm,
+    ):
         super().__init__()
         self.manifest, self.executor, self.comm = manifest, executor, comm
         self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
@@ -60,7 +66,7 @@ class ShardedModel(nn.Module):
             owner.register_buffer(leaf, tensor)
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """The loss of a batch, given whole. Raises ArtifactError (`batch-mismatch`) for another shape, dtype or device."""
+        """The loss of a batch, given whole. Raises ArtifactError (`batch-mismatch`) for one of another kind."""
         check_batch(self.manifest, batch, self.executor.device)
         trainable = {name: p for name, p in self.named_parameters() if name in self.manifest.trainable}
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
@@ -109,7 +115,7 @@ def run(executor: Executor, section: str, values: dict[str, Tensor], comm: Comm)
 
 
 def check_batch(manifest: Manifest, batch: Mapping[str, Tensor], device: torch.device) -> None:
-    """Raise ArtifactError (`batch-mismatch`) unless the batch has names, shapes and dtypes of the build, on this device."""
+    """Raise ArtifactError (`batch-mismatch`) unless names, shapes and dtypes are the build's, on this device."""
     wanted = {spec.name: spec for spec in manifest.batch}
     problems = [f"{name} is missing" for name in wanted if name not in batch]
     problems += [f"{name} is not an input" for name in batch if name not in wanted]
@@ -120,5 +126,6 @@ def check_batch(manifest: Manifest, batch: Mapping[str, Tensor], device: torch.d
         if spec is not None and (tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]):
             problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, built for {spec.dtype} {list(spec.shape)}")
     if problems:
-        raise ArtifactError(Problem("batch-mismatch", "the batch is not the one that was built for", "forward", "\n".join(problems),
+        what = "the batch is not the one that was built for"
+        raise ArtifactError(Problem("batch-mismatch", what, "forward", "\n".join(problems),
                                     "give the whole batch on every rank, or build again for this shape"))  # fmt: skip

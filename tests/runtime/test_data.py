@@ -134,6 +134,14 @@ def test_a_stored_batch_is_checked_by_name_shape_and_dtype(tmp_path):
     ]
 
 
+def test_ids_beyond_the_vocabulary_of_a_stored_batch_are_refused(tmp_path):
+    path = tmp_path / "batch.safetensors"
+    save_file({"input_ids": torch.full((3, 4), 256), "labels": torch.full((3, 4), -100)}, path)
+    with pytest.raises(ArtifactError, match="token-out-of-range") as caught:
+        open_feed(INPUTS, 0, None, path)
+    assert "the model has embeddings for 0 to 255" in str(caught.value)
+
+
 def test_a_batch_file_that_is_no_safetensors_is_refused(tmp_path):
     (tmp_path / "batch").write_text("nonsense")
     with pytest.raises(ArtifactError) as error:

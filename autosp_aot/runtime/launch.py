@@ -23,6 +23,7 @@ from autosp_aot.artifact import Manifest, read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem
 from autosp_aot.runtime.data import Feed, open_feed
 from autosp_aot.runtime.groups import Group, check_devices
+from autosp_aot.runtime.load import check_size
 from autosp_aot.runtime.train import Training, train
 
 INTERRUPTED = 128  # a shell's exit code for a process that signal n ended is 128 + n
@@ -50,7 +51,9 @@ def run(training: Training, seed: int, data: Path | None, batch_file: Path | Non
 
 def _check(manifest: Manifest, training: Training) -> None:
     """What would fail on every rank alike fails here, before a process is started (`load` checks the rest)."""
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" in os.environ:
+        check_size(training.artifact, manifest, int(os.environ["WORLD_SIZE"]))
+    else:
         check_devices(manifest.target, manifest.ranks)
     for option, path in (("--metrics", training.metrics), ("--dump", training.dump)):
         if path is not None and not path.absolute().parent.is_dir():

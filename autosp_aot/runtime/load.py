@@ -31,10 +31,7 @@ def load(
     if comm is None:
         group = Group.join(manifest.target)
         comm, device = group, device or group.device
-    if comm.size != manifest.ranks:
-        what = f"the artifact is for {manifest.ranks} ranks, and here are {comm.size}"
-        fix = f"start {manifest.ranks} processes, or build for {comm.size}"
-        raise ArtifactError(Problem("world-size", what, str(path), "each rank runs its own program", fix))
+    check_size(path, manifest, comm.size)
     device = torch.device(device or "cpu")
     if (device.type == "cpu") != (manifest.target == "cpu"):
         what = f"the artifact is for {manifest.target}, the device is {device.type}"
@@ -44,6 +41,14 @@ def load(
     check_operators(program, manifest)
     weights = read_weights(path, manifest, None if init_from is None else Path(init_from))
     return ShardedModel(manifest, Executor(program, comm.rank, device), weights, read_tensors(path, BUFFERS), comm)
+
+
+def check_size(path: Path, manifest: Manifest, size: int) -> None:
+    """Raise ArtifactError (`world-size`) unless there are as many ranks as the artifact has programs."""
+    if size != manifest.ranks:
+        what = f"the artifact is for {manifest.ranks} ranks, and here are {size}"
+        fix = f"start {manifest.ranks} processes, or build for {size}"
+        raise ArtifactError(Problem("world-size", what, str(path), "each rank runs its own program", fix))
 
 
 def check_operators(program: Program, manifest: Manifest) -> None:

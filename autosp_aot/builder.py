@@ -125,7 +125,7 @@ def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config
         decisions=compiled.decisions,
         files={},
     )
-    report = html_report(manifest, compiled.program)
+    report = html_report(manifest)
     return Artifact(manifest, compiled.whole, compiled.program, {v.name: buffers[v.name] for v in kept}, None, report)
 
 

@@ -74,7 +74,7 @@ def replicated(manifest: Manifest) -> Rows:
     return rows + [(f["op"], f["source"], _bytes(f["gathered_bytes"])) for f in manifest.fallbacks]
 
 
-def html_report(manifest: Manifest, program: Program) -> str:
+def html_report(manifest: Manifest) -> str:
     """One self-contained page: facts, traffic, what computes replicated. No scripts, nothing from a network."""
     title = html.escape(f"autosp-aot: {manifest.ranks} ranks on {manifest.target}")
     body = f"<h1>{title}</h1><h2>The build</h2>{_table(facts(manifest))}"

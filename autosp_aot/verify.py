@@ -56,6 +56,8 @@ class _Verifier:
                 why = "it was released before" if name in self.made else "nothing made it"
                 raise illegal(f"{name} is used but not alive", instr, why)
         if instr.op == FREE:
+            if len(set(refs)) != len(refs):
+                raise illegal("a value is released twice", instr)
             for name in refs:
                 del self.alive[name]
             return
@@ -63,8 +65,8 @@ class _Verifier:
             raise illegal(f"{instr.op} is not an operator", instr)
         if instr.op in MOVES and instr.op != "all_reduce" and (len(refs) != 1 or len(instr.values()) != 1):
             raise illegal(f"{instr.op} moves one value", instr)
-        if instr.op == "all_reduce" and len(refs) != len(instr.values()):
-            raise illegal("an all_reduce has a result for each operand", instr)
+        if instr.op == "all_reduce" and (not refs or len(refs) != len(instr.values())):
+            raise illegal("an all_reduce has operands, and a result for each", instr)
         for out in instr.values():
             self.define(out, instr)
             visible.add(out.name)

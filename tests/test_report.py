@@ -113,7 +113,7 @@ def test_the_page_shows_markup_in_names_as_text(tiny2):
     hostile = "<script>alert('&')</script>"
     fallback = {"op": hostile, "source": f'"{hostile}', "gathered_bytes": 1}
     spec = replace(tiny2.manifest.batch[0], name=hostile)
-    page = html_report(replace(tiny2.manifest, fallbacks=(fallback,), batch=(spec,), target=hostile), tiny2.program)
+    page = html_report(replace(tiny2.manifest, fallbacks=(fallback,), batch=(spec,), target=hostile))
     assert "script" not in Page(page).tags
     assert f'"{hostile}' in Page(page).text
 

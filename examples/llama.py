@@ -13,6 +13,9 @@ TINY = dict(
 
 
 def build_model(dtype: str = "float32", **fields) -> LlamaForCausalLM:
+    unknown = sorted(set(fields) - set(LlamaConfig().to_dict()))
+    if unknown:
+        raise ValueError(f"LlamaConfig has no field {', '.join(unknown)}")
     config = LlamaConfig(**{**TINY, **fields})
     return LlamaForCausalLM(config).to(getattr(torch, dtype))
 

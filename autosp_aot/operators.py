@@ -29,7 +29,7 @@ def overload(name: str) -> torch._ops.OpOverload | None:
     if len(parts) != 3 or parts[0] != "aten" or not all(part.isidentifier() for part in parts):
         return None
     packet = getattr(torch.ops.aten, parts[1], None)
-    if packet is None or parts[2] not in packet.overloads():
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or parts[2] not in packet.overloads():
         return None
     found = getattr(packet, parts[2])
     return found if _pure(found) and (name in FACTORIES or _reads_tensor(found)) else None

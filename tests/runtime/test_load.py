@@ -82,7 +82,7 @@ def test_weights_that_do_not_fit_are_refused(saved, tmp_path):
 @pytest.mark.parametrize("op", [
     "aten.rand_like.default",       # draws random numbers
     "aten.gelu_.default",           # writes to its operand
-    "aten.gelu.missing", "aten.missing.default", "aten.gelu",
+    "aten.gelu.missing", "aten.missing.default", "aten.gelu", "aten.__class__.default",
     "autosp.missing",
 ])  # fmt: skip
 def test_an_operator_that_is_not_allowed_is_refused(saved, op):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from autosp_aot.artifact import RANKS, Manifest, read_bodies, read_manifest
 from autosp_aot.operators import COLLECTIVES, FREE
-from autosp_aot.program import Program
+from autosp_aot.program import RECOMPUTED, Program
 
 CONTEXT_LINES = 2
 TEXT_LINES = 400
@@ -108,7 +108,7 @@ def _collectives(program: Program) -> Counter[str]:
 
 def _recomputed(program: Program) -> Counter[str]:
     names = (out.name for instr in program.instrs() for out in instr.values())
-    return Counter("" for name in names if name.startswith("recompute."))
+    return Counter("" for name in names if name.startswith(RECOMPUTED))
 
 
 def _operators(program: Program) -> Counter[str]:

@@ -11,7 +11,7 @@ import torch
 
 from autosp_aot.operators import COLLECTIVES, FREE
 from autosp_aot.placement import received_bytes
-from autosp_aot.program import ITEMSIZE, Instr, PerRank, Program, Section, Value, map_ints
+from autosp_aot.program import ITEMSIZE, RECOMPUTED, Instr, PerRank, Program, Section, Value, map_ints
 
 VIEWS = {
     "aten.permute.default": lambda tensor, instr: tensor.permute(instr.args[1]),
@@ -142,7 +142,7 @@ def _meta(value: Value) -> torch.Tensor:
 def _calls(program: Program, recomputed: bool) -> list[Instr]:
     found = []
     for instr in program.instrs():
-        if instr.values() and instr.values()[0].name.startswith("recompute.") == recomputed:
+        if instr.values() and instr.values()[0].name.startswith(RECOMPUTED) == recomputed:
             found.append(instr)
     return found
 

@@ -20,9 +20,7 @@ from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy
 from autosp_aot.passes.rules.table import spec_of
 from autosp_aot.placement import PARTIAL, REPLICATE, Placement, disjoint, local_shape
-from autosp_aot.program import Instr, Int, PerRank, Program, Ref, Value, at_rank, map_args, per_rank
-
-RECOMPUTED = "recompute."
+from autosp_aot.program import RECOMPUTED, Instr, Int, PerRank, Program, Ref, Value, at_rank, map_args, per_rank
 
 
 def derive(program: Program, whole: Program, ranks: Iterable[int] | None = None) -> None:

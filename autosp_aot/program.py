@@ -15,6 +15,10 @@ ITEMSIZE = {
 }  # fmt: skip
 
 
+# What the name of a recomputed value begins with; the rest is the name of the value it is again.
+RECOMPUTED = "recompute."
+
+
 @dataclass(frozen=True, slots=True)
 class PerRank:
     """An integer that differs between ranks: `values[r]` is rank r's."""

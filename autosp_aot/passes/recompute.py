@@ -13,9 +13,9 @@ the layer inputs found as the places where a single value carries the forward pa
 
 from dataclasses import replace
 
-from autosp_aot.program import Instr, Program, Section, Value, rename
+from autosp_aot.operators import COLLECTIVES
+from autosp_aot.program import RECOMPUTED, Instr, Program, Section, Value, rename
 
-COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 QUADRATIC = ("autosp.attention", "autosp.attention_rows")
 
 
@@ -52,9 +52,9 @@ def _late(backward: Section, made: dict[str, Instr], kept: set[str]) -> tuple[li
                 stack.extend(reversed(missing))
                 continue
             instr = rename(made[name], names)
-            outs = tuple(out and replace(out, name=f"recompute.{out.name}") for out in instr.outs)
+            outs = tuple(out and replace(out, name=RECOMPUTED + out.name) for out in instr.outs)
             instrs.append(replace(instr, outs=outs))
-            names.update((out.name, f"recompute.{out.name}") for out in instr.values())
+            names.update((out.name, RECOMPUTED + out.name) for out in instr.values())
             stack.pop()
 
     for instr in backward.instrs:

@@ -63,6 +63,8 @@ class Manifest:
     aliases       further names of parameters and buffers (tied weights): name -> name it is stored under
     trainable     names of the parameters that get gradients
     operators     schema of every operator of the programs
+    cuts          intervals of all ranks, by the name that decisions use
+    decisions     the strategy of each call that is not computed whole on every rank, by its first result
     """
 
     format: int
@@ -80,6 +82,7 @@ class Manifest:
     operators: dict[str, str]
     costs: dict
     fallbacks: tuple[dict, ...]
+    cuts: dict[str, str]
     decisions: dict[str, str]
     files: dict[str, str]
 

@@ -15,6 +15,7 @@ from autosp_aot import __version__
 from autosp_aot.artifact import FORMAT, Artifact, Manifest, refuse_existing, specs
 from autosp_aot.config import BuildConfig
 from autosp_aot.cost import costs
+from autosp_aot.dump import Dump
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical import DTYPES, canonical_program
 from autosp_aot.export.fake import fake_copy
@@ -22,7 +23,8 @@ from autosp_aot.export.joint import capture
 from autosp_aot.export.model_file import guess_sequence_dims, make_batch, make_model, read_model_file
 from autosp_aot.export.watch import refuse_hooks
 from autosp_aot.operators import FREE, MOVES, schema
-from autosp_aot.passes.pipeline import compile_program
+from autosp_aot.passes.decisions import written
+from autosp_aot.passes.pipeline import Watch, compile_program, unwatched
 from autosp_aot.program import Program, Value
 from autosp_aot.report import html_report
 from autosp_aot.runtime.groups import present_target
@@ -42,20 +44,22 @@ def build_file(
     strict: bool,
     seed: int,
     weights: bool,
+    dump: Path | None = None,
 ) -> Path:
     """`autosp-aot build`: compile MODEL.py and write the artifact to `out` (default `./<model file stem>.sp<ranks>`).
 
     Weights are made only after compiling, from `seed`, when they are under 1 GB. Raises BuildError and writes all or
-    nothing.
+    nothing; only what passes made is in `dump` also when a later one fails.
     """
     model_file = read_model_file(model_path)
     out = Path(f"{model_file.stem}.sp{ranks}") if out is None else out
     refuse_existing(out)
+    watch = unwatched if dump is None else Dump(dump, out)
     batch, sequence_dims = make_batch(model_file, batch_size, seq)
     config = BuildConfig(ranks, target or present_target(), recompute, strict)
     said = json.dumps([model_file.sha256, sorted(options.items()), seq, batch_size, asdict(config)], default=str)
     source = hashlib.sha256(said.encode()).hexdigest()
-    artifact = compile_model(make_model(model_file, options), batch, sequence_dims, config, source)
+    artifact = compile_model(make_model(model_file, options), batch, sequence_dims, config, source, watch)
     if weights and sum(_nbytes(spec) for spec in artifact.manifest.parameters) < WEIGHTS_LIMIT_BYTES:
         torch.manual_seed(seed)
         values = model_values(model_file.build_model(**options))
@@ -93,13 +97,16 @@ def build(
     return artifact
 
 
-def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str) -> Artifact:
-    """Capture, partition and schedule a model; no weights are allocated."""
+def compile_model(
+    model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str, watch: Watch = unwatched
+) -> Artifact:
+    """Capture, partition and schedule a model; no weights are allocated. `watch` is shown what each pass makes."""
     refuse_hooks(model)
     mode = FakeTensorMode()
     whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, config.target))
     _refuse_operators(whole)
-    compiled = compile_program(whole, sequence_dims, config)
+    compiled = compile_program(whole, sequence_dims, config, watch=watch)
+    cuts, decisions = written(compiled.decisions)
     persistent = set(_state_names(model))
     buffers = dict(model.named_buffers()) | constants
     inputs = {kind: [e.value for e in whole.inputs if e.kind == kind] for kind in ("parameter", "buffer", "batch")}
@@ -122,7 +129,8 @@ def compile_model(model: nn.Module, batch, sequence_dims: dict[str, int], config
         operators={op: schema(op) for op in sorted(operators) if _foreign(op)},
         costs=asdict(costs(compiled.program)),
         fallbacks=tuple(asdict(fallback) for fallback in compiled.fallbacks),
-        decisions=compiled.decisions,
+        cuts=cuts,
+        decisions=decisions,
         files={},
     )
     report = html_report(manifest)

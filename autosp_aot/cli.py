@@ -72,9 +72,10 @@ def _value(text: str) -> object:
               help="sac: in backward compute all but attention again. none: keep everything.")
 @click.option("--strict", is_flag=True, help="Refuse operators without a rule instead of computing them on every rank.")
 @click.option("--seed", type=int, default=0, help="Of the initial weights.")
-@click.option("--no-weights", is_flag=True, help="Store no initial weights.")  # fmt: skip
+@click.option("--no-weights", is_flag=True, help="Store no initial weights.")
+@click.option("--dump", metavar="DIR", type=PATH, help="Write what each pass makes, into a new folder.")  # fmt: skip
 def build(model: Path, sp: int, seq: int, batch: int, options: dict, out: Path | None, target: str | None,
-          recompute: str, strict: bool, seed: int, no_weights: bool) -> None:  # fmt: skip
+          recompute: str, strict: bool, seed: int, no_weights: bool, dump: Path | None) -> None:  # fmt: skip
     """Build an artifact from a model file; prints its path.
 
     MODEL.py defines build_model(**options) -> nn.Module, whose forward returns the loss, and
@@ -84,7 +85,7 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, out: Path |
     from autosp_aot.builder import build_file
     from autosp_aot.report import facts
 
-    path = build_file(model, sp, seq, batch, options, out, target, recompute, strict, seed, not no_weights)
+    path = build_file(model, sp, seq, batch, options, out, target, recompute, strict, seed, not no_weights, dump)
     manifest = read_manifest(path)
     for name, value in facts(manifest):
         click.echo(f"{name + ':':<36}{value}", err=True)

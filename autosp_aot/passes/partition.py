@@ -10,11 +10,12 @@ value to compute the same on every rank is the last resort, however small it is.
 """
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
-from autosp_aot.errors import BuildError, Problem
+from autosp_aot.passes.decisions import decision_wrong
 from autosp_aot.passes.labels import Labels, find_labels
 from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy, even_split
@@ -23,6 +24,7 @@ from autosp_aot.placement import (
     PARTIAL,
     REPLICATE,
     Placement,
+    covers,
     local_shape,
     received_bytes,
 )
@@ -46,29 +48,57 @@ class Fallback:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A strategy for a call: where it places operands and results, and what it costs.
+
+    `gathers` says that nothing is cut though data has to come first: the last resort. `received_bytes` are the worst
+    rank's, for the operands; `home_bytes` what it takes to bring the results home; `work` is local, in bytes received.
+    """
+
+    strategy: Strategy
+    operands: tuple[Placement, ...]
+    results: tuple[Placement, ...]
+    gathers: bool
+    received_bytes: int
+    home_bytes: int
+    work: float
+
+    @property
+    def price(self) -> tuple[bool, float]:
+        return self.gathers, self.received_bytes + self.home_bytes + self.work
+
+
+@dataclass(frozen=True)
 class Partitioned:
-    """The program of all ranks, the strategy of every call by value name, and what fell back."""
+    """The program of all ranks, the strategy of each call by its first result, and what fell back.
+
+    A call that is not in `decisions` computes the whole on every rank.
+    """
 
     program: Program
-    decisions: dict[str, str]
+    decisions: dict[str, Strategy]
     fallbacks: tuple[Fallback, ...]
 
 
-def partition(program: Program, sequence_dims: dict[str, int], ranks: int) -> Partitioned:
-    """Partition a whole program (one section `step`) for `ranks` ranks."""
-    return _Partition(program, find_labels(program, sequence_dims, ranks), ranks).run()
+def partition(
+    program: Program, sequence_dims: Mapping[str, int], ranks: int, decisions: Mapping[str, Strategy] | None = None
+) -> Partitioned:
+    """Partition a whole program (one section `step`) for `ranks` ranks; `decisions` are taken instead of choosing.
+
+    Raises ArtifactError (`decision-wrong`) for decisions that this program does not allow.
+    """
+    return _Partition(program, find_labels(program, sequence_dims, ranks), ranks, decisions).run()
 
 
 class _Partition:
-    def __init__(self, program: Program, labels: Labels, ranks: int):
-        self.program, self.labels, self.ranks = program, labels, ranks
+    def __init__(self, program: Program, labels: Labels, ranks: int, replay: Mapping[str, Strategy] | None):
+        self.program, self.labels, self.ranks, self.replay = program, labels, ranks, replay
         self.whole = program.values()
         self.versions: dict[str, dict[Placement, str]] = {}
         self.instrs: list[Instr] = []
         self.taken: Counter[str] = Counter()
-        self.decisions: dict[str, str] = {}
+        self.decisions: dict[str, Strategy] = {}
         self.fallbacks: list[Fallback] = []
-        self.refused: list[Problem] = []
         self.small = 2 * max((prod(e.value.shape) for e in program.inputs if e.kind == "batch"), default=0)
 
     def run(self) -> Partitioned:
@@ -77,8 +107,9 @@ class _Partition:
         (step,) = self.program.sections
         for instr in step.instrs:
             self.place(instr)
-        if self.refused:
-            raise BuildError(*self.refused)
+        wrong = [name for name, strategy in (self.replay or {}).items() if self.decisions.get(name) != strategy]
+        if wrong:
+            raise decision_wrong(wrong[0], "the step has no such call, or it has no sharding rule")
         gives = tuple((label, self.given(label, name)) for label, name in step.gives)
         inputs = tuple(Input(entry.kind, entry.value) for entry in self.program.inputs)
         program = Program(self.ranks, inputs, (replace(step, instrs=tuple(self.instrs), gives=gives),))
@@ -92,17 +123,11 @@ class _Partition:
         return self.bring(name, REPLICATE, self.program.sections[0].instrs[-1])
 
     def place(self, instr: Instr) -> None:
-        spec = spec_of(instr, [self.whole[name] for name in instr.refs()], self.ranks)
-        if spec is None:
-            strategy, placed = self.fall_back(instr)
-        else:
-            strategy, placed = self.choose(instr, spec)
-        if self.refused:
-            return
-        operands, results = placed
-        names = {}
+        spec = self.spec(instr)
+        choice = self.fall_back(instr) if spec is None else self.choose(instr, spec)
+        strategy, operands = choice.strategy, choice.operands
         brought = [self.bring(name, placement, instr) for name, placement in zip(instr.refs(), operands)]
-        outs = self.local_outs(instr, results)
+        outs = self.local_outs(instr, choice.results)
         args = _with_refs(instr, brought)
         if spec is not None and spec.localize is not None and strategy.factor is not None:
             shapes = [self.local(self.whole[n], p).shape for n, p in zip(instr.refs(), operands)]
@@ -112,31 +137,37 @@ class _Partition:
         for out in outs:
             if out is not None:
                 self.versions[out.name] = {out.placement: out.name}
-                names[out.name] = out.placement
-        if spec is not None and strategy.factor is not None:
-            self.decisions[next(iter(names))] = _described(strategy, operands, results)
+        if strategy != Strategy():
+            self.decisions[instr.values()[0].name] = strategy
 
-    def fall_back(self, instr: Instr):
+    def spec(self, instr: Instr) -> Spec | None:
+        return spec_of(instr, [self.whole[name] for name in instr.refs()], self.ranks)
+
+    def fall_back(self, instr: Instr) -> Choice:
         """No rule: operands whole, computed on every rank."""
-        operands = tuple(REPLICATE for _ in instr.refs())
         gathered = sum(self.price(name, REPLICATE) for name in instr.refs())
         if self.ranks > 1 and instr.refs():
             self.fallbacks.append(Fallback(instr.op, instr.where.source, gathered))
-        return Strategy(), (operands, tuple(REPLICATE for _ in instr.values()))
+        whole = [tuple(REPLICATE for _ in values) for values in (instr.refs(), instr.values())]
+        return Choice(Strategy(), *whole, gathered > 0, gathered, 0, 0.0)
 
-    def choose(self, instr: Instr, spec: Spec):
-        """The cheapest strategy; one that cuts nothing but has to gather only where there is no other."""
-        best = None
-        for strategy in self.candidates(instr, spec):
+    def choose(self, instr: Instr, spec: Spec) -> Choice:
+        """The cheapest, or the one that was given; what cuts nothing but has to gather only where there is no other."""
+        if self.replay is None:
+            return min(self.choices(instr, spec, self.candidates(instr, spec)), key=lambda choice: choice.price)
+        name = instr.values()[0].name
+        strategy = self.replay.get(name, Strategy())
+        found = list(self.choices(instr, spec, [strategy])) if _fits(strategy, spec, self.ranks) else []
+        if not found:
+            raise decision_wrong(name, "the sharding rule does not allow it here")
+        return found[0]
+
+    def choices(self, instr: Instr, spec: Spec, strategies: list[Strategy]) -> Iterator[Choice]:
+        """Those of the strategies that are allowed, with what they cost."""
+        for strategy in strategies:
             placed = spec.instantiate(strategy)
-            if placed is None or not self.reachable(instr, placed[0]):
-                continue
-            gathers = strategy.factor is None and any(map(self.price, instr.refs(), placed[0]))
-            rank = gathers, self.cost(instr, spec, strategy, placed)
-            if best is None or rank < best[0]:
-                best = rank, strategy, placed
-        assert best is not None
-        return best[1], best[2]
+            if placed is not None and self.reachable(instr, placed[0]):
+                yield self.priced(instr, spec, strategy, *placed)
 
     def candidates(self, instr: Instr, spec: Spec) -> list[Strategy]:
         """Home, what the rule proposes, where the operands are now, everything whole; each also for summands."""
@@ -176,16 +207,16 @@ class _Partition:
         """A summand cannot be made, only kept."""
         return all(not p.partial or p in self.versions[name] for name, p in zip(instr.refs(), operands))
 
-    def cost(self, instr: Instr, spec: Spec, strategy: Strategy, placed) -> float:
-        operands, results = placed
+    def priced(self, instr: Instr, spec: Spec, strategy: Strategy, operands, results) -> Choice:
         received = sum(self.price(name, placement) for name, placement in dict.fromkeys(zip(instr.refs(), operands)))
+        home_bytes, touched = 0, 0
         for out, placement in zip(instr.values(), results):
             home = self.labels.home(out.name)
             if home not in (None, placement) and not placement.replicated:
-                received += _moved(placement, home, out.shape, out.dtype, self.ranks)
-                received += _largest(out.shape, out.dtype, placement, self.ranks) * LOCAL_BYTE
+                home_bytes += _moved(placement, home, out.shape, out.dtype, self.ranks)
+                touched += _largest(out.shape, out.dtype, placement, self.ranks)
         read = zip((self.whole[name] for name in instr.refs()), operands)
-        touched = sum(_largest(value.shape, value.dtype, placement, self.ranks) for value, placement in read)
+        touched += sum(_largest(value.shape, value.dtype, placement, self.ranks) for value, placement in read)
         touched += sum(_largest(out.shape, out.dtype, p, self.ranks) for out, p in zip(instr.values(), results))
         flops = 0.0
         if spec.contraction:
@@ -194,7 +225,8 @@ class _Partition:
                 longest = max(hi - lo for lo, hi in strategy.bounds) * strategy.outer
                 share = longest / max(spec.extents[strategy.factor], 1)
             flops = 2.0 * prod(spec.extents) * share
-        return received + touched * LOCAL_BYTE + flops * FLOP
+        gathers = strategy.factor is None and received > 0
+        return Choice(strategy, operands, results, gathers, received, home_bytes, touched * LOCAL_BYTE + flops * FLOP)
 
     def price(self, name: str, placement: Placement) -> int:
         return self.source(name, placement)[0]
@@ -246,6 +278,15 @@ def _with_refs(instr: Instr, names: list[str]) -> Instr:
     return replace(instr, args=map_args(instr.args, change), kwargs=map_args(instr.kwargs, change))
 
 
+def _fits(strategy: Strategy, spec: Spec, ranks: int) -> bool:
+    """The rule has that factor, and the intervals of all ranks cover it."""
+    if strategy.factor is None:
+        return True
+    if strategy.factor >= len(spec.extents) or len(strategy.bounds) != ranks:
+        return False
+    return covers(strategy.bounds, spec.extents[strategy.factor] // strategy.outer)
+
+
 def _move(source: Placement, target: Placement) -> str:
     """The name of the move from one placement to another."""
     if source.partial:
@@ -264,9 +305,3 @@ def _moved(source: Placement, target: Placement, shape: tuple[int, ...], dtype: 
 def _largest(shape: tuple[int, ...], dtype: str, placement: Placement, ranks: int) -> int:
     """Bytes of the largest box."""
     return max(prod(local_shape(shape, placement, rank)) for rank in range(ranks)) * ITEMSIZE[dtype]
-
-
-def _described(strategy: Strategy, operands, results) -> str:
-    cut = next((p.cut for p in (*results, *operands) if p.cut is not None), None)
-    kind = "sum over" if any(p.partial for p in results) else "cut at"
-    return f"{kind} dim {cut.dim}" if cut else "whole"

@@ -1,7 +1,7 @@
-"""The passes, in order: Program -> Program."""
+"""The passes, in order; what each makes is verified, and proved to be the whole step."""
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from autosp_aot.config import BuildConfig
 from autosp_aot.derive import derive
@@ -10,6 +10,7 @@ from autosp_aot.passes.partition import Fallback, partition
 from autosp_aot.passes.query_rows import split_query_rows
 from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
+from autosp_aot.passes.rules.spec import Strategy
 from autosp_aot.passes.sections import split_sections
 from autosp_aot.program import Program
 from autosp_aot.verify import verify
@@ -17,27 +18,86 @@ from autosp_aot.verify import verify
 
 @dataclass(frozen=True)
 class Compiled:
-    """The whole step, the program of all ranks, how each value was placed, and what computes replicated."""
+    """The whole step, what the passes have made of it so far, how calls were placed, and what computes replicated."""
 
     whole: Program
     program: Program
-    decisions: dict[str, str]
+    decisions: dict[str, Strategy]
     fallbacks: tuple[Fallback, ...]
 
 
-def compile_program(whole: Program, sequence_dims: dict[str, int], config: BuildConfig) -> Compiled:
-    """From the whole step to the step of every rank, verified before and after each pass. Raises BuildError."""
-    whole = split_query_rows(whole, config.ranks)
+@dataclass(frozen=True)
+class Task:
+    """What passes are told. With `decisions` the partition takes them again instead of choosing."""
+
+    sequence_dims: Mapping[str, int]
+    config: BuildConfig
+    decisions: Mapping[str, Strategy] | None = None
+
+
+Pass = Callable[[Compiled, Task], Compiled]
+Watch = Callable[[str, Program], None]
+
+
+def unwatched(name: str, program: Program) -> None:
+    """Nobody looks at what a pass made."""
+
+
+def _on_whole(rewrite: Callable[[Program, Task], Program]) -> Pass:
+    """A pass that changes what the step is said to be, before it is split."""
+
+    def run(step: Compiled, task: Task) -> Compiled:
+        whole = rewrite(step.whole, task)
+        return replace(step, whole=whole, program=whole)
+
+    return run
+
+
+def _on_ranks(rewrite: Callable[[Program, Task], Program]) -> Pass:
+    """A pass over the program of all ranks."""
+    return lambda step, task: replace(step, program=rewrite(step.program, task))
+
+
+def _partition(step: Compiled, task: Task) -> Compiled:
+    found = partition(step.whole, task.sequence_dims, task.config.ranks, task.decisions)
+    if task.config.strict and found.fallbacks:
+        raise BuildError(*dict.fromkeys(map(_refused, found.fallbacks)))
+    return Compiled(step.whole, found.program, found.decisions, found.fallbacks)
+
+
+PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("query-rows", _on_whole(lambda whole, task: split_query_rows(whole, task.config.ranks))),
+    ("partition", _partition),
+    ("sections", _on_ranks(lambda program, task: split_sections(program))),
+    ("recompute", _on_ranks(lambda program, task: recompute(program, task.config.recompute))),
+    ("release", _on_ranks(lambda program, task: release(program))),
+)
+
+
+def compile_program(
+    whole: Program,
+    sequence_dims: Mapping[str, int],
+    config: BuildConfig,
+    decisions: Mapping[str, Strategy] | None = None,
+    watch: Watch = unwatched,
+) -> Compiled:
+    """From the whole step to the step of every rank.
+
+    `decisions` (of an earlier build of this step) are taken again instead of choosing. `watch` is shown what is there
+    before the first pass, under the name `capture`, and after each, before that is verified. Raises BuildError, and
+    ArtifactError for decisions that do not fit.
+    """
+    task = Task(sequence_dims, config, decisions)
+    step = Compiled(whole, whole, {}, ())
+    watch("capture", whole)
     verify(whole)
-    partitioned = partition(whole, sequence_dims, config.ranks)
-    if config.strict and partitioned.fallbacks:
-        raise BuildError(*dict.fromkeys(map(_refused, partitioned.fallbacks)))
-    program = partitioned.program
-    for run in (lambda program: program, split_sections, partial(recompute, policy=config.recompute), release):
-        program = run(program)
-        verify(program)
-        derive(program, whole)
-    return Compiled(whole, program, partitioned.decisions, partitioned.fallbacks)
+    for name, run in PIPELINE:
+        step = run(step, task)
+        watch(name, step.program)
+        verify(step.program)
+        if step.program is not step.whole:
+            derive(step.program, step.whole)
+    return step
 
 
 def _refused(fallback: Fallback) -> Problem:

@@ -100,7 +100,7 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, out: Path |
 @click.option("--data", type=EXISTING, help="Text, a folder of text, or a .npy of token ids; default random tokens.")
 @click.option("--init-from", type=EXISTING, help="Weights: a safetensors file, or a folder of them.")
 @click.option("--lr", type=click.FloatRange(min=0), default=1e-3, help="AdamW's learning rate.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the order of the data.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the order of the data, and of dropout.")
 @click.option("--metrics", metavar="FILE.jsonl", type=OUTPUT_FILE, help="Write a JSON line a step.")
 @click.option("--batch-file", metavar="FILE.safetensors", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Train on this batch, tensors by input name.")
@@ -117,7 +117,7 @@ def run(artifact: Path, steps: int, data: Path | None, init_from: Path | None, l
 
     if data is not None and batch_file is not None:
         raise click.UsageError("--data and --batch-file exclude each other")
-    launch.run(Training(artifact, steps, lr, init_from, metrics, dump), seed, data, batch_file)
+    launch.run(Training(artifact, steps, lr, init_from, metrics, dump, seed), data, batch_file)
 
 
 @main.command()

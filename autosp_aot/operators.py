@@ -1,7 +1,8 @@
 """Which operators a program may name, and torch's operator for a name.
 
 Allowed are ATen operators without side effects: none that writes to an operand, none that draws random numbers, and
-none without a tensor operand except the constant tensors below. Everything else is refused by name.
+none without a tensor operand except the constant tensors below. `autosp.uniform` draws, from the seed it is given.
+Everything else is refused by name.
 """
 
 import torch
@@ -10,6 +11,8 @@ FACTORIES = frozenset({
     "aten.arange.start_step", "aten.full.default", "aten.ones.default", "aten.scalar_tensor.default",
     "aten.zeros.default",
 })  # fmt: skip
+# Operators that make a tensor on the rank's device.
+MAKE = FACTORIES | {"autosp.uniform"}
 OURS = {
     "autosp.attention": "autosp.attention(q, k, v, scale, causal, group, first_head) -> (out, lse)",
     "autosp.attention_backward": "autosp.attention_backward(grad_out, q, k, v, out, lse, scale, causal, group,"
@@ -17,6 +20,7 @@ OURS = {
     "autosp.attention_rows": "autosp.attention_rows(q, k, v, scale, causal, group, rows, start) -> (out, lse)",
     "autosp.attention_rows_backward": "autosp.attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal,"
     " group, rows, start) -> (grad_q, grad_k, grad_v)",
+    "autosp.uniform": "autosp.uniform(seed, site, shape, box, dtype) -> draws",
 }
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 COLLECTIVES = MOVES[1:]

@@ -94,7 +94,7 @@ class Instr:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What a program is given: kind is `parameter`, `buffer`, `batch` or `tangent`."""
+    """What a program is given: kind is `parameter`, `buffer`, `batch`, `tangent` or `seed` (where the step draws)."""
 
     kind: str
     value: Value

@@ -22,7 +22,7 @@ from autosp_aot.placement import PARTIAL, REPLICATE, Bounds, Cut, Placement
 from autosp_aot.program import ITEMSIZE, Dtype, Input, Instr, Int, PerRank, Program, Ref, Section, Value, Where
 
 HEADER = "autosp program 1"
-KINDS = ("parameter", "buffer", "batch", "tangent")
+KINDS = ("parameter", "buffer", "batch", "tangent", "seed")
 DEPTH = 8  # of lists in an argument
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
 

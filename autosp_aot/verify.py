@@ -33,6 +33,8 @@ class _Verifier:
         if names not in SECTIONS:
             raise illegal(f"sections {', '.join(names)}", why=f"a program has {' or '.join(map(str, SECTIONS))}")
         for entry in self.program.inputs:
+            if entry.kind == "seed" and (entry.value.dtype, entry.value.shape) != ("i64", ()):
+                raise illegal(f"the seed {entry.value.name} is not one i64 number")
             self.define(entry.value, None)
         for section in self.program.sections:
             self.section(section)

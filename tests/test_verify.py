@@ -44,6 +44,7 @@ def test_a_legal_program():
     ("gives (grad.w=%g)", "  %h: f32[4, 4] @ Replicate = aten.neg.default(%x.shard)\ngives (grad.w=%g)",
      "x.shard is used but not alive"),
     ("%y: f32[2, 4]", "%w: f32[2, 4]", "w is made twice"),
+    ("batch %x", "seed %x", "the seed x is not one i64 number"),
     ("%g.all_reduce: f32", "%g: f32", "g is made twice"),
     ("aten.mm.default(%x.shard, %w)", "aten.mm.default(%x.shard, %v)", "v is used but not alive"),
     ("takes (%x.shard)", "takes ()", "x.shard is used but not alive"),

@@ -3,8 +3,9 @@
     t, transpose, permute                          -> aten.permute.default       (chains composed)
     view, _unsafe_view, unsqueeze, squeeze ...     -> aten.reshape.default       (chains composed)
     split, unbind, select;  stack                  -> aten.slice.Tensor;  aten.cat.default
-    detach, alias, clone, equal casts              -> gone
+    detach, alias, clone, equal casts              -> gone;  copy(a, b) -> b, with a's dtype and shape
     nll_loss_forward(..., mean);  mean             -> nll_loss_forward(..., sum), then sum / count;  sum / count
+    native_dropout, rand, randn, bernoulli ...     -> autosp.uniform, and arithmetic
     equal calls                                    -> one call;   unused calls  -> gone
 
 Values are named by module path, operator and occurrence; what depends on the loss gradient begins with `grad.`.
@@ -19,6 +20,7 @@ from torch.fx import Node
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.joint import Joint
+from autosp_aot.export.randomness import LOWERINGS, lower
 from autosp_aot.export.source import where
 from autosp_aot.program import Dtype, Input, Instr, Program, Ref, Section, Value, map_args
 
@@ -40,8 +42,10 @@ SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int)
 NOTHING = (
     aten._assert_async.msg, aten._assert_async.default, aten._assert_tensor_metadata.default,
     aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 DROPPED_KWARGS = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 MEAN, SUM = 1, 2
+SEED = "seed"
 
 
 def canonical_program(joint: Joint) -> tuple[Program, dict[str, Tensor]]:
@@ -63,15 +67,16 @@ class _Canonical:
         self.inputs: list[Input] = []
         self.constants: dict[str, Tensor] = {}
         self.after_loss: set[str] = set()
+        self.sites = 0
 
     def program(self) -> tuple[Program, dict[str, Tensor]]:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         for node, (kind, name) in zip(placeholders, self.joint.inputs):
-            self.add_input(node, kind, name)
+            self.names[node] = self.add_input(kind, name, node.meta["val"])
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 value = getattr(self.joint.graph_module, node.target)
-                self.add_input(node, "buffer", f"constant.{len(self.constants)}")
+                self.names[node] = self.add_input("buffer", f"constant.{len(self.constants)}", value)
                 self.constants[self.names[node]] = value
             elif node.op == "call_function" and node.target not in NOTHING:
                 self.call(node)
@@ -80,19 +85,19 @@ class _Canonical:
         gives = [(label, self.names[node]) for label, node in outputs if node is not None]
         instrs = _alive(self.instrs, [name for _, name in gives])
         used = {name for instr in instrs for name in instr.refs()}
-        inputs = tuple(entry for entry in self.inputs if entry.kind != "buffer" or entry.value.name in used)
+        inputs = tuple(e for e in self.inputs if e.kind not in ("buffer", "seed") or e.value.name in used)
         return Program(1, inputs, (Section("step", (), tuple(instrs), tuple(gives)),)), self.constants
 
-    def add_input(self, node: Node, kind: str, name: str) -> None:
+    def add_input(self, kind: str, name: str, tensor: Tensor) -> str:
         if self.taken[name]:
             raise BuildError(Problem("name-taken", f"two inputs of the step are called {name!r}", "example_batch",
                                      "every value needs its own name", "rename the input"))
         self.taken[name] += 1
-        self.names[node] = name
-        self.types[name] = self.typed(name, node.meta["val"] if "val" in node.meta else _attribute(self.joint, node))
+        self.types[name] = self.typed(name, tensor)
         self.inputs.append(Input(kind, self.types[name]))
         if kind == "tangent":
             self.after_loss.add(name)
+        return name
 
     def typed(self, name: str, tensor: Tensor) -> Value:
         return Value(name, DTYPES[tensor.dtype], tuple(tensor.shape))
@@ -133,14 +138,11 @@ class _Canonical:
         if target in PERMUTES:
             return (self.permute(node, operand, _permutation(target, args, len(shape)), types[0]),)
         if target in (aten._to_copy.default, aten.to.dtype):
-            if self.types[operand].dtype == DTYPES[types[0].dtype]:
-                return (operand,)
-            dtype = Dtype(DTYPES[types[0].dtype])
-            return self.emit(node, "aten._to_copy.default", (Ref(operand),), (("dtype", dtype),), types)
+            return (self.cast(node, Ref(operand), types[0].dtype),)
         if target is aten.expand.default:
-            if self.types[operand].shape == shape:
-                return (operand,)
-            return self.emit(node, "aten.expand.default", (Ref(operand), shape), (), types)
+            return (self.expand(node, operand, types[0]),)
+        if target is aten.copy.default:
+            return (self.expand(node, self.cast(node, Ref(self.names[args[1]]), types[0].dtype), types[0]),)
         if target is aten.slice.Tensor:
             return (self.slice(node, operand, types[0]),)
         if target is aten.select.int:
@@ -170,8 +172,22 @@ class _Canonical:
         if target is torch.ops.autosp.attention_backward.default:
             group = args[1].meta["val"].shape[1] // args[2].meta["val"].shape[1]
             return self.emit(node, "autosp.attention_backward", (*self.arguments(args), group, 0), (), types)
+        if target in LOWERINGS:
+            return lower(node, self)
         kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
         return self.emit(node, str(target), self.arguments(args), kwargs, types)
+
+    def cast(self, node: Node, value: Ref, dtype: torch.dtype) -> str:
+        if self.types[value.name].dtype == DTYPES[dtype]:
+            return value.name
+        kwargs = (("dtype", Dtype(DTYPES[dtype])),)
+        return self.emit(node, "aten._to_copy.default", (value,), kwargs, [self.meta(value).to(dtype)])[0]
+
+    def expand(self, node: Node, operand: str, result: Tensor) -> str:
+        shape = tuple(result.shape)
+        if self.types[operand].shape == shape:
+            return operand
+        return self.emit(node, "aten.expand.default", (Ref(operand), shape), (), [result])[0]
 
     def reshape(self, node: Node, operand: str, result: Tensor) -> str:
         source = self.made.get(operand)
@@ -235,10 +251,7 @@ class _Canonical:
         dtype, count = Dtype(DTYPES[wide.dtype]), node.args[0].meta["val"].numel()
         total = self.emit(node, "aten.sum.default", (Ref(operand),), (("dtype", dtype),), [wide])[0]
         mean = self.emit(node, "aten.div.Scalar", (Ref(total), count), (), [wide])[0]
-        if wide is result:
-            return mean
-        narrow = (("dtype", Dtype(DTYPES[result.dtype])),)
-        return self.emit(node, "aten._to_copy.default", (Ref(mean),), narrow, [result])[0]
+        return self.cast(node, Ref(mean), result.dtype)
 
     def cat(self, node: Node, result: Tensor) -> str:
         dim = (node.args[1] if len(node.args) > 1 else 0) % result.dim()
@@ -246,6 +259,23 @@ class _Canonical:
         if len(parts) == 1:
             return parts[0]
         return self.emit(node, "aten.cat.default", (tuple(map(Ref, parts)), dim), (), [result])[0]
+
+    def site(self) -> tuple[Ref, int]:
+        """The seed and the number of a new drawing operator; the step has a seed as soon as something draws."""
+        if not self.sites:
+            self.add_input("seed", SEED, torch.empty((), dtype=torch.int64))
+        self.sites += 1
+        return Ref(SEED), self.sites - 1
+
+    def uniform(self, node: Node, like: Tensor, dtype: torch.dtype) -> str:
+        """A new draw from [0, 1)."""
+        kwargs = (("dtype", Dtype(DTYPES[dtype])),)
+        return self.emit(node, "autosp.uniform", (*self.site(), tuple(like.shape), ()), kwargs, [like.to(dtype)])[0]
+
+    def meta(self, ref: Ref) -> Tensor:
+        """A tensor without data of a value's type."""
+        value = self.types[ref.name]
+        return torch.empty(value.shape, dtype=TORCH_DTYPES[value.dtype], device="meta")
 
     def arguments(self, arg):
         """An fx argument as ours: nodes become references, dtypes their short names."""
@@ -295,10 +325,6 @@ def _dtypes(arg) -> list[torch.dtype]:
 def _typed_key(arg):
     """Arguments as a key in which 1, 1.0 and True differ."""
     return map_args(arg, lambda leaf: (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf))
-
-
-def _attribute(joint: Joint, node: Node) -> Tensor:
-    return getattr(joint.graph_module, node.target)
 
 
 def _permutation(target, args, dims: int) -> tuple[int, ...]:

@@ -80,23 +80,6 @@ def refuse_operators(exported: ExportedProgram) -> None:
         raise BuildError(*dict.fromkeys(problems))
 
 
-def refuse_random(graph: Graph) -> None:
-    """BuildError naming every operator of a captured step that draws random numbers."""
-    problems = [
-        Problem(
-            "random-operator",
-            f"{node.target} draws random numbers",
-            where(node).source,
-            "the draws would have to be the same at every number of ranks",
-            "set dropout to 0, or call model.eval()",
-        )
-        for node in graph.nodes
-        if node.op == "call_function" and _draws(node)
-    ]
-    if problems:
-        raise BuildError(*dict.fromkeys(problems))
-
-
 def refuse_mutation(changed: list[tuple[str, Node]], place: str) -> None:
     """BuildError naming what the step changes beyond its end: (what it is, the node of its new value)."""
     if changed:
@@ -165,14 +148,6 @@ def _known(target: object) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace in NAMESPACES
     return target in REGIONS or getattr(operator, target.__name__, None) is target
-
-
-def _draws(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    given = {argument.name: argument.default_value for argument in node.target._schema.arguments}
-    given |= dict(zip(given, node.args)) | node.kwargs
-    return given.get("dropout_p") != 0 and given.get("p") != 0 and given.get("train") is not False
 
 
 def _unknown(name: str, place: str) -> Problem:

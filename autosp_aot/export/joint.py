@@ -23,8 +23,8 @@ from autosp_aot.export.diagnose import (
     refuse_mutation,
     refuse_operators,
     refuse_other_gradients,
-    refuse_random,
 )
+from autosp_aot.export.randomness import refuse_random
 from autosp_aot.export.source import module_path
 from autosp_aot.export.user_code import defined_at
 from autosp_aot.export.watch import refuse_hooks, watched

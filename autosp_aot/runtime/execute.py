@@ -13,13 +13,14 @@ from torch import Tensor
 from autosp_aot import operators
 from autosp_aot.placement import transfers
 from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args
-from autosp_aot.runtime import kernels
+from autosp_aot.runtime import kernels, random
 
 DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64,
     "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "b8": torch.bool,
 }  # fmt: skip
 HALF = (torch.bfloat16, torch.float16)
+OURS = kernels.OURS | {"autosp.uniform": random.uniform}
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ class Executor:
         return steps
 
     def _call(self, instr: Instr) -> Step:
-        function = kernels.OURS.get(instr.op) or operators.overload(instr.op)
+        function = OURS.get(instr.op) or operators.overload(instr.op)
         constant = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
         args, kwargs = map_args(instr.args, constant), {k: map_args(v, constant) for k, v in instr.kwargs}
-        if instr.op in operators.FACTORIES:
+        if instr.op in operators.MAKE:
             kwargs["device"] = self.device
         slots = [(at, arg.name) for at, arg in enumerate(args) if isinstance(arg, Ref)]
         nested = [(at, arg) for at, arg in enumerate(args) if isinstance(arg, tuple) and _holds_ref(arg)]

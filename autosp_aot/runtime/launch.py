@@ -35,14 +35,14 @@ class RankFailed(AutospError):
     exit_code = 1
 
 
-def run(training: Training, seed: int, data: Path | None, batch_file: Path | None) -> None:
+def run(training: Training, data: Path | None, batch_file: Path | None) -> None:
     """Train with an artifact, on as many ranks as it was built for.
 
     Raises ArtifactError for whatever does not fit (artifact, machine, weights, data), RankFailed where a process dies.
     """
     manifest = read_manifest(training.artifact)
     _check(manifest, training)
-    feed = open_feed(manifest.batch, seed, data, batch_file)
+    feed = open_feed(manifest.batch, training.seed, data, batch_file)
     if "WORLD_SIZE" in os.environ or manifest.ranks == 1:
         _join_and_train(training, manifest.target, feed)
     else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from autosp_aot.artifact import Manifest
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, Run
+from autosp_aot.runtime.random import step_seed
 
 
 class Comm(Protocol):
@@ -29,6 +30,10 @@ class ShardedModel(nn.Module):
 
     `forward(**batch)` takes the whole batch on every rank (shapes, dtypes as built) and returns the loss, the same on
     every rank; `backward` adds the gradients of the whole step to `.grad`, the same on every rank.
+
+    What the step draws (dropout) follows from `seed` and `step` alone, both plain numbers and the same on every rank:
+    `step` goes up by one with each forward in training mode. To resume before step k, set both. In eval mode the
+    program is the same, so it draws too, and `step` stays.
     """
 
     def __init__(
@@ -41,6 +46,8 @@ class ShardedModel(nn.Module):
     ):
         super().__init__()
         self.manifest, self.executor, self.comm = manifest, executor, comm
+        self.seed, self.step = 0, 0
+        self.seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
         self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
         tensors: dict[str, Tensor] = {}
         parameters = {e.value.name for e in executor.program.inputs if e.kind == "parameter"}
@@ -70,7 +77,9 @@ class ShardedModel(nn.Module):
         check_batch(self.manifest, batch, self.executor.device)
         trainable = {name: p for name, p in self.named_parameters() if name in self.manifest.trainable}
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        return _Step.apply(self, {**self.constants, **state, **batch}, list(trainable), *trainable.values())
+        drawn = {name: step_seed(self.seed, self.step) for name in self.seeds}
+        self.step += self.training
+        return _Step.apply(self, {**self.constants, **state, **batch, **drawn}, list(trainable), *trainable.values())
 
 
 class _Step(torch.autograd.Function):

@@ -24,7 +24,7 @@ class Training:
 
     steps       how many to take          init_from   safetensors file or folder instead of the stored weights
     lr          AdamW's learning rate     metrics     JSON lines: step, loss, grad_norm, lr, tokens_per_s
-                                          dump        write loss and gradients of the first step, and stop
+    seed        of data and dropout       dump        write loss and gradients of the first step, and stop
     """
 
     artifact: Path
@@ -33,6 +33,7 @@ class Training:
     init_from: Path | None = None
     metrics: Path | None = None
     dump: Path | None = None
+    seed: int = 0
 
 
 class AdamW:
@@ -67,6 +68,7 @@ def train(training: Training, feed: Feed, group: Group) -> None:
     A loss that is not finite is said so, and training goes on, as a loop in eager torch would.
     """
     module = load(training.artifact, training.init_from, group.device, group)
+    module.seed = training.seed
     named = dict(module.named_parameters())
     optimizer = AdamW(list(named.values()), training.lr)
     talking = group.rank == 0
@@ -74,6 +76,7 @@ def train(training: Training, feed: Feed, group: Group) -> None:
     for step in range(training.steps):
         started = time.perf_counter()
         batch = {name: tensor.to(group.device) for name, tensor in feed.at(step).items()}
+        module.step = step
         loss = module(**batch)
         loss.backward()
         gradients = {name: p.grad for name, p in named.items() if p.grad is not None}

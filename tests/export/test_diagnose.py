@@ -149,21 +149,21 @@ def test_an_input_that_forward_does_not_take_is_said_with_the_line_of_forward(re
 class Random(nn.Module):
     def forward(self, x, labels):
         x = dropout(x, 0.5)
-        x = dropout(x, 0.0) + dropout(x, 0.5, training=False)
-        return x + torch.rand(4)
+        x = x[:, torch.randperm(4)]
+        return x * torch.multinomial(labels.float(), 1)[..., None] + torch.empty(4).geometric_(0.5)
 
 
 RANDOM = """\
 error[random-operator]: {name} draws random numbers
   where  {line}
   why    the draws would have to be the same at every number of ranks
-  fix    set dropout to 0, or call model.eval()"""
+  fix    draw with dropout, bernoulli, rand, randn, uniform, normal, exponential or randint, without a generator"""
 
 
-def test_operators_that_draw_are_refused_all_at_once_and_dropout_that_is_off_is_not(refusal):
-    named = {1: "aten.native_dropout.default", 3: "aten.rand.default"}
+def test_draws_that_have_no_lowering_are_refused_all_at_once(refusal):
+    named = [("aten.randperm.default", 2), ("aten.multinomial.default", 3), ("aten.geometric.default", 3)]
     assert refusal(Model(Random())) == "\n".join(
-        RANDOM.format(name=name, line=line(Random, offset)) for offset, name in named.items()
+        RANDOM.format(name=name, line=line(Random, offset)) for name, offset in named
     )
 
 

@@ -87,7 +87,7 @@ def test_a_rank_that_breaks_stops_all_of_them(artifact, tmp_path):
         "from pathlib import Path\n"
         "from autosp_aot.runtime.launch import run\n"
         "from autosp_aot.runtime.train import Training\n"
-        f"run(Training(Path({str(artifact)!r}), dump=Path({str(tmp_path / 'dump')!r})), 0, None, None)"
+        f"run(Training(Path({str(artifact)!r}), dump=Path({str(tmp_path / 'dump')!r})), None, None)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1

@@ -189,6 +189,31 @@ def test_the_gradient_of_a_gradient_is_refused(module):
         torch.autograd.grad(module(**tokens(1)), [module.get_parameter("head.weight")], create_graph=True)
 
 
+class Dropping(nn.Module):
+    """Half of an embedding's results are dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.dropout = nn.Embedding(8, 64), nn.Dropout()
+
+    def forward(self, input_ids):
+        return self.dropout(self.table(input_ids)).square().mean()
+
+
+def test_draws_follow_from_seed_and_step_and_a_forward_in_training_is_a_step(tmp_path):
+    batch = {"input_ids": torch.arange(8).reshape(1, 8)}
+    first, again = (built(Dropping(), batch, tmp_path / "artifact") for _ in range(2))
+    again.load_state_dict(first.state_dict())
+    losses = [first(**batch).item() for _ in range(3)]
+    assert len(set(losses)) == 3 and (first.seed, first.step) == (0, 3)
+    again.step = 1
+    assert [again(**batch).item() for _ in range(2)] == losses[1:]
+    again.seed, again.step = 1, 0
+    assert again(**batch).item() not in losses
+    again.eval()
+    assert again(**batch) == again(**batch) and again.step == 1
+
+
 def test_all_that_is_wrong_with_a_batch_is_said_at_once(module):
     with pytest.raises(ArtifactError) as caught:
         module(input_ids=torch.zeros(2, 6, dtype=torch.int32), mask=torch.zeros(2, 5))

@@ -9,6 +9,7 @@ from autosp_aot.artifact import read_manifest
 from autosp_aot.builder import build
 from autosp_aot.runtime.data import open_feed
 from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.load import load
 from autosp_aot.runtime.train import AdamW, Training, train
 from examples import plain
 
@@ -56,6 +57,28 @@ def test_every_step_is_a_line_and_a_json_line(artifact, tmp_path, capsys):
     assert [line.split()[:2] for line in lines] == [["step", "1"], ["step", "2"], ["step", "3"]]
     assert all(list(row) == ["step", "loss", "grad_norm", "lr", "tokens_per_s"] for row in rows)
     assert [(row["step"], row["lr"]) for row in rows] == [(1, 0.5), (2, 0.5), (3, 0.5)]
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 64)
+
+    def forward(self, input_ids):
+        return nn.functional.dropout(self.table(input_ids), 0.5).square().mean()
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_step_draws_by_the_seed_and_its_number(tmp_path, seed):
+    batch = {"input_ids": torch.arange(8).reshape(1, 8)}
+    path = build(Dropping(), batch, 1, target="cpu").save(tmp_path / "dropping.sp1")
+    save_file(batch, tmp_path / "batch")
+    feed = open_feed(read_manifest(path).batch, seed, None, tmp_path / "batch")
+    train(Training(path, steps=3, lr=0.0, metrics=tmp_path / "m.jsonl", seed=seed), feed, ALONE)
+    module = load(path, comm=ALONE)
+    module.seed, module.step = seed, 1
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert len(set(losses)) == 3 and [float(module(**batch).detach()) for _ in range(2)] == losses[1:]
 
 
 def test_the_gradient_norm_is_that_of_all_gradients_together(artifact, model, tmp_path):

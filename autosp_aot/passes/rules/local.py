@@ -13,7 +13,7 @@ class Local:
     """Sizes and positions of all ranks' boxes under a strategy that cuts something."""
 
     def __init__(self, strategy: Strategy, operand_shapes: list[Shape], result_shapes: list[Shape]):
-        self.factor, self.bounds = strategy.factor, strategy.bounds
+        self.factor, self.bounds, self.outer = strategy.factor, strategy.bounds, strategy.outer
         self.operand_shapes, self.result_shapes = operand_shapes, result_shapes
 
     @staticmethod

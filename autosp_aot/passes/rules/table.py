@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from autosp_aot.passes.rules import attention, contractions, views
+from autosp_aot.passes.rules import attention, contractions, random, views
 from autosp_aot.passes.rules.contractions import notation, reduction, whole_dim
 from autosp_aot.passes.rules.pointwise import pointwise
 from autosp_aot.passes.rules.spec import Spec
@@ -44,6 +44,7 @@ RULES = {
     "autosp.attention_backward": attention.attention_backward,
     "autosp.attention_rows": attention.attention,
     "autosp.attention_rows_backward": attention.attention_backward,
+    "autosp.uniform": random.uniform,
 }
 
 

@@ -12,8 +12,7 @@ from autosp_aot.passes.rules.spec import Spec, Strategy
 from autosp_aot.passes.rules.table import RULES, spec_of
 from autosp_aot.placement import even_bounds
 from autosp_aot.program import Dtype, Instr, Ref, Value, at_rank, map_args
-from autosp_aot.runtime.execute import DTYPES
-from autosp_aot.runtime.kernels import OURS
+from autosp_aot.runtime.execute import DTYPES, OURS
 from tests.boxes import joined, parts
 
 CASES = 40
@@ -204,6 +203,7 @@ ARGUMENTS = {
     "autosp.attention_backward": lambda rng: _attention(rng, True, False),
     "autosp.attention_rows": lambda rng: _attention(rng, False, True),
     "autosp.attention_rows_backward": lambda rng: _attention(rng, True, True),
+    "autosp.uniform": lambda rng: (torch.tensor(rng.randrange(2**40)), rng.randrange(9), tuple(_sizes(rng, 3)), ()),
     # Elementwise operators have no line in the table; these stand for them.
     "aten._to_copy.default": lambda rng: (_normal(rng, *_sizes(rng, 3)).float(),),
     "aten.add.Tensor": _broadcast,
@@ -213,7 +213,7 @@ ARGUMENTS = {
     "aten.silu_backward.default": lambda rng: (x := _normal(rng, *_sizes(rng, 3)), x * 2),
     "aten.where.self": lambda rng: (_normal(rng, 3, 1) > 0, *(_normal(rng, 3, 4), _normal(rng, 4))),
 }
-KWARGS = {"aten._to_copy.default": (("dtype", Dtype("f64")),)}
+KWARGS = dict.fromkeys(("aten._to_copy.default", "autosp.uniform"), (("dtype", Dtype("f64")),))
 
 
 def test_every_rule_has_cases():

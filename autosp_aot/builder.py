@@ -22,6 +22,7 @@ from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
 from autosp_aot.export.model_file import guess_sequence_dims, make_batch, make_model, read_model_file
 from autosp_aot.export.watch import refuse_hooks
+from autosp_aot.inputs import vocabularies
 from autosp_aot.operators import FREE, MOVES, schema
 from autosp_aot.passes.decisions import written
 from autosp_aot.passes.pipeline import Watch, compile_program, unwatched
@@ -121,7 +122,7 @@ def compile_model(
         target=config.target,
         recompute=config.recompute,
         sequence_dims=sequence_dims,
-        batch=specs(inputs["batch"], _vocabularies(whole)),
+        batch=specs(inputs["batch"], vocabularies(whole)),
         parameters=specs([*inputs["parameter"], *stored, *_unused(model, inputs)]),
         buffers=specs(kept),
         aliases=_aliases(model),
@@ -178,16 +179,6 @@ def _unused(model: nn.Module, inputs: dict[str, list[Value]]) -> list[Value]:
     read = {value.name for value in inputs["buffer"]}
     state, buffers = set(_state_names(model)), dict(model.named_buffers())
     return [Value(n, DTYPES[b.dtype], tuple(b.shape)) for n, b in buffers.items() if n in state and n not in read]
-
-
-def _vocabularies(whole: Program) -> dict[str, int]:
-    """How many ids an input may hold: the rows of the embedding that looks it up."""
-    values, found = whole.values(), {}
-    for instr in whole.instrs():
-        if instr.op == "aten.embedding.default":
-            table, ids = instr.refs()
-            found[ids] = min(found.get(ids, values[table].shape[0]), values[table].shape[0])
-    return found
 
 
 def _versions(model: nn.Module) -> dict[str, str]:

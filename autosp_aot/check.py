@@ -8,6 +8,7 @@ from autosp_aot.collectives import check_collectives, collectives_of
 from autosp_aot.cost import costs
 from autosp_aot.derive import derive
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.inputs import vocabularies
 from autosp_aot.program import Program, Value
 from autosp_aot.runtime.checkpoint import read_weights
 from autosp_aot.runtime.execute import DTYPES
@@ -25,17 +26,11 @@ def check(path: str | Path) -> list[str]:
     path = Path(path)
     manifest = read_manifest(path)
     whole, bodies = read_whole(path), read_bodies(path)
-    verify(whole)
-    by_rank = [[] for _ in range(manifest.ranks)]
-    lines = 0
-    for ranks, program in bodies:
+    for _, program in bodies:
         check_operators(program, manifest)
-        for rank in ranks:
-            by_rank[rank] = collectives_of(program.for_rank(rank), rank)
-    check_collectives(by_rank)
-    for ranks, program in bodies:
-        derive(program, whole, ranks)
-        lines += sum(1 for _ in program.instrs())
+    verify(whole)
+    meetings = prove(whole, bodies)
+    lines = sum(1 for _, program in bodies for _ in program.instrs())
     _check_inputs(manifest, whole)
     _check_values(manifest, path)
     if len(bodies) == 1:
@@ -43,15 +38,33 @@ def check(path: str | Path) -> list[str]:
     return [
         f"files       {len(manifest.files)} with the hashes of the manifest",
         f"programs    {manifest.ranks} ranks, {len(bodies)} bodies, {lines} lines, each derived from the whole step",
-        f"collectives {len(by_rank[0])} a rank: kind, order, sizes and dtype agree",
+        f"collectives {meetings} a rank: kind, order, sizes and dtype agree",
         f"operators   {len(manifest.operators)} allowed, with the schemas of this torch",
     ]
+
+
+def prove(whole: Program, bodies: list[tuple[tuple[int, ...], Program]]) -> int:
+    """Prove that `bodies`, legal programs with the ranks that run each, are the whole step; how often the ranks meet.
+
+    Raises ArtifactError: `collective-mismatch`, `placement-wrong`.
+    """
+    by_rank = {}
+    for ranks, program in bodies:
+        by_rank |= {rank: collectives_of(program.for_rank(rank), rank) for rank in ranks}
+    check_collectives([by_rank[rank] for rank in sorted(by_rank)])
+    for ranks, program in bodies:
+        derive(program, whole, ranks)
+    return len(by_rank[0])
 
 
 def _check_inputs(manifest: Manifest, whole: Program) -> None:
     """The manifest's inputs and trained parameters are the whole step's."""
     state = {spec.name: _type(spec) for spec in (*manifest.parameters, *manifest.buffers)}
     batch = {spec.name: _type(spec) for spec in manifest.batch}
+    said = {spec.name: spec.vocabulary for spec in manifest.batch}
+    held = {name: vocabularies(whole).get(name) for name in said}
+    if said != held:
+        raise _wrong("vocabularies", said, held)
     for entry in whole.inputs:
         known = {"batch": batch, "parameter": state, "buffer": state}.get(entry.kind)
         if known is not None and known.get(entry.value.name) != (entry.value.dtype, entry.value.shape):

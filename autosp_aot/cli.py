@@ -133,12 +133,16 @@ def show(artifact: Path, rank: int, as_json: bool) -> None:
 
 @main.command()
 @click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--numeric", is_flag=True, help="Then run all ranks against the unsharded step, on made-up inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(artifact: Path, as_json: bool) -> None:
+def check(artifact: Path, numeric: bool, as_json: bool) -> None:
     """Prove an artifact right for all ranks together, without running it."""
     from autosp_aot.check import check as check_artifact
+    from autosp_aot.numeric import check_numeric
 
     lines = check_artifact(artifact)
+    if numeric:
+        lines.append(check_numeric(artifact))
     click.echo(json.dumps(lines) if as_json else "\n".join(lines))
 
 

@@ -207,6 +207,7 @@ def test_a_manifest_about_other_inputs_training_or_costs(saved):
     extra = {"name": "x", "dtype": "f32", "shape": [], "vocabulary": None}
     for changes, about in (
         ({"batch": [*manifest["batch"], extra]}, "the inputs"),
+        ({"batch": [entry | {"vocabulary": 7} for entry in manifest["batch"]]}, "vocabularies"),
         ({"trainable": manifest["trainable"][1:]}, "the trained parameters"),
         ({"costs": manifest["costs"] | {"peak_bytes": 1}}, "peak_bytes"),
         ({"buffers": [extra]}, "buffers.safetensors"),

@@ -6,11 +6,11 @@ import pytest
 
 from autosp_aot.derive import derive
 from autosp_aot.errors import ArtifactError
-from autosp_aot.passes.release import release
 from autosp_aot.placement import REPLICATE
 from autosp_aot.program import PerRank, Ref
 from autosp_aot.verify import verify
 from tests.edits import edit, named
+from tests.mutants import copies_not_summed, made, planted, released_too_early, swapped_dims, to, twice, without
 
 
 def refused(program, whole) -> str:
@@ -20,29 +20,6 @@ def refused(program, whole) -> str:
     return str(caught.value)
 
 
-def without(program, wanted):
-    """The program without a move: what it made is what it moved."""
-    found = []
-
-    def drop(instr):
-        found.append((instr.values()[0].name, instr.refs()[0]))
-        return []
-
-    program = edit(program, wanted, drop)
-    names = dict(found)
-    strip = lambda section: replace(  # noqa: E731
-        section,
-        instrs=tuple(
-            replace(i, args=tuple(Ref(names.get(a.name, a.name)) if isinstance(a, Ref) else a for a in i.args))
-            for i in section.instrs
-            if i.op != "free"
-        ),
-        takes=tuple(dict.fromkeys(names.get(n, n) for n in section.takes)),
-        gives=tuple((label, names.get(n, n)) for label, n in section.gives),
-    )
-    return release(replace(program, sections=tuple(map(strip, program.sections))))
-
-
 def test_the_untouched_program_is_proved(tiny, tiny2):
     for artifact in (tiny, tiny2):
         verify(artifact.program)
@@ -50,7 +27,7 @@ def test_the_untouched_program_is_proved(tiny, tiny2):
 
 
 def test_a_missing_sum_of_the_token_count_is_found(tiny2):
-    program = without(tiny2.program, named("all_reduce", "nll_loss_forward_1"))
+    program = planted(tiny2.program, without("nll_loss_forward_1.all_reduce"))
     assert "error[placement-wrong]: aten.div.Tensor of (Partial, Partial)" in refused(program, tiny2.whole)
 
 
@@ -61,22 +38,13 @@ def test_a_missing_sum_of_gradients_is_found(tiny2):
 
 
 def test_a_doubled_sum_is_found(tiny2):
-    def twice(instr):
-        again = replace(instr.outs[0], name="again")
-        return [instr, replace(instr, outs=(again,), args=(Ref(instr.outs[0].name),))]
-
-    program = edit(tiny2.program, named("all_reduce", "nll_loss_forward_1"), twice)
-    said = "all_reduce cannot take nll_loss_forward_1.all_reduce from Replicate to Replicate"
+    program = planted(tiny2.program, twice(made("nll_loss_forward_1.all_reduce")))
+    said = "all_reduce cannot take nll_loss_forward_1.all_reduce.once from Replicate to Replicate"
     assert said in refused(program, tiny2.whole)
 
 
 def test_swapped_dims_of_an_all_to_all_are_found(tiny2):
-    def swap(instr):
-        out = instr.outs[0]
-        cut = replace(out.placement.cut, dim=3 - out.placement.cut.dim)
-        return [replace(instr, outs=(replace(out, placement=replace(out.placement, cut=cut)),))]
-
-    program = edit(tiny2.program, named("all_to_all"), swap)
+    program = planted(tiny2.program, to("blocks.0.permute.all_to_all", swapped_dims))
     assert "has another shape than rank 0's box" in refused(program, tiny2.whole)
 
 
@@ -116,19 +84,12 @@ def test_another_operand_is_found(tiny2):
 
 
 def test_a_copy_of_a_key_value_head_whose_gradient_is_not_summed_is_found(tiny2):
-    def whole_at_once(instr):
-        outs = tuple(replace(out, placement=replace(out.placement, partial=False)) for out in instr.outs)
-        return [replace(instr, outs=outs)]
-
-    program = edit(tiny2.program, named("autosp.attention_backward"), whole_at_once)
+    program = planted(tiny2.program, copies_not_summed)
     assert "no strategy of its sharding rule has these placements" in refused(program, tiny2.whole)
 
 
 def test_a_value_released_too_early_is_found(tiny2):
-    section = tiny2.program.section("forward")
-    at = next(i for i, instr in enumerate(section.instrs) if instr.op == "free" and i > 3)
-    instrs = (*section.instrs[: at - 1], section.instrs[at], section.instrs[at - 1], *section.instrs[at + 1 :])
-    text = refused(tiny2.program.with_section(replace(section, instrs=instrs)), tiny2.whole)
+    text = refused(released_too_early(tiny2.program), tiny2.whole)
     assert "is used but not alive" in text and "it was released before" in text
 
 

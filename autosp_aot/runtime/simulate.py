@@ -13,16 +13,14 @@ from autosp_aot.runtime.execute import Exchange, Executor, Meeting, Run, Sum
 def simulate(programs: list[Program], inputs: dict[str, Tensor], grad_loss: Tensor) -> list[dict[str, Tensor]]:
     """One step of all ranks: by rank, `loss` and `grad.<parameter>`.
 
-    `programs[r]` is rank r's program; `inputs` are parameters, buffers, the batch and, where it draws, `seed` by name.
+    `programs[r]` is rank r's program; the whole step is a program of one rank. `inputs` are parameters, buffers, the batch
+    and, where it draws, `seed` by name.
     """
     executors = [Executor(program, rank, torch.device("cpu")) for rank, program in enumerate(programs)]
-    values = [dict(inputs) for _ in executors]
+    values = [inputs | {"grad_loss": grad_loss} for _ in executors]
     results: list[dict[str, Tensor]] = [{} for _ in executors]
-    for section in ("forward", "backward", "sum_gradients"):
-        if section == "backward":
-            for mine in values:
-                mine["grad_loss"] = grad_loss
-        found = lockstep([executor.run(section, mine) for executor, mine in zip(executors, values)])
+    for section in programs[0].sections:
+        found = lockstep([executor.run(section.name, mine) for executor, mine in zip(executors, values)])
         for result, given in zip(results, found):
             result.update(given)
     return results

@@ -1,0 +1,149 @@
+"""`autosp-aot check --numeric`: all ranks' programs against the whole step, on made-up inputs, in one process.
+
+    whole.program   --one rank-->   loss, gradients    reference
+    body.*.program  --lockstep-->   loss, gradients of every rank: |g - ref| / max(|ref|, 1e-4 r)
+
+r is the root mean square of all gradient norms: some gradients are zero in exact arithmetic, and consist of rounding.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autosp_aot.artifact import BUFFERS, Manifest, read_manifest, read_rank, read_tensors, read_whole
+from autosp_aot.cost import costs
+from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.inputs import made_up
+from autosp_aot.passes.release import release
+from autosp_aot.program import Dtype, Instr, Program, map_args
+from autosp_aot.runtime.checkpoint import read_weights
+from autosp_aot.runtime.execute import DTYPES
+from autosp_aot.runtime.simulate import simulate
+
+MEMORY_LIMIT_BYTES = 8 * 2**30
+EXACT, CASTS, SINGLE = 1e-12, 1e-6, 1e-5
+HALF = ("bf16", "f16")
+GRAD_LOSS = 0.75  # not 1: a program that leaves it out is to be seen
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the ranks are from the whole step: the worst of all ranks, by `loss` and `grad.<parameter>`."""
+
+    errors: dict[str, float]
+    limit: float
+
+    @property
+    def beyond(self) -> dict[str, float]:
+        """The errors that are not within the limit, worst first."""
+        found = {label: error for label, error in self.errors.items() if not error <= self.limit}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def check_numeric(path: str | Path) -> str:
+    """Run an artifact's programs against its whole step; what was compared, in a line. Raises ArtifactError.
+
+    Parameters and the batch are made up; buffers are the artifact's. `numeric-too-large` where it would need more than
+    8 GiB, `numbers-differ` with the gradients that differ.
+    """
+    manifest = read_manifest(path)
+    whole = read_whole(path)
+    _refuse_large(manifest, whole)
+    programs = [read_rank(path, rank) for rank in range(manifest.ranks)]
+    stored = read_tensors(path, BUFFERS)
+    read = {entry.value.name for entry in whole.inputs if entry.kind == "buffer"}
+    if not read <= set(stored):
+        weights = read_weights(Path(path), manifest, None)
+        stored |= {name: weights[name] for name in read - set(stored)}
+    found = difference(whole, programs, stored | made_up(whole))
+    if found.beyond:
+        raise _differ(found)
+    worst = max(found.errors.values())
+    return f"numbers     loss and {len(found.errors) - 1} gradients differ by {worst:.0e}, at most {found.limit:.0e}"
+
+
+def difference(whole: Program, programs: list[Program], inputs: Mapping[str, Tensor]) -> Difference:
+    """Run the whole step and all ranks (`programs[r]` is rank r's) on the same inputs.
+
+    The limit is 1e-12 where all is fp64, 1e-6 where an fp64 step casts to fp32 inside, 1e-5 in fp32; where a value is
+    bf16 or fp16, twice the whole step's own difference from itself in fp32, which then is the reference.
+    """
+    whole, inputs = release(whole), dict(inputs)
+    floats = {value.dtype for value in whole.values().values() if DTYPES[value.dtype].is_floating_point}
+    results = _run(programs, inputs)
+    reference = _run([whole], inputs)[0]
+    if floats & set(HALF):
+        wide = {name: tensor.float() if tensor.dtype.itemsize == 2 else tensor for name, tensor in inputs.items()}
+        exact = _run([_widened(whole)], wide)[0]
+        limit = 2 * max(_errors(exact, [reference]).values())
+        return Difference(_errors(exact, results), limit)
+    limit = EXACT if floats == {"f64"} else CASTS if "f64" in floats else SINGLE
+    return Difference(_errors(reference, results), limit)
+
+
+def _run(programs: list[Program], inputs: dict[str, Tensor]) -> list[Results]:
+    tangent = next(entry.value for entry in programs[0].inputs if entry.kind == "tangent")
+    return simulate(programs, inputs, torch.tensor(GRAD_LOSS, dtype=DTYPES[tangent.dtype]))
+
+
+def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
+    """The worst error of any rank, by label; what is not a number is infinitely wrong."""
+    wanted = {label: tensor.double() for label, tensor in reference.items()}
+    if not all(tensor.isfinite().all() for tensor in wanted.values()):
+        raise ArtifactError(Problem(
+            "numeric-not-finite", "the whole step itself gives no finite numbers for the inputs made up for it",
+            why="there is nothing to compare with", fix="check without --numeric proves the artifact"))  # fmt: skip
+    norms = torch.stack([tensor.norm() for label, tensor in wanted.items() if label != "loss"])
+    floor = 1e-4 * norms.square().mean().sqrt()
+    worst = dict.fromkeys(wanted, 0.0)
+    for result in results:
+        assert result.keys() == wanted.keys(), "a rank gives other results"
+        for label, tensor in wanted.items():
+            scale = tensor.norm() if label == "loss" else torch.maximum(tensor.norm(), floor)
+            error = float((result[label].double() - tensor).norm() / scale)
+            worst[label] = max(worst[label], error if error == error else float("inf"))
+    return worst
+
+
+def _widened(program: Program) -> Program:
+    """The step with fp32 in place of bf16 and fp16."""
+    dtype = lambda name: "f32" if name in HALF else name  # noqa: E731
+    leaf = lambda arg: Dtype(dtype(arg.name)) if isinstance(arg, Dtype) else arg  # noqa: E731
+    value = lambda v: v and replace(v, dtype=dtype(v.dtype))  # noqa: E731
+
+    def instr(i: Instr) -> Instr:
+        return replace(i, outs=tuple(map(value, i.outs)), args=map_args(i.args, leaf), kwargs=map_args(i.kwargs, leaf))
+
+    return replace(
+        program,
+        inputs=tuple(replace(entry, value=value(entry.value)) for entry in program.inputs),
+        sections=tuple(replace(s, instrs=tuple(map(instr, s.instrs))) for s in program.sections),
+    )
+
+
+def _refuse_large(manifest: Manifest, whole: Program) -> None:
+    """Raise ArtifactError where the inputs, and everybody's activations and gradients, do not fit."""
+    inputs = sum(entry.value.nbytes() for entry in whole.inputs)
+    alone, together = costs(release(whole)).peak_bytes, manifest.costs["peak_bytes"] * manifest.ranks
+    needed = inputs + max(alone, together)
+    if needed > MEMORY_LIMIT_BYTES:
+        gib = lambda count: f"{count / 2**30:.1f} GiB"  # noqa: E731
+        raise ArtifactError(Problem(
+            "numeric-too-large", f"running {manifest.ranks} ranks in one process takes {gib(needed)}",
+            why=f"inputs {gib(inputs)}, all ranks together {gib(together)}, the whole step {gib(alone)}; "
+            f"the limit is {gib(MEMORY_LIMIT_BYTES)}",
+            fix="build the model for the same --sp with a smaller --seq, narrower or with fewer layers, and check that;"
+            " check without --numeric proves this artifact"))  # fmt: skip
+
+
+def _differ(found: Difference) -> ArtifactError:
+    worst = [f"{label}: {error:.1e}" for label, error in found.beyond.items()][:5]
+    return ArtifactError(Problem(
+        "numbers-differ", f"{len(found.beyond)} of {len(found.errors)} results are not the whole step's",
+        why=f"relative differences, at most {found.limit:.0e} is rounding\n" + "\n".join(worst),
+        fix="build the artifact again"))  # fmt: skip

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from autosp_aot.program import Program, Value
 from autosp_aot.runtime.execute import DTYPES
+from autosp_aot.runtime.random import step_seed
 
 # Operators whose integer results are operands' elements, moved, or a constant.
 KEEP_ELEMENTS = frozenset({
@@ -43,7 +44,7 @@ def labels(whole: Program) -> dict[str, tuple[int, int]]:
 
 
 def made_up(whole: Program, seed: int = 0) -> dict[str, Tensor]:
-    """Parameters and a batch for a step, by name.
+    """Parameters, a batch and, for a step that draws, a seed; by name.
 
     Matrices are normal with variance 1 / last dim, vectors are near one, so that no gradient vanishes. Ids are within
     their vocabulary. Labels are classes, and `ignore_index` for half of the first row. Other integers, of which nothing
@@ -54,6 +55,8 @@ def made_up(whole: Program, seed: int = 0) -> dict[str, Tensor]:
     made = {}
     for entry in whole.inputs:
         name, shape = entry.value.name, entry.value.shape
+        if entry.kind == "seed":
+            made[name] = step_seed(seed, 0)
         if entry.kind not in ("parameter", "batch"):
             continue
         if DTYPES[entry.value.dtype].is_floating_point:

@@ -18,7 +18,7 @@ from autosp_aot.cost import costs
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.inputs import made_up
 from autosp_aot.passes.release import release
-from autosp_aot.program import Dtype, Instr, Program, map_args
+from autosp_aot.program import Dtype, Instr, Program, Ref, map_args
 from autosp_aot.runtime.checkpoint import read_weights
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
@@ -111,18 +111,24 @@ def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
 
 
 def _widened(program: Program) -> Program:
-    """The step with fp32 in place of bf16 and fp16."""
+    """The step with fp32 in place of bf16 and fp16; what is drawn is drawn as before and then widened."""
+    seeds = {entry.value.name for entry in program.inputs if entry.kind == "seed"}
     dtype = lambda name: "f32" if name in HALF else name  # noqa: E731
     leaf = lambda arg: Dtype(dtype(arg.name)) if isinstance(arg, Dtype) else arg  # noqa: E731
     value = lambda v: v and replace(v, dtype=dtype(v.dtype))  # noqa: E731
 
-    def instr(i: Instr) -> Instr:
-        return replace(i, outs=tuple(map(value, i.outs)), args=map_args(i.args, leaf), kwargs=map_args(i.kwargs, leaf))
+    def widened(instr: Instr) -> list[Instr]:
+        wide = tuple(map(value, instr.outs))
+        if wide != instr.outs and seeds.intersection(instr.refs()):
+            drawn = replace(instr.outs[0], name=f"{instr.outs[0].name}.drawn")
+            cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype("f32")),))
+            return [replace(instr, outs=(drawn,)), cast]
+        return [replace(instr, outs=wide, args=map_args(instr.args, leaf), kwargs=map_args(instr.kwargs, leaf))]
 
     return replace(
         program,
         inputs=tuple(replace(entry, value=value(entry.value)) for entry in program.inputs),
-        sections=tuple(replace(s, instrs=tuple(map(instr, s.instrs))) for s in program.sections),
+        sections=tuple(replace(s, instrs=tuple(i for old in s.instrs for i in widened(old))) for s in program.sections),
     )
 
 

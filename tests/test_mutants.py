@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 from autosp_aot.builder import compile_model
 from autosp_aot.check import prove
@@ -17,6 +18,17 @@ from examples import llama, plain
 from tests import mutants as m
 from tests.edits import named
 
+
+class Dropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+
+    def forward(self, input_ids, labels):
+        x = nn.functional.dropout(self.embedding(input_ids), 0.5)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
 DIMS = {"input_ids": 1, "labels": 1}
 LLAMA = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -26,6 +38,7 @@ PLAIN = dict(vocab_size=64, hidden_size=48, layers=1, kv_heads=2, max_length=16)
 MODELS = {
     "llama": lambda: llama.build_model("float64", **LLAMA),  # rank 0 has two heads of four; a key/value head has copies
     "plain": lambda: plain.build_model(**PLAIN, heads=6, dtype="float64"),  # rank 1 has heads of both groups
+    "dropout": lambda: Dropout().double(),
     "rows": lambda: plain.build_model(**PLAIN, heads=2, dtype="float64"),  # fewer heads than ranks
 }
 L = "model.layers.0"
@@ -84,6 +97,10 @@ MUTANTS = [
            runs=False),
     Mutant("mask from local rows", "rows", m.argument(ROWS, 7, lambda start: 0), WRONG),
     Mutant("one rank's rows begin one later", "rows", m.argument(ROWS, 7, m.on_rank(1, 1)), WRONG),
+    Mutant("every rank draws the same", "dropout",
+           m.argument(named("autosp.uniform"), -1, lambda box: (*box[:2], 0, PerRank((5, 4, 4)))), WRONG),
+    Mutant("one rank draws other numbers", "dropout", m.argument(named("autosp.uniform"), 1, lambda site: site + 1),
+           WRONG, ranks=(1,)),
     Mutant("causal mask dropped", "llama", m.argument(ATTENTION, 4, lambda _: False), WRONG),
     # attention
     Mutant("scale applied twice", "llama", m.argument(ATTENTION, 3, lambda scale: scale**2), WRONG),

@@ -58,6 +58,24 @@ def test_no_gradient_vanishes_on_the_inputs_made_up():
     assert all(tensor.norm() > 1e-2 for tensor in results.values())
 
 
+def test_a_step_that_draws_draws_the_same_on_all_ranks_and_in_fp32():
+    """bf16 draws have 8 digits: drawn in fp32 other elements would be dropped, and the limit would say nothing."""
+    embedding, head = nn.Embedding(64, 32), nn.Linear(32, 64)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = embedding, head
+
+        def forward(self, input_ids, labels):
+            x = nn.functional.dropout(self.embedding(input_ids), 0.3)
+            return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+    assert not found(compiled(Model())).beyond
+    result = found(compiled(Model().bfloat16()))
+    assert result.limit < 0.1 and not result.beyond
+
+
 class Masked(nn.Module):
     """Tokens with a vocabulary, labels of fewer classes that are shifted and padded, and a mask."""
 

@@ -13,8 +13,8 @@ from autosp_aot.runtime.execute import Exchange, Executor, Meeting, Run, Sum
 def simulate(programs: list[Program], inputs: dict[str, Tensor], grad_loss: Tensor) -> list[dict[str, Tensor]]:
     """One step of all ranks: by rank, `loss` and `grad.<parameter>`.
 
-    `programs[r]` is rank r's program; the whole step is a program of one rank. `inputs` are parameters, buffers, the batch
-    and, where it draws, `seed` by name.
+    `programs[r]` is rank r's program; the whole step is a program of one rank. `inputs` are parameters, buffers, the
+    batch and, where it draws, `seed` by name.
     """
     executors = [Executor(program, rank, torch.device("cpu")) for rank, program in enumerate(programs)]
     values = [inputs | {"grad_loss": grad_loss} for _ in executors]

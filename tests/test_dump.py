@@ -51,7 +51,7 @@ class Model(torch.nn.Module):
         self.embedding = torch.nn.Embedding(8, 4)
 
     def forward(self, input_ids, labels):
-        return self.embedding(input_ids).cumsum(1).mean()
+        return torch.cdist(self.embedding(input_ids), self.embedding(labels)).mean()
 
 def build_model(**options):
     return Model()

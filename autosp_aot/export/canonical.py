@@ -4,7 +4,7 @@
     view, _unsafe_view, unsqueeze, squeeze ...     -> aten.reshape.default       (chains composed)
     split, unbind, select;  stack                  -> aten.slice.Tensor;  aten.cat.default
     detach, alias, clone, equal casts              -> gone;  copy(a, b) -> b, with a's dtype and shape
-    nll_loss_forward(..., mean);  mean             -> nll_loss_forward(..., sum), then sum / count;  sum / count
+    nll_loss_forward(..., mean)                    -> nll_loss_forward(..., sum), then sum / count
     native_dropout, rand, randn, bernoulli ...     -> autosp.uniform, and arithmetic
     equal calls                                    -> one call;   unused calls  -> gone
 
@@ -49,7 +49,7 @@ SEED = "seed"
 
 
 def canonical_program(joint: Joint) -> tuple[Program, dict[str, Tensor]]:
-    """The step as a program of one section `step`, and the values of the constants found in the graph, by name."""
+    """The step as a program of one section `step`, and the values of the constants of the graph, by name."""
     return _Canonical(joint).program()
 
 
@@ -65,7 +65,7 @@ class _Canonical:
         self.taken: Counter[str] = Counter()
         self.instrs: list[Instr] = []
         self.inputs: list[Input] = []
-        self.constants: dict[str, Tensor] = {}
+        self.constants: dict[str, Tensor] = dict(joint.constants)
         self.after_loss: set[str] = set()
         self.sites = 0
 
@@ -164,8 +164,6 @@ class _Canonical:
         if target is aten.nll_loss_forward.default and args[3] == MEAN:
             total, count = self.emit(node, str(target), self.arguments((*args[:3], SUM, args[4])), (), types)
             return self.emit(node, "aten.div.Tensor", (Ref(total), Ref(count)), (), types[:1]) + (count,)
-        if target is aten.mean.default:
-            return (self.mean(node, operand, types[0]),)
         if target is torch.ops.autosp.attention.default:
             group = args[0].meta["val"].shape[1] // args[1].meta["val"].shape[1]
             return self.emit(node, "autosp.attention", (*self.arguments(args), group, 0), (), types)
@@ -244,14 +242,6 @@ class _Canonical:
         one = self.reshape(node, operand, node.args[0].meta["val"].unsqueeze(dim))
         args = (Ref(one), tuple(sizes), dim, at, at + 1, 1)
         return self.emit(node, "aten.slice_backward.default", args, (), [result])[0]
-
-    def mean(self, node: Node, operand: str, result: Tensor) -> str:
-        """A sum, in fp32 for half dtypes as eager adds them up, divided by the count."""
-        wide = result.to(torch.float32) if result.dtype in (torch.float16, torch.bfloat16) else result
-        dtype, count = Dtype(DTYPES[wide.dtype]), node.args[0].meta["val"].numel()
-        total = self.emit(node, "aten.sum.default", (Ref(operand),), (("dtype", dtype),), [wide])[0]
-        mean = self.emit(node, "aten.div.Scalar", (Ref(total), count), (), [wide])[0]
-        return self.cast(node, Ref(mean), result.dtype)
 
     def cat(self, node: Node, result: Tensor) -> str:
         dim = (node.args[1] if len(node.args) > 1 else 0) % result.dim()

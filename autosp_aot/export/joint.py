@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.attention import canonical_attention
+from autosp_aot.export.decompose import DECOMPOSITIONS
 from autosp_aot.export.diagnose import (
     diagnosed,
     refuse_mutation,
@@ -35,11 +36,15 @@ AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 @dataclass(frozen=True)
 class Joint:
-    """The captured step. `inputs` are (kind, name) of the placeholders, `outputs` the labels of the graph's results."""
+    """The captured step. `inputs` are (kind, name) of the placeholders, `outputs` the labels of the graph's results.
+
+    `constants` are the values of tensors that forward makes of literals (`torch.tensor(0.5)`), inputs like buffers.
+    """
 
     graph_module: GraphModule
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[str, ...]
+    constants: Mapping[str, Tensor]
 
 
 class LossOnly(nn.Module):
@@ -94,12 +99,17 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode,
     canonical_attention(exported)
     step = Step(exported, wrapped)
     with diagnosed(place), torch.fx.traceback.preserve_node_meta(), mode, contextlib.ExitStack() as stack:
-        joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch)
-    captured = _described(joint.graph_module, step, list(batch), place)
+        joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch, decompositions=DECOMPOSITIONS)
+    captured = _described(joint.graph_module, step, list(batch), place, _literals(exported))
     refuse_random(joint.graph_module.graph)
     gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
     refuse_other_gradients(wrapped, batch, gradients, place)
     return captured
+
+
+def _literals(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
+    names = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+    return {module_path(name): exported.constants[name] for name in names}
 
 
 class Step(nn.Module):
@@ -156,7 +166,7 @@ class _Inline(Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _described(module: GraphModule, step: Step, batch_names: list[str], place: str) -> Joint:
+def _described(module: GraphModule, step: Step, batch_names: list[str], place: str, constants) -> Joint:
     """Name every placeholder and every result by what its descriptor says it is."""
     inputs = []
     for node in module.graph.nodes:
@@ -176,7 +186,7 @@ def _described(module: GraphModule, step: Step, batch_names: list[str], place: s
             kind, name = _input(desc.mutated_input, step, batch_names)
             changed.append((f"{kind} {name!r}", node))
     refuse_mutation(changed, place)
-    return Joint(module, tuple(inputs), tuple(labels))
+    return Joint(module, tuple(inputs), tuple(labels), constants)
 
 
 def _input(desc, step: Step, batch_names: list[str]) -> tuple[str, str]:

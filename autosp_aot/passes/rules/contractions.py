@@ -16,11 +16,17 @@ def notation(text: str, **more):
     return rule
 
 
-def addmm(call) -> Spec:
-    bias = call.operands[0].shape
-    word = "".join(letter if size != 1 else "1" for letter, size in zip("ij"[2 - len(bias) :], bias))
-    shapes = [v.shape for v in call.operands]
-    return from_notation(f"{word},iK,Kj->ij", shapes, [call.results[0].shape], contraction=True)
+def plus_product(left: str, right: str, product: str):
+    """A product of two tensors, added to one that is broadcast to its shape: the factor summed over is whole."""
+
+    def rule(call) -> Spec:
+        first = call.operands[0].shape
+        letters = product[len(product) - len(first) :]
+        word = "".join(letter if size != 1 else "1" for letter, size in zip(letters, first))
+        shapes = [v.shape for v in call.operands]
+        return from_notation(f"{word},{left},{right}->{product}", shapes, [call.results[0].shape], contraction=True)
+
+    return rule
 
 
 def reduction(sums: bool, linear: bool):
@@ -38,7 +44,7 @@ def reduction(sums: bool, linear: bool):
         shape, args = call.operands[0].shape, call.instr.args
         dims = args[1] if len(args) > 1 else None
         dims = (dims,) if isinstance(dims, int) else dims
-        return {d % len(shape) for d in dims or range(len(shape))}, len(args) > 2 and bool(args[2])
+        return {d % max(len(shape), 1) for d in dims or range(len(shape))}, len(args) > 2 and bool(args[2])
 
     return rule
 
@@ -102,18 +108,21 @@ def embedding_backward(call) -> Spec | None:
 def nll_loss(call) -> Spec | None:
     """Sum of losses and sum of weights over rows; the mean is taken after both are whole."""
     reduction, weighted = call.instr.args[3], len(call.operands) == 3
-    if reduction == 1 or len(call.operands[0].shape) != 2:
+    if reduction == 1:
         return None
-    result = "n" if reduction == 0 else ""
-    words = [(result, "")[at] for at in range(2) if call.results_by_position[at]]
-    return from_notation(f"nC,n{',C' if weighted else ''}->{','.join(words)}",
+    row = _row(call.operands[0])
+    words = [(row if reduction == 0 else "", "")[at] for at in range(2) if call.results_by_position[at]]
+    return from_notation(f"{row}C,{row}{',C' if weighted else ''}->{','.join(words)}",
                          [v.shape for v in call.operands], [v.shape for v in call.results])  # fmt: skip
 
 
-def nll_loss_backward(call) -> Spec | None:
-    weighted = len(call.operands) == 5
-    if len(call.operands[1].shape) != 2:
-        return None
-    grad = "n" if call.operands[0].shape else ""
-    return from_notation(f"{grad},nC,n{',C' if weighted else ''},->nC",
+def nll_loss_backward(call) -> Spec:
+    weighted, row = len(call.operands) == 5, _row(call.operands[1])
+    grad = row if call.operands[0].shape else ""
+    return from_notation(f"{grad},{row}C,{row}{',C' if weighted else ''},->{row}C",
                          [v.shape for v in call.operands], [call.results[0].shape])  # fmt: skip
+
+
+def _row(scores) -> str:
+    """The letter of the rows of scores [n, C]; none for the scores [C] of one."""
+    return "n"[: len(scores.shape) - 1]

@@ -56,7 +56,8 @@ class Spec:
 
     `linear` lists the sets of operands that may be summands together, all others being the same on every rank.
     `splits` are bounds the rule itself proposes. `localize(args, local)` rewrites the arguments that hold sizes or
-    positions for a rank's box; factors in `flat` are positions for it, and cannot be cut inside outer parts.
+    positions for a rank's box; factors in `flat` are positions for it, and cannot be cut inside outer parts. Of factors
+    in `filled` every rank has to have something.
     """
 
     extents: tuple[int, ...]
@@ -67,6 +68,7 @@ class Spec:
     splits: tuple[tuple[int, Bounds], ...] = ()
     localize: Callable | None = None
     flat: frozenset[int] = frozenset()
+    filled: frozenset[int] = frozenset()
     contraction: bool = False
 
     def instantiate(self, strategy: Strategy) -> tuple[tuple[Placement, ...], tuple[Placement, ...]] | None:
@@ -75,6 +77,8 @@ class Spec:
         if factor in self.whole or (strategy.partial and strategy.partial not in self.linear):
             return None
         if strategy.outer != 1 and factor in self.flat:
+            return None
+        if factor in self.filled and any(lo == hi for lo, hi in bounds):
             return None
         operands = [self._placed(dims, strategy) for dims in self.operands]
         results = [self._placed(dims, strategy) for dims in self.results]

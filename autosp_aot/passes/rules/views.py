@@ -1,4 +1,4 @@
-"""Operators that move elements: reshape, permute, expand, slice, pad, cat."""
+"""Operators that move elements: reshape, permute, expand, slice, pad, cat, and constant tensors."""
 
 from autosp_aot.passes.rules.spec import Axis, Dims, Spec
 from autosp_aot.program import per_rank
@@ -148,7 +148,7 @@ def _own_dim(shape, dim: int, size: int, dims: Dims):
 
 def pad(call) -> Spec | None:
     """Constant padding: each rank pads where its box reaches beyond the operand."""
-    _, pads, _ = (*call.instr.args, 0)[:3]
+    _, pads, value = (*call.instr.args, 0)[:3]
     shape, source = call.results[0].shape, call.operands[0].shape
     before = {len(shape) - 1 - at // 2: pads[at] for at in range(0, len(pads), 2)}
     if any(n < 0 for n in pads):
@@ -164,19 +164,51 @@ def pad(call) -> Spec | None:
             sizes += [left, right]
         return (args[0], tuple(sizes), *args[2:])
 
-    return Spec(shape, frozenset(), (tuple((a,) for a in axes),), (_identity(shape),), localize=localize)
+    linear = LINEAR_IN_FIRST if value == 0 else ()
+    return Spec(shape, frozenset(), (tuple((a,) for a in axes),), (_identity(shape),), linear, localize=localize)
 
 
 def cat(call) -> Spec:
-    """The joined dim is whole, all others are parallel."""
+    """Each operand is a window of the joined dim: a rank joins what it holds of each."""
     shape, dim = call.results[0].shape, call.instr.args[1] % len(call.results[0].shape)
-    extents = [*shape]
-    operands = []
+    operands, start = [], 0
     for value in call.operands:
-        operands.append(tuple((Axis(len(extents) if d == dim else d),) for d in range(len(shape))))
-        extents.append(value.shape[dim])
-    whole = frozenset({dim, *range(len(shape), len(extents))})
-    return Spec(tuple(extents), whole, tuple(operands), (_identity(shape),), (tuple(range(len(operands))),))
+        seen = Axis(dim, offset=start, size=value.shape[dim])
+        operands.append(tuple((seen if d == dim else Axis(d),) for d in range(len(shape))))
+        start += value.shape[dim]
+    return Spec(shape, frozenset(), tuple(operands), (_identity(shape),), (tuple(range(len(operands))),))
+
+
+def slice_scatter(call) -> Spec:
+    """Positions `start .. start + n` of a dim replaced: each rank replaces what it holds of them."""
+    _, _, dim, start, _, step = (*call.instr.args, *(0, None, None, 1)[len(call.instr.args) - 2 :])
+    shape, part = (value.shape for value in call.operands)
+    dim %= len(shape)
+    start = slice(start, None).indices(shape[dim])[0]
+    seen = Axis(dim, offset=start, size=part[dim])
+    operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
+    if step != 1:
+        extents, operand = _own_dim(shape, dim, part[dim], operand)
+        return Spec(extents, frozenset({dim, len(shape)}), (_identity(shape), operand), (_identity(shape),), ((0, 1),))
+
+    def localize(args, local):
+        start = local.start(seen)
+        return (*args[:2], dim, start, local.start(seen, local.operand_shapes[1][dim]), 1)
+
+    return Spec(shape, frozenset(), (_identity(shape), operand), (_identity(shape),), ((0, 1),), localize=localize)
+
+
+def triangle(call) -> Spec:
+    """Elements on one side of the diagonal that a row of a rank's box meets further right, a column further left."""
+    shape, diagonal = call.operands[0].shape, (*call.instr.args, 0)[1]
+    row, column = len(shape) - 2, len(shape) - 1
+
+    def localize(args, local):
+        sign = {row: 1, column: -1}.get(local.factor, 0)
+        return args[0], per_rank(tuple(diagonal + sign * lo for lo, _ in local.bounds))
+
+    dims = _identity(shape)
+    return Spec(shape, frozenset(), (dims,), (dims,), LINEAR_IN_FIRST, localize=localize, flat=frozenset({row, column}))
 
 
 def arange(call) -> Spec | None:

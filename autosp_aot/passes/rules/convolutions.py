@@ -1,0 +1,77 @@
+"""Convolutions: batch, groups and the channels that are made are parallel; channels that are read, and places, whole.
+
+    x: [n, g*I, L]    weight: [g*o, I, K]    bias: [g*o]    ->    [n, g*o, M]
+
+A rank's share of the groups is a convolution of that many groups: depthwise ones are cut by channels.
+"""
+
+from autosp_aot.passes.rules.spec import Axis, Dims, Spec
+from autosp_aot.program import per_rank
+
+N, G, O, I = range(4)  # noqa: E741
+GROUPS, TRANSPOSED = 8, 6
+
+
+def convolution(call) -> Spec:
+    groups = call.instr.args[GROUPS]
+    x, weight, *bias = (value.shape for value in call.operands)
+    factors = _Factors(groups, call.instr.args[TRANSPOSED], x, weight)
+    operands = (factors.x(), factors.weight(), *(factors.bias() for _ in bias))
+    results = (factors.y(call.results[0].shape),)
+    linear = () if bias else ((0,), (1,))
+    return factors.spec(operands, results, linear, lambda args, local: _with_groups(args, GROUPS, local))
+
+
+def convolution_backward(call) -> Spec:
+    """Arguments are those of the forward operator, with the sizes of the bias in its place after the gradient."""
+    at = GROUPS + 1
+    _, x, weight = (value.shape for value in call.operands)
+    factors = _Factors(call.instr.args[at], call.instr.args[TRANSPOSED + 1], x, weight)
+    operands = (factors.y(call.operands[0].shape), factors.x(), factors.weight())
+    every = (factors.x(), factors.weight(), factors.bias())
+    results = tuple(dims for dims, used in zip(every, call.results_by_position) if used)
+
+    def localize(args, local):
+        sizes = args[3] and (local.operand_shapes[0][1],)
+        return _with_groups((*args[:3], sizes, *args[4:]), at, local)
+
+    return factors.spec(operands, results, ((0,),), localize)
+
+
+class _Factors:
+    """The factors of a convolution, and each tensor's dims in them."""
+
+    def __init__(self, groups: int, transposed: bool, x: tuple[int, ...], weight: tuple[int, ...]):
+        self.transposed = transposed
+        made, read = (weight[1], weight[0] // groups) if transposed else (weight[0] // groups, weight[1])
+        self.extents = [x[0], groups, made, read]
+        self.places_x, self.places_w = self._places(x), self._places(weight)
+
+    def _places(self, shape: tuple[int, ...]) -> Dims:
+        first = len(self.extents)
+        self.extents += shape[2:]
+        return tuple((Axis(at),) for at in range(first, len(self.extents)))
+
+    def x(self) -> Dims:
+        return ((Axis(N),), (Axis(G), Axis(I)), *self.places_x)
+
+    def weight(self) -> Dims:
+        outer, inner = (I, O) if self.transposed else (O, I)
+        return ((Axis(G), Axis(outer)), (Axis(inner),), *self.places_w)
+
+    def bias(self) -> Dims:
+        return ((Axis(G), Axis(O)),)
+
+    def y(self, shape: tuple[int, ...]) -> Dims:
+        return ((Axis(N),), (Axis(G), Axis(O)), *self._places(shape))
+
+    def spec(self, operands, results, linear, localize) -> Spec:
+        whole = frozenset({I, *range(4, len(self.extents))})
+        return Spec(tuple(self.extents), whole, operands, results, linear, localize=localize, flat=frozenset({G}),
+                    filled=frozenset({G, O}))  # fmt: skip
+
+
+def _with_groups(args: tuple, at: int, local) -> tuple:
+    """Arguments with the number of groups that each rank has."""
+    groups = per_rank(tuple(hi - lo for lo, hi in local.bounds)) if local.factor == G else args[at]
+    return (*args[:at], groups, *args[at + 1 :])

@@ -20,6 +20,8 @@ OURS = {
     "autosp.attention_rows": "autosp.attention_rows(q, k, v, scale, causal, group, rows, start) -> (out, lse)",
     "autosp.attention_rows_backward": "autosp.attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal,"
     " group, rows, start) -> (grad_q, grad_k, grad_v)",
+    "autosp.expert_mm": "autosp.expert_mm(ids, x, weight) -> y",
+    "autosp.expert_mm_weight_grad": "autosp.expert_mm_weight_grad(ids, x, grad, experts) -> grad_weight",
     "autosp.uniform": "autosp.uniform(seed, site, shape, box, dtype) -> draws",
 }
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")

@@ -173,7 +173,8 @@ class _Canonical:
         if target in LOWERINGS:
             return lower(node, self)
         kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
-        return self.emit(node, str(target), self.arguments(args), kwargs, types)
+        name = str(target).removesuffix(".default") if target.namespace == "autosp" else str(target)
+        return self.emit(node, name, self.arguments(args), kwargs, types)
 
     def cast(self, node: Node, value: Ref, dtype: torch.dtype) -> str:
         if self.types[value.name].dtype == DTYPES[dtype]:

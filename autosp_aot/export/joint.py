@@ -26,6 +26,7 @@ from autosp_aot.export.diagnose import (
     refuse_other_gradients,
 )
 from autosp_aot.export.randomness import refuse_random
+from autosp_aot.export.routing import canonical_routing
 from autosp_aot.export.source import module_path
 from autosp_aot.export.user_code import defined_at
 from autosp_aot.export.watch import refuse_hooks, watched
@@ -95,6 +96,7 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode,
     refuse_hooks(model)
     with watched(target, place), diagnosed(place), mode:
         exported = torch.export.export(wrapped, (), batch, strict=False)
+    canonical_routing(exported)
     refuse_operators(exported)
     canonical_attention(exported)
     step = Step(exported, wrapped)

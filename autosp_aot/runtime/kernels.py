@@ -12,6 +12,8 @@ keys 0..i. A rank without heads yields empty tensors and calls no kernel.
 import torch
 from torch import Tensor
 
+from autosp_aot.runtime import experts
+
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 1024
@@ -222,4 +224,5 @@ OURS = {
     "autosp.attention_backward": attention_backward,
     "autosp.attention_rows": attention_rows,
     "autosp.attention_rows_backward": attention_rows_backward,
+    **experts.OURS,
 }

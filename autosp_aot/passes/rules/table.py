@@ -90,6 +90,8 @@ RULES = {
     "autosp.attention_backward": attention.attention_backward,
     "autosp.attention_rows": attention.attention,
     "autosp.attention_rows_backward": attention.attention_backward,
+    "autosp.expert_mm": notation("t,tk,Ekn->tn", linear=((1,), (2,))),
+    "autosp.expert_mm_weight_grad": notation("t,tk,tn->Ekn", linear=((1,), (2,))),
     "autosp.uniform": random.uniform,
 }
 

@@ -1,0 +1,118 @@
+"""Which experts rows can be routed to, and whether a tensor says where each expert's rows end once they are sorted.
+
+    values, ids = topk(scores [T, 8], 2)        ids are 0 .. 7
+    counts = histc(ids, 8, 0, 7)                how many rows each expert has: tried on every id there can be
+    ends = cumsum(counts)                       where they end
+"""
+
+import operator
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+RESHAPES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.permute.default,
+    aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
+    aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
+)  # fmt: skip
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+CHOICES = {aten.topk.default: 1, aten.sort.default: 1, aten.max.dim: 1, aten.min.dim: 1}
+JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
+
+
+def choices(ids: Node) -> int | None:
+    """n where the elements of `ids` are certain to be among 0 .. n - 1; None where they are not."""
+    root = _source(ids, RESHAPES)
+    if _written(root):
+        return None
+    if root.target in JOINS:
+        found = [choices(part) for part in root.args[0]]
+        return None if None in found else max(found)
+    if root.target is operator.getitem and CHOICES.get(root.args[0].target) == root.args[1]:
+        (dim,) = given_dims(root.args[0])
+        return root.args[0].args[0].meta["val"].shape[dim]
+    return None
+
+
+def says_ends(ends: Node, equal: dict[Node, Node], ids: Node, experts: int) -> bool:
+    """Whether `ends` [experts] is the running total of how many of `ids` are 0, 1, ...; those beyond are not counted.
+
+    `equal` gives, for some nodes, one with the same value that does not depend on the order of the ids.
+    """
+    total = _source(ends, CASTS)
+    if total.target is not aten.cumsum.default or any(map(_written, (ends, total))):
+        return False
+    counts = _source(total.args[0], CASTS)
+    counts = equal.get(counts, counts)
+    many = choices(ids)
+    if many is None or counts.target is not aten.histc.default or _written(counts):
+        return False
+    casts: list[Node] = []
+    root = _source(counts.args[0], (*RESHAPES, *CASTS), casts)
+    if root is not _source(ids, RESHAPES) or any(map(_written, casts)):
+        return False
+    if counts.args[0].meta["val"].numel() != ids.meta["val"].numel():
+        return False
+    return _counts_each(counts, casts[::-1], many, experts)
+
+
+def _counts_each(counts: Node, casts: list[Node], many: int, experts: int) -> bool:
+    """Whether id i, whatever it is, counts as one of i where there is such an expert, and as nothing beyond."""
+    ids = torch.arange(many)
+    for cast in casts:
+        if cast.target in CASTS:
+            ids = cast.target(ids, *cast.args[1:], **cast.kwargs)
+    found = [counts.target(one, *counts.args[1:], **counts.kwargs) for one in ids.split(1)]
+    return torch.equal(torch.stack(found).double(), torch.eye(many, experts, dtype=torch.float64))
+
+
+def arguments(node: Node) -> dict:
+    """The arguments of a call by name, defaults filled in."""
+    named = node.target._schema.arguments
+    given = {argument.name: argument.default_value for argument in named if argument.has_default_value()}
+    return given | dict(zip((argument.name for argument in named), node.args)) | node.kwargs
+
+
+def given_dims(node: Node) -> list[int]:
+    """The dims a call names, counted from 0; all where it names none."""
+    given, joined = arguments(node), not isinstance(node.args[0], Node)
+    count = (node if joined else node.args[0]).meta["val"].dim() + (node.target is aten.unsqueeze.default)
+    dims = given["dim"] if isinstance(given["dim"], (list, tuple)) else [given["dim"]]
+    return [dim % count for dim in dims] if dims and None not in dims else list(range(count))
+
+
+def shares(node: Node) -> bool:
+    """Whether a node may share its storage with what it reads, or with what its neighbour in a tuple does."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target in (*RESHAPES, *CASTS, aten.type_as.default):
+        return True
+    return any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _source(node: Node, through: tuple, passed: list[Node] | None = None) -> Node:
+    """Where a chain of such operators begins; `passed` gets those in between, the last one first."""
+    while node.op == "call_function" and node.target in through:
+        if passed is not None:
+            passed.append(node)
+        node = node.args[0]
+    return node
+
+
+def _written(node: Node) -> bool:
+    """Whether the storage of a node is written to, by any of its names."""
+    for user in node.users:
+        target = user.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return True
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and node in _targets(user):
+            return True
+        if user.op == "call_function" and shares(user) and _written(user):
+            return True
+    return False
+
+
+def _targets(node: Node) -> list:
+    """The operands a call writes to."""
+    written = [argument.name for argument in node.target._schema.arguments if argument.alias_info is not None]
+    return [arguments(node).get(name) for name in written]

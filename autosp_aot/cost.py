@@ -19,7 +19,9 @@ VIEWS = {
     "aten.reshape.default": lambda tensor, instr: tensor.reshape(instr.args[1]),
     "aten.slice.Tensor": lambda tensor, instr: torch.ops.aten.slice.Tensor(tensor, *instr.args[1:]),
 }
-CONTRACTIONS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "autosp.expert_mm", "autosp.expert_mm_weight_grad")
+CONTRACTIONS = (
+    "aten.mm.default", "aten.bmm.default", "aten.addmm.default", "autosp.expert_mm", "autosp.expert_mm_weight_grad",
+)  # fmt: skip
 # Products of [S, D] and [D, S] or [S, S] and [S, D] that attention does, forward and backward.
 ATTENTION_PRODUCTS = {
     "autosp.attention": 2, "autosp.attention_rows": 2,

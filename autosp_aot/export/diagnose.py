@@ -20,9 +20,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.routing_op import PRODUCTS
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.user_code import FAILURES, raised_at, said
 
+GROUPED = """sort rows by expert, restore their order by the inverse, and let nothing else see that order; or
+multiply with weight[ids] in torch operators (transformers: experts_implementation="batched_mm")"""
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 NAMESPACES = ("aten", "autosp", "prims")
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
@@ -60,7 +63,7 @@ def diagnosed(place: str) -> Iterator[None]:
 def refuse_operators(exported: ExportedProgram) -> None:
     """BuildError naming every custom operator, every control flow operator, and every value read past autograd."""
     problems = []
-    for graph in _graphs(exported.graph_module):
+    for graph in graphs(exported.graph_module):
         for node in graph.nodes:
             if node.op == "call_function" and not _known(node.target):
                 problems.append(_unknown(str(node.target), where(node).source))
@@ -136,12 +139,12 @@ def refuse_other_gradients(wrapped: nn.Module, batch: Mapping[str, Tensor], capt
         raise BuildError(*problems)
 
 
-def _graphs(module: GraphModule) -> Iterator[Graph]:
+def graphs(module: GraphModule) -> Iterator[Graph]:
     """The graphs of a module and of the regions in it, in order."""
     yield module.graph
     for child in module.children():
         if isinstance(child, GraphModule):
-            yield from _graphs(child)
+            yield from graphs(child)
 
 
 def _known(target: object) -> bool:
@@ -156,7 +159,7 @@ def _unknown(name: str, place: str) -> Problem:
         f"{name} is not an operator we can see into",
         place,
         "its effect on a part of the sequence is unknown",
-        "write it with torch operators",
+        "write it with torch operators" if name not in PRODUCTS else GROUPED,
     )
 
 

@@ -3,6 +3,8 @@
     values, ids = topk(scores [T, 8], 2)        ids are 0 .. 7
     counts = histc(ids, 8, 0, 7)                how many rows each expert has: tried on every id there can be
     ends = cumsum(counts)                       where they end
+
+Also small facts about calls of a captured graph: their arguments by name, the dims they name, what storage they share.
 """
 
 import operator
@@ -16,23 +18,26 @@ RESHAPES = (
     aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
     aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
 )  # fmt: skip
+EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
-CHOICES = {aten.topk.default: 1, aten.sort.default: 1, aten.max.dim: 1, aten.min.dim: 1}
+CHOOSING = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim)
 JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
 
 
 def choices(ids: Node) -> int | None:
     """n where the elements of `ids` are certain to be among 0 .. n - 1; None where they are not."""
     root = _source(ids, RESHAPES)
-    if _written(root):
+    if written(root):
         return None
     if root.target in JOINS:
         found = [choices(part) for part in root.args[0]]
         return None if None in found else max(found)
-    if root.target is operator.getitem and CHOICES.get(root.args[0].target) == root.args[1]:
-        (dim,) = given_dims(root.args[0])
-        return root.args[0].args[0].meta["val"].shape[dim]
-    return None
+    if root.target is operator.getitem and root.args[0].target in CHOOSING and root.args[1] == 1:
+        root = root.args[0]
+    elif root.target is not aten.argmax.default:
+        return None
+    (dim, *more) = given_dims(root)
+    return None if more else root.args[0].meta["val"].shape[dim]
 
 
 def says_ends(ends: Node, equal: dict[Node, Node], ids: Node, experts: int) -> bool:
@@ -41,16 +46,18 @@ def says_ends(ends: Node, equal: dict[Node, Node], ids: Node, experts: int) -> b
     `equal` gives, for some nodes, one with the same value that does not depend on the order of the ids.
     """
     total = _source(ends, CASTS)
-    if total.target is not aten.cumsum.default or any(map(_written, (ends, total))):
+    if total.target is not aten.cumsum.default:
         return False
     counts = _source(total.args[0], CASTS)
-    counts = equal.get(counts, counts)
-    many = choices(ids)
-    if many is None or counts.target is not aten.histc.default or _written(counts):
+    exact = all(node.meta["val"].dtype in EXACT for node in (ends, total, total.args[0], counts))
+    if not exact or any(map(written, (ends, total, total.args[0], counts))):
+        return False
+    counts, many = equal.get(counts, counts), choices(ids)
+    if many is None or counts.target is not aten.histc.default:
         return False
     casts: list[Node] = []
     root = _source(counts.args[0], (*RESHAPES, *CASTS), casts)
-    if root is not _source(ids, RESHAPES) or any(map(_written, casts)):
+    if root is not _source(ids, RESHAPES) or any(map(written, casts)):
         return False
     if counts.args[0].meta["val"].numel() != ids.meta["val"].numel():
         return False
@@ -99,7 +106,7 @@ def _source(node: Node, through: tuple, passed: list[Node] | None = None) -> Nod
     return node
 
 
-def _written(node: Node) -> bool:
+def written(node: Node) -> bool:
     """Whether the storage of a node is written to, by any of its names."""
     for user in node.users:
         target = user.target
@@ -107,7 +114,7 @@ def _written(node: Node) -> bool:
             return True
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and node in _targets(user):
             return True
-        if user.op == "call_function" and shares(user) and _written(user):
+        if user.op == "call_function" and shares(user) and written(user):
             return True
     return False
 

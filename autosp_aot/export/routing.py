@@ -20,17 +20,19 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from autosp_aot.export import routing_op  # noqa: F401  (defines torch.ops.autosp.expert_mm)
-from autosp_aot.export.expert_ids import arguments, choices, given_dims, says_ends, shares
+from autosp_aot.export.diagnose import graphs
+from autosp_aot.export.expert_ids import arguments, choices, given_dims, says_ends, shares, written
+from autosp_aot.export.routing_op import PRODUCTS
 
 aten = torch.ops.aten
 SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
-# Products of (rows sorted by expert [T, K], weight [E, K, N], offs: where each expert's rows end [E]).
-PRODUCTS = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+PAIRS = SORTS[:2]
 LOOKUPS = (aten.index.Tensor, aten.index_select.default)
 DIVISIONS = (aten.floor_divide.default, aten.div.Tensor_mode)
 PUTS = (aten.index_put.default, aten.index_put_.default)
 SUMS = (aten.index_add.default, aten.index_add_.default, aten.scatter_add.default, aten.scatter_add_.default)
+# What these make of all rows is the same in any order.
+ORDERLESS = (aten.histc.default, aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default)
 
 # Operators that work row by row unless the first dim is among those they name.
 ALONG_DIMS = (
@@ -46,7 +48,7 @@ SHARED = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
 # Elementwise operators that torch does not tag so.
 UNTAGGED = (
     aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.clone.default, aten.detach.default,
-    aten.alias.default, aten.contiguous.default, aten.type_as.default, aten.zeros_like.default, aten.ones_like.default,
+    aten.alias.default, aten.contiguous.default, aten.type_as.default,
 )  # fmt: skip
 
 
@@ -63,10 +65,37 @@ class _Unknown(Exception):
 
 def canonical_routing(exported: ExportedProgram) -> None:
     """Rewrite in place every region of the exported graph that is certain; leave the others alone."""
-    for node in list(exported.graph.nodes):
-        if node.target in SORTS and node.args[0].meta["val"].dim() == 1:
-            _Region(exported.graph, node).rewrite()
-    exported.graph.eliminate_dead_code()
+    for graph in graphs(exported.graph_module):
+        for node in list(graph.nodes):
+            if node.target in SORTS and node.args[0].meta["val"].dim() == 1:
+                _Region(graph, node).rewrite()
+                graph.eliminate_dead_code()
+            elif node.target is aten.bmm.default:
+                _unbatch(graph, node)
+
+
+def _unbatch(graph: Graph, product: Node) -> None:
+    """`bmm(weight[ids], x[:, :, None])`, with a copy of the weight for each row, as one product of rows with experts.
+
+    Also the other way round, `bmm(x[:, None], weight[ids])`.
+    """
+    row_first = product.args[1].target is aten.index.Tensor
+    row, copies = product.args if row_first else product.args[::-1]
+    if copies.target is not aten.index.Tensor or row.target is not aten.unsqueeze.default:
+        return
+    (table, at), x = copies.args, row.args[0]
+    many = choices(at[0]) if len(at) == 1 and len(_shape(at[0])) == 1 else None
+    fits = len(_shape(table)) == 3 and x.meta["val"].dim() == 2 and _shape(row)[1 if row_first else 2] == 1
+    if many is None or not fits or many > _shape(table)[0] or written(table) or written(copies):
+        return
+    with graph.inserting_before(product):
+        weight = table if row_first else graph.call_function(aten.transpose.int, (table, 1, 2))
+        rows = graph.call_function(torch.ops.autosp.expert_mm.default, (at[0], x, weight))
+        result = graph.call_function(aten.unsqueeze.default, (rows, 1 if row_first else 2))
+    for node in (weight, rows, result)[row_first:]:
+        node.meta = dict(product.meta)
+    product.replace_all_uses_with(result)
+    graph.erase_node(product)
 
 
 class _Region:
@@ -74,7 +103,7 @@ class _Region:
 
     def __init__(self, graph: Graph, sort: Node):
         self.graph, self.sort, self.rows = graph, sort, sort.args[0].meta["val"].shape[0]
-        # v = plain[v][order] for every value v of the region; leaves[v] equals v.
+        # v = plain[v][order] for every value v of the region; leaves[v] equals v, and does not depend on the order.
         self.plain: dict[Node, Node | Count | tuple] = {}
         self.leaves: dict[Node, Node] = {}
         self.gone: list[Node] = [sort]
@@ -104,13 +133,12 @@ class _Region:
             raise _Unknown
         self.ids = self.emit(self.sort, aten.clone.default, (ids,))
         self.ids.meta["val"] = ids.meta["val"]
-        alone = isinstance(self.sort.meta["val"], torch.Tensor)
-        self.plain[self.sort] = Count() if alone else (self.ids, Count())
+        self.plain[self.sort] = (self.ids, Count()) if self.sort.target in PAIRS else Count()
 
     def visit(self, node: Node) -> None:
         """Put the node's value in token order into `plain`; into `leaves` if it does not depend on the order."""
-        target, first = node.target, node.args[0] if node.args else None
-        if target is aten._assert_tensor_metadata.default or target is aten.empty_like.default:
+        target, first = node.target, next(iter(node.all_input_nodes))
+        if target is aten._assert_tensor_metadata.default:
             return
         if target is operator.getitem:
             parts = self.plain[first]
@@ -119,15 +147,13 @@ class _Region:
             self.plain[node] = self.product(node)
         elif target in LOOKUPS:
             self.look_up(node)
-        elif target in SORTS and self.plain.get(first) == Count() and not arguments(node)["descending"]:
-            if not isinstance(node.meta["val"], torch.Tensor):
-                raise _Unknown
+        elif target in SORTS and target not in PAIRS and self.is_order(first) and not arguments(node)["descending"]:
             self.inverses.add(node)
         elif target in PUTS:
             self.put(node)
         elif target in SUMS:
             self.leaves[node] = self.sum(node)
-        elif target is aten.histc.default or target is aten.sum.dim_IntList and 0 in given_dims(node):
+        elif target in ORDERLESS or target is aten.sum.dim_IntList and 0 in given_dims(node):
             self.leaves[node] = self.same(node)
         elif target in DIVISIONS and isinstance(self.plain.get(first), Count):
             self.plain[node] = self.divided(node)
@@ -139,11 +165,10 @@ class _Region:
 
     def product(self, node: Node) -> Node:
         given = arguments(node)
-        x, weight, ends = node.args[0], node.args[1], given["offs"]
-        experts = weight.meta["val"].shape[0]
-        if given.get("bias") or given.get("out_dtype") or not self.in_order(x) or weight in self.plain:
-            raise _Unknown
-        if not says_ends(ends, self.leaves, self.sort.args[0], experts):
+        x, weight = (given[argument.name] for argument in node.target._schema.arguments[:2])
+        plain = not given.get("bias") and not given.get("out_dtype")
+        fits = len(_shape(x)) == 2 and len(_shape(weight)) == 3 and self.in_order(x) and weight not in self.plain
+        if not plain or not fits or not says_ends(given["offs"], self.leaves, self.sort.args[0], _shape(weight)[0]):
             raise _Unknown
         self.products += 1
         return self.emit(node, torch.ops.autosp.expert_mm.default, (self.ids, self.token_order(x), weight))
@@ -163,21 +188,25 @@ class _Region:
             raise _Unknown
 
     def taken(self, node: Node, table: Node, at: Node) -> Node:
+        """`table[plain[at]]`, without a lookup where that is each row a few times."""
         plain, shape = self.plain[at], table.meta["val"].shape
+        table = self.emit(node, aten.clone.default, (table,))
+        if plain is self.ids and len(shape) == 2 and shape[0] >= choices(self.sort.args[0]):
+            return self.emit(node, aten.embedding.default, (table, self.ids))
         if not isinstance(plain, Count) or shape[0] * plain.every != self.rows:
             return self.emit(node, aten.index.Tensor, (table, [self.token_order(at)]))
         if plain.every == 1:
-            return self.emit(node, aten.clone.default, (table,))
+            return table
         one = self.emit(node, aten.unsqueeze.default, (table, 1))
-        all_ = self.emit(node, aten.expand.default, (one, [shape[0], plain.every, *shape[1:]]))
-        return self.emit(node, aten.reshape.default, (all_, [self.rows, *shape[1:]]))
+        each = self.emit(node, aten.expand.default, (one, [shape[0], plain.every, *shape[1:]]))
+        return self.emit(node, aten.reshape.default, (each, [self.rows, *shape[1:]]))
 
     def put(self, node: Node) -> None:
         """`base[order] = v`: the inverse where v counts the rows, the way back where v is in that order."""
         given = arguments(node)
         base, at, values = given["self"], given["indices"], given["values"]
-        whole = base.meta["val"].shape == values.meta["val"].shape and base.meta["val"].dtype == values.meta["val"].dtype
-        if given["accumulate"] or len(at) != 1 or self.plain.get(at[0]) != Count() or not whole or not _own(base, node):
+        whole = _type(base) == _type(values) and len(at) == 1 and self.is_order(at[0])
+        if given["accumulate"] or not whole or not _own(base, node):
             raise _Unknown
         if self.in_order(values):
             self.leaves[node] = self.emit(node, aten.clone.default, (self.token_order(values),))
@@ -190,13 +219,13 @@ class _Region:
         """`base[order // every] += v`: a sum over the rows of each token."""
         given = arguments(node)
         base, at, values = given["self"], given["index"], given.get("source", given.get("src"))
-        at, shape = self.plain.get(at), base.meta["val"].shape
-        rows_of_token = isinstance(at, Count) and shape[0] * at.every == self.rows
-        if given["dim"] or given.get("alpha", 1) != 1 or not rows_of_token or not self.in_order(values):
+        plain, shape, added = self.plain.get(at), _shape(base), _shape(values)
+        if not isinstance(plain, Count) or shape[0] * plain.every != self.rows or _shape(at) not in (added, added[:1]):
             raise _Unknown
-        if values.meta["val"].shape[1:] != shape[1:] or not _own(base, node):
+        alone = self.in_order(values) and base not in self.plain and _own(base, node)
+        if given["dim"] or given.get("alpha", 1) != 1 or not alone or added[1:] != shape[1:]:
             raise _Unknown
-        split = self.emit(node, aten.reshape.default, (self.token_order(values), [shape[0], at.every, *shape[1:]]))
+        split = self.emit(node, aten.reshape.default, (self.token_order(values), [shape[0], plain.every, *shape[1:]]))
         total = self.emit(node, aten.sum.dim_IntList, (split, [1]))
         return self.emit(node, aten.add.Tensor, (base, total))
 
@@ -206,11 +235,14 @@ class _Region:
             raise _Unknown
         return Count(self.plain[node.args[0]].every * by)
 
-    def in_order(self, operand) -> bool:
-        return isinstance(operand, Node) and isinstance(self.plain.get(operand), (Node, Count))
+    def is_order(self, operand: Node) -> bool:
+        return self.plain.get(operand) == Count()
+
+    def in_order(self, operand: Node) -> bool:
+        return isinstance(self.plain.get(operand), (Node, Count))
 
     def works_row_by_row(self, node: Node) -> bool:
-        """Whether row r of the result follows from row r of each operand in this order, and from what all rows share."""
+        """Whether row r of the result follows from row r of each operand, and from what all rows share."""
         target, operands = node.target, node.all_input_nodes
         ordered = [self.in_order(operand) for operand in operands]
         if not any(ordered) or self.inverses.intersection(operands) or not isinstance(target, torch._ops.OpOverload):
@@ -226,7 +258,8 @@ class _Region:
         if target in SHARED:
             used_up = len(arguments(node).get("normalized_shape", [0]))
             return ordered[0] and sum(ordered) == 1 and len(shape) > used_up
-        if target not in UNTAGGED and torch.Tag.pointwise not in target.tags:
+        elementwise = target in UNTAGGED or torch.Tag.pointwise in target.tags
+        if not elementwise or torch.Tag.nondeterministic_seeded in target.tags:
             return False
         return _own(node.args[0], node) and all(self.fits(operand, node) for operand in operands)
 
@@ -269,5 +302,13 @@ def _own(operand: Node, node: Node) -> bool:
     """Whether `node` writes nothing, or to an operand that nobody else sees."""
     if not node.target._schema.is_mutable:
         return True
-    others = [user for user in operand.users if user is not node and user.target is not aten._assert_tensor_metadata.default]
-    return not others and not shares(operand)
+    others = {user.target for user in operand.users if user is not node}
+    return others <= {aten._assert_tensor_metadata.default} and not shares(operand)
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _type(node: Node) -> tuple:
+    return _shape(node), node.meta["val"].dtype

@@ -11,6 +11,9 @@ Rows come in any order; sorting them by expert is the kernel's matter (`runtime/
 import torch
 from torch import Tensor
 
+# Products that models sort their rows for: (rows by expert [T, K], weight [E, K, N], offs: where each's rows end [E]).
+PRODUCTS = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+
 
 @torch.library.custom_op("autosp::expert_mm", mutates_args=())
 def expert_mm(ids: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Products of rows with the expert each row is routed to, in plain torch that CUDA and ROCm share.
 
     expert_mm(ids, x, weight) -> [T, N]                           row t is x[t] @ weight[ids[t]]
-    expert_mm_weight_grad(ids, x, grad, experts) -> [E, K, N]     sums of outer(x[t], grad[t]) over the rows of an expert
+    expert_mm_weight_grad(ids, x, grad, experts) -> [E, K, N]     outer(x[t], grad[t]) added up over an expert's rows
 
     ids: [T] integers   x: [T, K]   weight: [E, K, N]   grad: [T, N]
 
-A row whose id is no expert gives zeros and adds nothing. Rows are sorted by expert here, so a step is deterministic, and
-memory is O(T). bf16 goes through torch's grouped product, which does not wait for the device; else a product an expert.
+A row whose id is no expert gives zeros and adds nothing. Rows are sorted by expert here, so that the sums are in one
+order, in O(T) memory. bf16 goes through torch's grouped product, which does not wait for the device; other dtypes
+through a product an expert.
 """
 
 from collections.abc import Iterator

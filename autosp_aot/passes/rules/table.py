@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from autosp_aot.passes.rules import attention, contractions, convolutions, lookups, random, views
+from autosp_aot.passes.rules import attention, contractions, convolutions, lookups, random, routing, views
 from autosp_aot.passes.rules.contractions import notation, plus_product, reduction, whole_dim
 from autosp_aot.passes.rules.pointwise import pointwise
 from autosp_aot.passes.rules.scans import along, over_places
@@ -41,6 +41,7 @@ RULES = {
     "aten.flip.default": along(1, linear=True),
     "aten.full.default": views.factory(0),
     "aten.gather.default": lookups.gather,
+    "aten.histc.default": routing.histc,
     "aten.index.Tensor": lookups.index,
     "aten.index_put.default": lookups.index_put,
     "aten.isin.Tensor_Tensor": lookups.among,
@@ -90,8 +91,8 @@ RULES = {
     "autosp.attention_backward": attention.attention_backward,
     "autosp.attention_rows": attention.attention,
     "autosp.attention_rows_backward": attention.attention_backward,
-    "autosp.expert_mm": notation("t,tk,Ekn->tn", linear=((1,), (2,))),
-    "autosp.expert_mm_weight_grad": notation("t,tk,tn->Ekn", linear=((1,), (2,))),
+    "autosp.expert_mm": routing.expert_mm,
+    "autosp.expert_mm_weight_grad": routing.expert_mm_weight_grad,
     "autosp.uniform": random.uniform,
 }
 

@@ -1,0 +1,99 @@
+"""Mixtures of experts, stock, against eager; each rank routes its own tokens."""
+
+import pytest
+import torch
+import transformers as hf
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autosp_aot.config import BuildConfig
+from autosp_aot.export.canonical import canonical_program
+from autosp_aot.export.fake import fake_copy
+from autosp_aot.export.joint import capture
+from autosp_aot.operators import COLLECTIVES
+from autosp_aot.passes.pipeline import compile_program
+from tests.exactness import eager
+from tests.test_architectures import SMALL, sharded, worst
+
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+LOCAL = dict(num_local_experts=6, num_experts_per_tok=2)
+LATENT = dict(
+    kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=8,
+    n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=0,
+)  # fmt: skip
+MODELS = {
+    "deepseek_v3": (hf.DeepseekV3ForCausalLM, hf.DeepseekV3Config, LATENT | {"num_key_value_heads": 4}),
+    "gpt_oss": (hf.GptOssForCausalLM, hf.GptOssConfig, LOCAL),
+    "granitemoe": (hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig, LOCAL),
+    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, LOCAL),
+    "olmoe": (hf.OlmoeForCausalLM, hf.OlmoeConfig, EXPERTS),
+    "qwen2_moe": (hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig, EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "qwen3_moe": (hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, EXPERTS),
+}
+AUXILIARY = ("granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+
+
+def built(name: str, **options):
+    torch.manual_seed(0)
+    model, config, own = MODELS[name]
+    return model(config(**SMALL | own | options)).double().train()
+
+
+def by_looping(model, batch):
+    """Eager's loss and gradients, with a loop over the experts: the one implementation that takes fp64."""
+    model.config._experts_implementation = "eager"
+    return eager(model, batch)
+
+
+@pytest.fixture
+def batch():
+    draw = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(3, 64, (2, 13), generator=draw) for _ in range(2))
+    labels[0, :6] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_loss_and_gradients_equal_eager_s(name, batch):
+    model = built(name)
+    results, _ = sharded(model, batch, 3)
+    assert worst(by_looping(model, batch), results) <= 1e-6
+
+
+@pytest.mark.parametrize("name", AUXILIARY)
+def test_the_router_s_auxiliary_loss_equals_eager_s(name, batch):
+    model = built(name, output_router_logits=True, router_aux_loss_coef=0.5)
+    results, _ = sharded(model, batch, 3)
+    reference = by_looping(model, batch)
+    assert worst(reference, results) <= 1e-6
+    plain = built(name, output_router_logits=False)
+    assert abs(by_looping(plain, batch)[0] - reference[0]) > 0.1
+
+
+def test_experts_with_a_weight_copied_for_each_row_are_the_same_products(batch):
+    model = built("mixtral")
+    model.config._experts_implementation = "batched_mm"
+    results, _ = sharded(model, batch, 3)
+    assert worst(by_looping(model, batch), results) <= 1e-6
+
+
+def test_bf16_is_as_near_to_fp64_as_eager_bf16(batch):
+    model, wide = built("mixtral").bfloat16(), built("mixtral")
+    wide.load_state_dict(model.state_dict())
+    results, _ = sharded(model, batch, 3)
+    reference, half = by_looping(wide, batch), by_looping(model, batch)
+    own = worst(reference, [{"loss": half[0], **{f"grad.{n}": g for n, g in half[1].items()}}])
+    assert 0 < worst(reference, results) <= 2 * own
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_no_collective_outside_of_attention_moves_a_hidden_state(name, auxiliary, batch):
+    """Parameters' gradients are summed; of the tokens themselves nothing as wide as the model leaves its rank."""
+    mode = FakeTensorMode()
+    model = fake_copy(built(name, output_router_logits=auxiliary), mode)
+    whole, _ = canonical_program(capture(model, batch, mode, "cpu"))
+    program = compile_program(whole, dict.fromkeys(batch, 1), BuildConfig(3)).program
+    moved = [instr for section in program.sections[:2] for instr in section.instrs if instr.op in COLLECTIVES]
+    outside = [instr for instr in moved if "self_attn" not in instr.where.module]
+    assert not [instr for instr in outside if any(value.whole_shape[-1:] >= (32,) for value in instr.values())]
+    assert len(outside) < len(moved)

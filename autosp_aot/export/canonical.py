@@ -130,7 +130,7 @@ class _Canonical:
         """Emit the canonical form of a node; the names of its results."""
         target, args = node.target, node.args
         operand = self.names.get(args[0]) if args and isinstance(args[0], Node) else None
-        shape = tuple(types[0].shape)
+        shape = tuple(next(result for result in types if result is not None).shape)
         if target in SAME:
             return (operand,)
         if target in RESHAPES:

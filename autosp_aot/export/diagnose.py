@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.export import ExportedProgram
 from torch.func import functional_call
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.regions import MARKS
 from autosp_aot.export.routing_op import PRODUCTS
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.user_code import FAILURES, raised_at, said
@@ -28,7 +29,6 @@ GROUPED = """sort rows by expert, restore their order by the inverse, and let no
 multiply with weight[ids] in torch operators (transformers: experts_implementation="batched_mm")"""
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 NAMESPACES = ("aten", "autosp", "prims")
-REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
 
 
 @contextlib.contextmanager
@@ -63,10 +63,9 @@ def diagnosed(place: str) -> Iterator[None]:
 def refuse_operators(exported: ExportedProgram) -> None:
     """BuildError naming every custom operator, every control flow operator, and every value read past autograd."""
     problems = []
-    for graph in graphs(exported.graph_module):
-        for node in graph.nodes:
-            if node.op == "call_function" and not _known(node.target):
-                problems.append(_unknown(str(node.target), where(node).source))
+    for node in exported.graph.nodes:
+        if node.op == "call_function" and not _known(node.target):
+            problems.append(_unknown(str(node.target), where(node).source))
     lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
     for node in exported.graph.nodes:
         if node.users and isinstance(exported.constants.get(lifted.get(node.name)), FakeTensor):
@@ -139,18 +138,10 @@ def refuse_other_gradients(wrapped: nn.Module, batch: Mapping[str, Tensor], capt
         raise BuildError(*problems)
 
 
-def graphs(module: GraphModule) -> Iterator[Graph]:
-    """The graphs of a module and of the regions in it, in order."""
-    yield module.graph
-    for child in module.children():
-        if isinstance(child, GraphModule):
-            yield from graphs(child)
-
-
 def _known(target: object) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace in NAMESPACES
-    return target in REGIONS or getattr(operator, target.__name__, None) is target
+    return target in MARKS or getattr(operator, target.__name__, None) is target
 
 
 def _unknown(name: str, place: str) -> Problem:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._functorch import aot_autograd
 from torch._functorch._aot_autograd import descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.attention import canonical_attention
@@ -26,13 +26,11 @@ from autosp_aot.export.diagnose import (
     refuse_other_gradients,
 )
 from autosp_aot.export.randomness import refuse_random
+from autosp_aot.export.regions import Flat, flat_regions, spell_casts
 from autosp_aot.export.routing import canonical_routing
 from autosp_aot.export.source import module_path
 from autosp_aot.export.user_code import defined_at
 from autosp_aot.export.watch import refuse_hooks, watched
-
-SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
-AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,9 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode,
     wrapped = LossOnly(model)
     place = forward_at(model)
     refuse_hooks(model)
-    with watched(target, place), diagnosed(place), mode:
+    with watched(target, place), diagnosed(place), flat_regions(), mode:
         exported = torch.export.export(wrapped, (), batch, strict=False)
+    spell_casts(exported.graph)
     canonical_routing(exported)
     refuse_operators(exported)
     canonical_attention(exported)
@@ -144,28 +143,13 @@ class Step(nn.Module):
                 kind, at = self.slots.get(node.name, ("batch", 0))
                 held = {"parameter": lambda i: self.parameter_list[i], "buffer": lambda i: getattr(self, f"b{i}")}
                 args.append(batch[_input_name(node, self.exported[0])] if kind == "batch" else held[kind](at))
-        return _Inline(module).run(*args)[0]
+        return Flat(module).run(*args)[0]
 
 
 def _input_name(node: Node, exported) -> str:
     names = exported.graph_signature.user_inputs
     keys = list(exported.example_inputs[1])
     return keys[list(names).index(node.name)]
-
-
-class _Inline(Interpreter):
-    """Runs nested graphs node by node too, so that what they compute keeps its source."""
-
-    def call_function(self, target, args, kwargs):
-        if target is SET_GRAD:
-            enabled, submodule, *rest = args
-            with torch.set_grad_enabled(enabled):
-                return _Inline(submodule).run(*rest)
-        if target is AUTOCAST:
-            device_type, dtype, enabled, cache, submodule, *rest = args
-            with torch.autocast(device_type, dtype, enabled, cache):
-                return _Inline(submodule).run(*rest)
-        return super().call_function(target, args, kwargs)
 
 
 def _described(module: GraphModule, step: Step, batch_names: list[str], place: str, constants) -> Joint:

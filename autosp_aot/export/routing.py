@@ -20,7 +20,6 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from autosp_aot.export.diagnose import graphs
 from autosp_aot.export.expert_ids import arguments, choices, given_dims, says_ends, shares, written
 from autosp_aot.export.routing_op import PRODUCTS
 
@@ -65,13 +64,13 @@ class _Unknown(Exception):
 
 def canonical_routing(exported: ExportedProgram) -> None:
     """Rewrite in place every region of the exported graph that is certain; leave the others alone."""
-    for graph in graphs(exported.graph_module):
-        for node in list(graph.nodes):
-            if node.target in SORTS and node.args[0].meta["val"].dim() == 1:
-                _Region(graph, node).rewrite()
-                graph.eliminate_dead_code()
-            elif node.target is aten.bmm.default:
-                _unbatch(graph, node)
+    graph = exported.graph
+    for node in list(graph.nodes):
+        if node.target in SORTS and node.args[0].meta["val"].dim() == 1:
+            _Region(graph, node).rewrite()
+            graph.eliminate_dead_code()
+        elif node.target is aten.bmm.default:
+            _unbatch(graph, node)
 
 
 def _unbatch(graph: Graph, product: Node) -> None:

@@ -44,6 +44,14 @@ class NoGrad(Model):
         return super().forward(tokens, labels) * scale
 
 
+class NoGradInAutocast(Model):
+    def forward(self, tokens, labels):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            with torch.no_grad():
+                scale = self.head(self.embedding(tokens)).mean()
+            return super().forward(tokens, labels) * scale
+
+
 def run(joint: Joint, model: nn.Module, batch) -> dict[str, torch.Tensor]:
     """The captured graph on real tensors: its results by label."""
     given = {
@@ -63,7 +71,7 @@ def eager(model: nn.Module, batch) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **gradients}
 
 
-@pytest.mark.parametrize("make", [Model, NoGrad, Autocast])
+@pytest.mark.parametrize("make", [Model, NoGrad, Autocast, NoGradInAutocast])
 def test_the_captured_step_gives_bitwise_the_loss_and_gradients_of_eager(captured, batch, make):
     torch.manual_seed(0)
     model = make()

@@ -147,6 +147,21 @@ def check(artifact: Path, numeric: bool, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.argument("value", metavar="VALUE")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(artifact: Path, value: str, as_json: bool) -> None:
+    """Say why a value is placed, moved, kept, computed again or gathered as it is.
+
+    VALUE is its name as show prints it, or a beginning or an end of it that no other value has.
+    """
+    from autosp_aot.explain import explain as explain_value
+
+    found = explain_value(artifact, value)
+    click.echo(json.dumps(found.as_json) if as_json else found.text)
+
+
+@main.command()
 @click.argument("a", metavar="DIR_A", type=PATH)
 @click.argument("b", metavar="DIR_B", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -52,10 +52,10 @@ def facts(manifest: Manifest) -> Rows:
         ("ranks", str(manifest.ranks)),
         ("target", manifest.target),
         ("inputs", ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.batch)),
-        ("parameters", f"{len(manifest.parameters)}, {_bytes(weights)} on every rank"),
+        ("parameters", f"{len(manifest.parameters)}, {bytes_text(weights)} on every rank"),
         ("recompute", f"{manifest.recompute}, {again:.1%} of the products' FLOPs"),
-        ("kept for backward", _bytes(costs["kept_bytes"])),
-        ("peak of activations and gradients", f"{_bytes(costs['peak_bytes'])} at {costs['peak_at']}"),
+        ("kept for backward", bytes_text(costs["kept_bytes"])),
+        ("peak of activations and gradients", f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"),
         ("computed on every rank", ", ".join(sorted({f["op"] for f in manifest.fallbacks})) or "nothing"),
     ]
 
@@ -64,14 +64,14 @@ def traffic(manifest: Manifest) -> Rows:
     """Collectives by section and kind."""
     rows: Rows = [("section", "collective", "count", "received by the worst rank")]
     for row in manifest.costs["moved"]:
-        rows.append((row["section"], row["op"], str(row["count"]), _bytes(row["received_bytes"])))
+        rows.append((row["section"], row["op"], str(row["count"]), bytes_text(row["received_bytes"])))
     return rows
 
 
 def replicated(manifest: Manifest) -> Rows:
     """Operators without a rule, that every rank computes over the whole."""
     rows: Rows = [("operator", "where", "gathered on every rank")]
-    return rows + [(f["op"], f["source"], _bytes(f["gathered_bytes"])) for f in manifest.fallbacks]
+    return rows + [(f["op"], f["source"], bytes_text(f["gathered_bytes"])) for f in manifest.fallbacks]
 
 
 def html_report(manifest: Manifest) -> str:
@@ -99,7 +99,8 @@ def _aligned(rows: Rows) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: float) -> str:
+    """A number of bytes in the unit that suits it."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":

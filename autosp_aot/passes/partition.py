@@ -90,11 +90,40 @@ def partition(
     return _Partition(program, find_labels(program, sequence_dims, ranks), ranks, decisions).run()
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """How one call was placed: its rule (None: it has none), what was possible, cheapest first, and what was taken.
+
+    `small` says that it is token ids, labels or positions, for which nothing but the whole is considered.
+    """
+
+    spec: Spec | None
+    small: bool
+    choices: tuple[Choice, ...]
+    taken: Choice
+    labels: Labels
+
+
+def weigh(
+    program: Program, sequence_dims: Mapping[str, int], ranks: int, decisions: Mapping[str, Strategy], name: str
+) -> Weighed:
+    """What the call that makes `name` could have been given, where all calls before it took `decisions`.
+
+    Raises ArtifactError (`decision-wrong`) for decisions that this program does not allow.
+    """
+    state = _Partition(program, find_labels(program, sequence_dims, ranks), ranks, decisions)
+    for instr in program.sections[0].instrs:
+        if any(out.name == name for out in instr.values()):
+            return state.weighed(instr)
+        state.place(instr)
+    raise AssertionError(f"nothing makes {name}")
+
+
 class _Partition:
     def __init__(self, program: Program, labels: Labels, ranks: int, replay: Mapping[str, Strategy] | None):
         self.program, self.labels, self.ranks, self.replay = program, labels, ranks, replay
         self.whole = program.values()
-        self.versions: dict[str, dict[Placement, str]] = {}
+        self.versions = {entry.value.name: {REPLICATE: entry.value.name} for entry in program.inputs}
         self.instrs: list[Instr] = []
         self.taken: Counter[str] = Counter()
         self.decisions: dict[str, Strategy] = {}
@@ -102,8 +131,6 @@ class _Partition:
         self.small = 2 * max((prod(e.value.shape) for e in program.inputs if e.kind == "batch"), default=0)
 
     def run(self) -> Partitioned:
-        for entry in self.program.inputs:
-            self.versions[entry.value.name] = {REPLICATE: entry.value.name}
         (step,) = self.program.sections
         for instr in step.instrs:
             self.place(instr)
@@ -161,6 +188,20 @@ class _Partition:
         if not found:
             raise decision_wrong(name, "the sharding rule does not allow it here")
         return found[0]
+
+    def weighed(self, instr: Instr) -> Weighed:
+        spec = self.spec(instr)
+        if spec is None:
+            taken = self.fall_back(instr)
+            return Weighed(None, False, (taken,), taken, self.labels)
+        found = self.choices(instr, spec, self.candidates(instr, spec))
+        return Weighed(
+            spec,
+            self.is_small(instr),
+            tuple(sorted(found, key=lambda choice: choice.price)),
+            self.choose(instr, spec),
+            self.labels,
+        )
 
     def choices(self, instr: Instr, spec: Spec, strategies: list[Strategy]) -> Iterator[Choice]:
         """Those of the strategies that are allowed, with what they cost."""

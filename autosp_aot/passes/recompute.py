@@ -11,12 +11,19 @@ Method: selective checkpointing by operator cost (AutoSP, ICLR 2026; Korthikanti
 the layer inputs found as the places where a single value carries the forward pass.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.program import RECOMPUTED, Instr, Program, Section, Value, rename
 
 QUADRATIC = ("autosp.attention", "autosp.attention_rows")
+
+# Why a value is kept.
+SENT = "it comes from a collective, which would send it again"
+ATTENDED = "it comes from attention, whose cost is quadratic in the sequence"
+CARRIES = "it alone carries the forward pass here: what follows, up to the next such place, is computed again from it"
+LAST = "it comes after the last layer, where backward begins"
 
 
 def recompute(program: Program, policy: str) -> Program:
@@ -25,7 +32,7 @@ def recompute(program: Program, policy: str) -> Program:
         return program
     forward, backward = program.section("forward"), program.section("backward")
     made = {out.name: instr for instr in forward.instrs for out in instr.values()}
-    kept = _kept(program, forward)
+    kept = kept_values(program)
     instrs, names = _late(backward, made, kept)
     read = {name for instr in instrs for name in instr.refs()}
     gives = tuple((label, names.get(name, name)) for label, name in backward.gives)
@@ -34,7 +41,7 @@ def recompute(program: Program, policy: str) -> Program:
     return program.with_section(replace(backward, takes=takes, instrs=tuple(instrs), gives=gives))
 
 
-def _late(backward: Section, made: dict[str, Instr], kept: set[str]) -> tuple[list[Instr], dict[str, str]]:
+def _late(backward: Section, made: dict[str, Instr], kept: Collection[str]) -> tuple[list[Instr], dict[str, str]]:
     """The backward instructions, each preceded by what has to be computed again for it."""
     names: dict[str, str] = {}
     instrs: list[Instr] = []
@@ -66,10 +73,13 @@ def _late(backward: Section, made: dict[str, Instr], kept: set[str]) -> tuple[li
     return instrs, names
 
 
-def _kept(program: Program, forward: Section) -> set[str]:
-    """What is kept for the backward pass: costly results, one value a layer, and all that follows the last layer."""
-    costly = [instr.op in COLLECTIVES or instr.op in QUADRATIC for instr in forward.instrs]
-    kept = {out.name for instr, keep in zip(forward.instrs, costly) if keep for out in instr.values()}
+def kept_values(program: Program) -> dict[str, str]:
+    """What `sac` keeps of the forward section, and why: costly results, a value a layer, all after the last layer."""
+    forward = program.section("forward")
+    kept: dict[str, str] = {}
+    for instr in forward.instrs:
+        if instr.op in COLLECTIVES or instr.op in QUADRATIC:
+            kept.update((out.name, SENT if instr.op in COLLECTIVES else ATTENDED) for out in instr.values())
     cuts = _cuts(program, forward, kept)
     quadratic = [at for at, instr in enumerate(forward.instrs) if instr.op in QUADRATIC]
     previous = -1
@@ -77,18 +87,20 @@ def _kept(program: Program, forward: Section) -> set[str]:
     for at in quadratic:
         last = next((cut for cut in range(at, previous, -1) if cut in cuts), None)
         if last is not None:
-            kept.add(cuts[last].name)
+            kept[cuts[last].name] = CARRIES
             sizes.append(cuts[last].nbytes())
         previous = at
     tail = [cut for cut in cuts if cut > previous and 0 < cuts[cut].nbytes() <= max(sizes)]
     start = max(tail, default=previous)
     if start in cuts and start > previous:
-        kept.add(cuts[start].name)
-    kept.update(out.name for instr in forward.instrs[start + 1 :] for out in instr.values())
+        kept[cuts[start].name] = CARRIES
+    for instr in forward.instrs[start + 1 :]:
+        for out in instr.values():
+            kept.setdefault(out.name, LAST)
     return kept
 
 
-def _cuts(program: Program, forward: Section, kept: set[str]) -> dict[int, Value]:
+def _cuts(program: Program, forward: Section, kept: Collection[str]) -> dict[int, Value]:
     """Instructions after which one value is alive, of those that depend on weights and batch and are not kept."""
     weights = {entry.value.name for entry in program.inputs if entry.kind == "parameter"}
     batch = {entry.value.name for entry in program.inputs if entry.kind == "batch"}

@@ -1,0 +1,226 @@
+"""`autosp-aot explain DIR VALUE`: why a value is placed, moved, kept, computed again and released as it is.
+
+What is recorded is the strategy of each call. The alternatives and their prices are found by taking those decisions
+again over `whole.program`, up to the call in question.
+"""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from autosp_aot.artifact import Manifest, read_bodies, read_manifest, read_whole
+from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.operators import FREE, MOVES
+from autosp_aot.passes import decisions
+from autosp_aot.passes.partition import Choice, Weighed, weigh
+from autosp_aot.passes.recompute import kept_values
+from autosp_aot.passes.rules.words import factors_text, placement_text, rule_text, strategy_text
+from autosp_aot.placement import received_bytes
+from autosp_aot.program import ITEMSIZE, RECOMPUTED, Dtype, Instr, PerRank, Program, Ref, Value, map_ints
+from autosp_aot.report import bytes_text
+
+LISTED = 20
+CHOICES = 8
+READERS = 4
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is to be said of a value: lines under headings, in order."""
+
+    value: str
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @property
+    def text(self) -> str:
+        lines = [self.value]
+        for heading, said in self.rows:
+            lines += [f"  {heading if at == 0 else '':<12}{line}" for at, line in enumerate(said)]
+        return "\n".join(lines)
+
+    @property
+    def as_json(self) -> dict:
+        return {"value": self.value, **dict(asdict(self)["rows"])}
+
+
+def explain(path: str | Path, value: str) -> Explanation:
+    """Explain a value of an artifact, named in full or by an end of its name that no other value has.
+
+    Raises ArtifactError: `no-such-value`, `value-ambiguous` with the candidates, and what reading an artifact raises.
+    """
+    manifest, whole = read_manifest(path), read_whole(path)
+    program = read_bodies(path)[0][1]
+    name = _resolved(value, program, whole, str(path))
+    rows = _Explainer(manifest, whole, program).rows(name)
+    return Explanation(name, tuple((heading, tuple(lines)) for heading, lines in rows if any(lines)))
+
+
+def _resolved(text: str, program: Program, whole: Program, place: str) -> str:
+    names = list(dict.fromkeys([*program.values(), *whole.values()]))
+    if text in names:
+        return text
+    found = [name for name in names if name.startswith(text) or name.endswith(text)]
+    found = [name for name in found if not name.startswith(RECOMPUTED)] or found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        more = f"\nand {len(found) - LISTED} more" if len(found) > LISTED else ""
+        why = "\n".join(found[:LISTED]) + more
+        raise ArtifactError(Problem("value-ambiguous", f"{len(found)} values begin or end with {text}", place, why,
+                                    "give more of the name"))  # fmt: skip
+    near = difflib.get_close_matches(text, names, 3)
+    why = f"near it: {', '.join(near)}" if near else ""
+    raise ArtifactError(Problem("no-such-value", f"no value is named {text}", place, why,
+                                "autosp-aot show lists the values"))  # fmt: skip
+
+
+class _Explainer:
+    def __init__(self, manifest: Manifest, whole: Program, program: Program):
+        self.manifest, self.whole, self.program = manifest, whole, program
+        self.values = program.values()
+        self.made_by = {out.name: instr for instr in program.instrs() for out in instr.values()}
+        self.inputs = {entry.value.name: entry.kind for entry in program.inputs}
+        self.readers: dict[str, list[Instr]] = {}
+        for instr in program.instrs():
+            for name in dict.fromkeys(instr.refs()):
+                if instr.op != FREE:
+                    self.readers.setdefault(name, []).append(instr)
+
+    def rows(self, name: str) -> Iterator[tuple[str, list[str]]]:
+        value, instr = self.values[name], self.made_by.get(name)
+        if instr is None:
+            yield "is", [f"the {self.inputs[name]} {_type(value)}, given whole to every rank"]
+        else:
+            yield "made by", [_call(instr, self.values)]
+            yield "at", [" in ".join(part for part in (instr.where.source, instr.where.module) if part)]
+            yield "is", [_type(value)]
+        yield "placed", [placement_text(value.placement)]
+        if name.startswith(RECOMPUTED):
+            yield "again", [f"{name.removeprefix(RECOMPUTED)}, computed again for backward; explain that for the rest"]
+        elif instr is not None and instr.op in MOVES:
+            yield "moved from", [self.received(name, instr)]
+            yield "because", [f"{_first(reader)} reads it so" for reader in self.readers.get(name, [])[:READERS]]
+        elif instr is not None:
+            yield from self.choice(name)
+        yield "moves", list(self.moves(name))
+        yield "read by", [_some([_first(i) for i in self.readers.get(name, []) if i.op not in MOVES])]
+        yield "backward", list(self.backward(name))
+        yield "released", [self.released(name)]
+
+    def choice(self, name: str) -> Iterator[tuple[str, list[str]]]:
+        """Label, rule, the strategy taken and the others."""
+        taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
+        found = weigh(self.whole, self.manifest.sequence_dims, self.manifest.ranks, taken, name)
+        placed = dict(zip((out.name for out in self.made_by[name].values()), found.taken.results))
+        if placed[name] != self.values[name].placement:
+            why = "taken again, the decisions of the manifest place it otherwise than the program"
+            raise decisions.decision_wrong(name, why)
+        labels = found.labels.by_value.get(name, ())
+        yield "sequence", [f"along dim {at.dim}: {at.extent} positions{_parts(at)}" for at in labels] or ["none in it"]
+        if found.spec is None:
+            operands = found.taken.received_bytes
+            yield "rule", ["none for this operator: every rank computes all of it, from whole operands"]
+            yield "cost", [f"gathers {bytes_text(operands)} on the worst rank"]
+            return
+        yield "rule", [rule_text(found.spec), factors_text(found.spec)]
+        yield "taken", [_priced(found, found.taken)]
+        others = [choice for choice in found.choices if choice != found.taken]
+        if found.small:
+            yield "others", ["none considered: what follows from ids and positions alone is the whole on every rank"]
+        else:
+            shown = [_priced(found, choice) for choice in others[:CHOICES]]
+            more = [f"and {len(others) - CHOICES} more"] if len(others) > CHOICES else []
+            yield "others", shown + more or ["none that the rule allows"]
+
+    def moves(self, name: str) -> Iterator[str]:
+        """Every move of the value, and on from where it was moved to."""
+        for instr in self.readers.get(name, []):
+            if instr.op in MOVES:
+                out = next(out for ref, out in zip(instr.args, instr.values()) if ref == Ref(name))
+                readers = _some([_first(reader) for reader in self.readers.get(out.name, [])])
+                yield f"{self.received(out.name, instr)}, for {readers or 'the result'}"
+
+    def received(self, name: str, instr: Instr) -> str:
+        """A move in words: `all_to_all to Shard(1), 4.00 KiB received by the worst rank`."""
+        at = [out.name for out in instr.values()].index(name)
+        source, target = self.values[instr.args[at].name], self.values[name]
+        bytes_ = received_bytes(source.placement, target.placement, source.whole_shape, ITEMSIZE[source.dtype],
+                                self.program.ranks)  # fmt: skip
+        to = placement_text(target.placement).partition(":")[0]
+        return f"{source.name} by {instr.op} to {to}, {bytes_text(bytes_)} received by the worst rank"
+
+    def backward(self, name: str) -> Iterator[str]:
+        """Kept or computed again, and why."""
+        forward, backward = self.program.section("forward"), self.program.section("backward")
+        if not any(out.name == name for instr in forward.instrs for out in instr.values()):
+            return
+        largest = map_ints(self.program, lambda n: max(n.values) if isinstance(n, PerRank) else n).values()
+        if name in backward.takes:
+            why = "nothing is computed again" if self.manifest.recompute == "none" else self.kept()[name]
+            yield f"kept, {bytes_text(largest[name].nbytes())} on the rank with the most: {why}"
+        elif (again := RECOMPUTED + name) in self.values:
+            operands = _some([ref for ref in self.made_by[again].refs() if ref not in self.inputs])
+            yield "computed again: its cost is linear in the sequence, and it follows from what is kept"
+            yield f"from {operands or 'inputs'}, for {_some([_first(i) for i in self.readers[again]])}"
+        else:
+            yield "does not need it"
+
+    def kept(self) -> dict[str, str]:
+        forward = self.program.section("forward")
+        bare = replace(forward, instrs=tuple(instr for instr in forward.instrs if instr.op != FREE))
+        return kept_values(self.program.with_section(bare))
+
+    def released(self, name: str) -> str:
+        last = "the beginning"
+        for section in self.program.sections:
+            for instr in section.instrs:
+                if instr.op == FREE and Ref(name) in instr.args:
+                    return f"in {section.name} after {last}"
+                last = _first(instr) if instr.values() else last
+        given = [label for section in self.program.sections for label, given in section.gives if given == name]
+        return f"never: it is {', '.join(dict.fromkeys(given)) or 'an input'}"
+
+
+def _call(instr: Instr, values: dict[str, Value]) -> str:
+    """The call with the placement of each operand."""
+    args = [_argument(arg, values) for arg in instr.args]
+    return f"{instr.op}({', '.join([*args, *(f'{k}={_argument(v, values)}' for k, v in instr.kwargs)])})"
+
+
+def _argument(arg, values: dict[str, Value]) -> str:
+    if isinstance(arg, tuple):
+        return f"[{', '.join(_argument(item, values) for item in arg)}]"
+    if isinstance(arg, Ref):
+        return f"{arg.name} @ {placement_text(values[arg.name].placement).partition(':')[0]}"
+    if isinstance(arg, PerRank):
+        return "/".join(map(str, arg.values))
+    return arg.name if isinstance(arg, Dtype) else str(arg)
+
+
+def _type(value: Value) -> str:
+    shape = ", ".join(_argument(n, {}) for n in value.shape)
+    return f"{value.dtype}[{shape}]" + (f", of {list(value.whole_shape)}" if value.placement.cut else "")
+
+
+def _priced(found: Weighed, choice: Choice) -> str:
+    said = strategy_text(found.spec, choice.strategy)
+    if any(placement.partial for placement in choice.results):
+        said += ", the result a summand"
+    received, home, work = map(bytes_text, (choice.received_bytes, choice.home_bytes, choice.work))
+    total = f"{bytes_text(choice.price[1])} = {received} received + {home} to bring home + {work} for local work"
+    return f"{said}: {total}" + ("; gathers, so the last resort" if choice.gathers else "")
+
+
+def _parts(label) -> str:
+    outer = f" in each of {label.outer} parts" if label.outer != 1 else ""
+    return outer + (f", {label.inner} elements each" if label.inner != 1 else "")
+
+
+def _first(instr: Instr) -> str:
+    return instr.values()[0].name
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - READERS} more" if len(names) > READERS else ""
+    return ", ".join(names[:READERS]) + more

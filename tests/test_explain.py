@@ -40,10 +40,10 @@ blocks.0.qkv.permute @ Replicate)
   is          f64[6/4, 16], of [10, 16]
   placed      Shard(0): of each of the 2 parts of dim 0 rank by rank 0:3 3:5
   sequence    along dim 0: 5 positions in each of 2 parts
-  rule        c, a B, B c -> a c
-              B=8 a=10 c=16; never cut: B
-  taken       a cut at 0:3 3:5 in each of 2 parts: 147 B = 0 B received + 0 B to bring home + 147 B for local work
-  others      the whole on every rank: 453 B = 256 B received + 0 B to bring home + 197 B for local work; \
+  rule        a, b C, C a -> b a
+              a=16 b=10 C=8; never cut: C
+  taken       b cut at 0:3 3:5 in each of 2 parts: 146 B = 0 B received + 0 B to bring home + 146 B for local work
+  others      the whole on every rank: 578 B = 384 B received + 0 B to bring home + 194 B for local work; \
 gathers, so the last resort
   read by     blocks.0.qkv.reshape.1
   backward    does not need it
@@ -110,20 +110,20 @@ def test_without_recomputation_everything_is_kept(tiny2, tmp_path):
     assert rows(path, "add")["backward"][0].endswith("nothing is computed again")
 
 
-class Cumulative(nn.Module):
+class Distances(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
 
     def forward(self, x):
-        return (x * self.weight).cummax(1)[0].mean()
+        return torch.cdist(x * self.weight, x + self.weight).mean()
 
 
 def test_an_operator_without_a_rule_says_what_it_costs(tmp_path):
-    artifact = compile_model(Cumulative(), {"x": torch.ones(2, 6, 4)}, {"x": 1}, BuildConfig(2), "")
-    said = rows(artifact.save(tmp_path / "a"), "cummax_0")
+    artifact = compile_model(Distances(), {"x": torch.ones(2, 6, 4)}, {"x": 1}, BuildConfig(2), "")
+    said = rows(artifact.save(tmp_path / "a"), "cdist_forward")
     assert said["rule"] == ("none for this operator: every rank computes all of it, from whole operands",)
-    assert said["cost"] == ("gathers 96 B on the worst rank",)
+    assert said["cost"] == ("gathers 192 B on the worst rank",)
 
 
 def test_a_unique_end_or_beginning_of_a_name_will_do(saved):

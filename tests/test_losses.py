@@ -1,23 +1,12 @@
 """Losses as models write them: loss and every gradient of every rank against eager, and no logits gathered."""
 
-from math import prod
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from autosp_aot.builder import model_values
-from autosp_aot.config import BuildConfig
-from autosp_aot.export.canonical import canonical_program
-from autosp_aot.export.fake import fake_copy
-from autosp_aot.export.joint import capture
-from autosp_aot.passes.pipeline import compile_program
-from autosp_aot.runtime.execute import DTYPES
-from autosp_aot.runtime.simulate import simulate
-from tests.exactness import difference, eager
+from tests.steps import equal_to_eager, gathers
 
 B, H, V = 2, 8, 17
 LONG, SHORT = 13, 3
@@ -155,30 +144,11 @@ def batch_of(length: int) -> dict[str, Tensor]:
 
 
 def check(loss, batch: dict[str, Tensor], ranks: int, limit: float = 1e-12, dims: dict | None = None) -> None:
-    """The loss sharded, against eager; nothing falls back, and nothing of the width of a vocabulary is gathered."""
+    """The loss sharded, against eager; nothing falls back, and no hidden state or logit is gathered."""
     torch.manual_seed(0)
-    model, mode = Model(loss).double(), FakeTensorMode()
-    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
-    compiled = compile_program(whole, dims or dict.fromkeys(batch, 1), BuildConfig(ranks))
-    inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
-    programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
-    grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])
-    reference = eager(model, batch)
-    for result in simulate(programs, inputs, grad_loss):
-        gradients = {name.removeprefix("grad."): g for name, g in result.items() if name != "loss"}
-        if reference[0].isfinite() and reference[0] != 0:
-            assert difference(reference, result["loss"], gradients) <= limit
-        else:
-            torch.testing.assert_close((result["loss"], gradients), reference, equal_nan=True)
+    compiled = equal_to_eager(Model(loss).double(), batch, ranks, limit, dims)
     assert not compiled.fallbacks
-    assert wide_gathers(compiled.program, batch["input_ids"].numel()) == []
-
-
-def wide_gathers(program, tokens: int) -> list[str]:
-    """Names of gathered values that hold a hidden state or a logit for every token."""
-    values = program.values()
-    gathered = [name for instr in program.instrs() if instr.op == "all_gather" for name in instr.refs()]
-    return [name for name in gathered if prod(values[name].whole_shape) >= tokens * H]
+    assert gathers(compiled.program, batch["input_ids"].numel() * H) == []
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -42,12 +42,14 @@ class Labels:
         return Placement(Cut(label.dim, label.outer, scale(self.bounds(label.extent), label.inner)))
 
     def bounds(self, extent: int) -> Bounds:
-        """Even shares of the sequence; of a dim a little longer or shorter the last rank has the difference."""
+        """Even shares. Of a dim a little longer or shorter than the sequence the last rank has the difference."""
         return _home_bounds(self.length, self.ranks, extent)
 
 
 @lru_cache
 def _home_bounds(length: int, ranks: int, extent: int) -> Bounds:
+    if abs(extent - length) * ranks > length:
+        return even_bounds(extent, ranks)
     clamped = [(min(lo, extent), min(hi, extent)) for lo, hi in even_bounds(length, ranks)]
     clamped[-1] = (clamped[-1][0], extent)
     return tuple(clamped)
@@ -81,6 +83,9 @@ def _spread(spec: Spec, tensors: list[tuple[str, Dims]], found: dict[str, set[La
     if not any(found[name] for name, _ in tensors):
         return False
     inside = {place for name, dims in tensors for label in found[name] if (place := _in_factor(spec, dims, label))}
+    for a, b in (*spec.follows, *(pair[::-1] for pair in spec.follows)):
+        if (a, 1, spec.extents[a], 1) in inside:
+            inside.add((b, 1, spec.extents[b], 1))
     changed = False
     for name, dims in tensors:
         for factor, outer, extent, inner in inside:
@@ -99,11 +104,13 @@ def _within(label: Label, known: set[Label]) -> bool:
 def _in_factor(spec: Spec, dims: Dims, label: Label) -> tuple[int, int, int, int] | None:
     """A tensor's label as a place inside one factor: (factor, outer, extent, inner)."""
     before, size = 1, label.outer * label.extent * label.inner
-    for axis in dims[label.dim]:
+    if not size:
+        return None
+    for at, axis in enumerate(dims[label.dim], 1):
         extent = spec.size(axis)
         after = size // before // extent
         divides = axis.group == 1 and label.outer % before == 0 and label.inner % after == 0
-        if divides and label.outer // before < extent:
+        if divides and (label.outer // before < extent or at == len(dims[label.dim])):
             if axis.size is None:
                 return axis.factor, label.outer // before, label.extent, label.inner // after
             if label.outer == before and label.inner == after:

@@ -221,7 +221,7 @@ class _Partition:
             home = self.labels.home(name)
             if home is not None and (found := spec.strategy_of(dims, home)):
                 cuts[found] = None
-        sequence_is_whole = bool(cuts) and all(cut.factor in spec.whole for cut in cuts)
+        sequence_is_whole = any(cut.factor in spec.whole for cut in cuts)
         for factor, bounds in spec.splits:
             cuts[Strategy(factor, bounds)] = None
         for name, dims in tensors[: len(spec.operands)]:

@@ -15,9 +15,9 @@ GROUPS, TRANSPOSED = 8, 6
 def convolution(call) -> Spec:
     groups = call.instr.args[GROUPS]
     x, weight, *bias = (value.shape for value in call.operands)
-    factors = _Factors(groups, call.instr.args[TRANSPOSED], x, weight)
+    factors = _Factors(groups, call.instr.args[TRANSPOSED], x, weight, call.results[0].shape)
     operands = (factors.x(), factors.weight(), *(factors.bias() for _ in bias))
-    results = (factors.y(call.results[0].shape),)
+    results = (factors.y(),)
     linear = () if bias else ((0,), (1,))
     return factors.spec(operands, results, linear, lambda args, local: _with_groups(args, GROUPS, local))
 
@@ -25,9 +25,9 @@ def convolution(call) -> Spec:
 def convolution_backward(call) -> Spec:
     """Arguments are those of the forward operator, with the sizes of the bias in its place after the gradient."""
     at = GROUPS + 1
-    _, x, weight = (value.shape for value in call.operands)
-    factors = _Factors(call.instr.args[at], call.instr.args[TRANSPOSED + 1], x, weight)
-    operands = (factors.y(call.operands[0].shape), factors.x(), factors.weight())
+    y, x, weight = (value.shape for value in call.operands)
+    factors = _Factors(call.instr.args[at], call.instr.args[TRANSPOSED + 1], x, weight, y)
+    operands = (factors.y(), factors.x(), factors.weight())
     every = (factors.x(), factors.weight(), factors.bias())
     results = tuple(dims for dims, used in zip(every, call.results_by_position) if used)
 
@@ -41,11 +41,11 @@ def convolution_backward(call) -> Spec:
 class _Factors:
     """The factors of a convolution, and each tensor's dims in them."""
 
-    def __init__(self, groups: int, transposed: bool, x: tuple[int, ...], weight: tuple[int, ...]):
+    def __init__(self, groups: int, transposed: bool, x: tuple[int, ...], weight: tuple[int, ...], y: tuple[int, ...]):
         self.transposed = transposed
         made, read = (weight[1], weight[0] // groups) if transposed else (weight[0] // groups, weight[1])
         self.extents = [x[0], groups, made, read]
-        self.places_x, self.places_w = self._places(x), self._places(weight)
+        self.places_x, self.places_w, self.places_y = (self._places(shape) for shape in (x, weight, y))
 
     def _places(self, shape: tuple[int, ...]) -> Dims:
         first = len(self.extents)
@@ -62,13 +62,14 @@ class _Factors:
     def bias(self) -> Dims:
         return ((Axis(G), Axis(O)),)
 
-    def y(self, shape: tuple[int, ...]) -> Dims:
-        return ((Axis(N),), (Axis(G), Axis(O)), *self._places(shape))
+    def y(self) -> Dims:
+        return ((Axis(N),), (Axis(G), Axis(O)), *self.places_y)
 
     def spec(self, operands, results, linear, localize) -> Spec:
         whole = frozenset({I, *range(4, len(self.extents))})
+        follows = tuple((x.factor, y.factor) for (x,), (y,) in zip(self.places_x, self.places_y))
         return Spec(tuple(self.extents), whole, operands, results, linear, localize=localize, flat=frozenset({G}),
-                    filled=frozenset({G, O}))  # fmt: skip
+                    filled=frozenset({G, O}), follows=follows)  # fmt: skip
 
 
 def _with_groups(args: tuple, at: int, local) -> tuple:

@@ -44,8 +44,9 @@ def _along_index(call, written: bool, linear) -> Spec:
         return seen[at, size]
 
     others = tuple(tuple((axis(at, size),) for at, size in enumerate(other)) for other in _shapes(call)[1:])
-    first = _identity(shape)
-    return Spec(tuple(extents), frozenset(whole), (first, *others), (first if written else others[0],), linear=linear)
+    first, follows = _identity(shape), tuple((dim, axis.factor) for (at, _), axis in seen.items() if at == dim)
+    return Spec(tuple(extents), frozenset(whole), (first, *others), (first if written else others[0],), linear=linear,
+                follows=follows)  # fmt: skip
 
 
 def _shapes(call) -> list[tuple[int, ...]]:
@@ -82,13 +83,13 @@ def _indexed(call, indices, looked_up: tuple[int, ...], written) -> Spec:
     extents = (*shape, *looked_up[lead : lead + spread])
     factors = (*rest[:lead], *new, *rest[lead:])
     operands = [_identity(shape), *(_broadcast(value.shape, new, extents) for value in indices)]
-    whole = frozenset(named)
+    whole, follows = frozenset(named), ((named[0], new[0]),) if len(named) == len(new) == 1 else ()
     if written is None:
         result = _broadcast(looked_up, factors, extents)
-        return Spec(extents, whole, tuple(operands), (result,), linear=((0,),))
+        return Spec(extents, whole, tuple(operands), (result,), linear=((0,),), follows=follows)
     operands.append(_broadcast(written.shape, factors, extents))
-    results = (_identity(shape),)
-    return Spec(extents, whole | set(new), tuple(operands), results, linear=((0, len(operands) - 1),))
+    linear = ((0, len(operands) - 1),)
+    return Spec(extents, whole | set(new), tuple(operands), (_identity(shape),), linear=linear, follows=follows)
 
 
 def _lead(slots) -> int:

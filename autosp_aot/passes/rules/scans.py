@@ -26,7 +26,7 @@ def _rule(named: Callable, linear: bool, filled: bool = False):
         """A result has the operand's dims, less those named if it has fewer, and may have more at its end."""
         shape = call.operands[0].shape
         whole = {dim % len(shape) for dim in named(call)} if shape else set()
-        extents = list(shape)
+        extents, follows = list(shape), []
 
         def dims(sizes: tuple[int, ...]):
             places = [dim for dim in range(len(shape)) if len(sizes) >= len(shape) or dim not in whole]
@@ -36,6 +36,8 @@ def _rule(named: Callable, linear: bool, filled: bool = False):
                     found.append((Axis(places[at]),))
                 else:
                     whole.add(len(extents))
+                    if at < len(places) and size > 1:
+                        follows.append((places[at], len(extents)))
                     found.append((Axis(len(extents)),))
                     extents.append(size)
             return tuple(found)
@@ -43,6 +45,7 @@ def _rule(named: Callable, linear: bool, filled: bool = False):
         operands = tuple(dims(value.shape) for value in call.operands)
         results = tuple(dims(value.shape) for value in call.results)
         taken = frozenset(range(len(extents))) if filled else frozenset()
-        return Spec(tuple(extents), frozenset(whole), operands, results, ((0,),) if linear else (), filled=taken)
+        return Spec(tuple(extents), frozenset(whole), operands, results, ((0,),) if linear else (), filled=taken,
+                    follows=tuple(follows))  # fmt: skip
 
     return rule

@@ -57,7 +57,8 @@ class Spec:
     `linear` lists the sets of operands that may be summands together, all others being the same on every rank.
     `splits` are bounds the rule itself proposes. `localize(args, local)` rewrites the arguments that hold sizes or
     positions for a rank's box; factors in `flat` are positions for it, and cannot be cut inside outer parts. Of factors
-    in `filled` every rank has to have something.
+    in `filled` every rank has to have something. `follows` are pairs of factors of which one is a sequence if the other
+    is, though not place by place: what a convolution reads and what it makes.
     """
 
     extents: tuple[int, ...]
@@ -69,6 +70,7 @@ class Spec:
     localize: Callable | None = None
     flat: frozenset[int] = frozenset()
     filled: frozenset[int] = frozenset()
+    follows: tuple[tuple[int, int], ...] = ()
     contraction: bool = False
 
     def instantiate(self, strategy: Strategy) -> tuple[tuple[Placement, ...], tuple[Placement, ...]] | None:
@@ -131,9 +133,11 @@ class Spec:
         before = 1
         for at, axis in enumerate(dims[cut.dim]):
             size = self.size(axis)
-            if cut.outer % before == 0 and cut.outer < before * size and size % (cut.outer // before) == 0:
-                inner = _product(self.size(a) for a in dims[cut.dim][at + 1 :])
-                if axis.group > 1 or any(lo % inner or hi % inner for lo, hi in cut.bounds):
+            later = dims[cut.dim][at + 1 :]
+            inside = cut.outer < before * size or not later
+            if cut.outer % before == 0 and inside and size % (cut.outer // before) == 0:
+                inner = _product(map(self.size, later))
+                if not inner or axis.group > 1 or any(lo % inner or hi % inner for lo, hi in cut.bounds):
                     return None
                 bounds = tuple((lo // inner, hi // inner) for lo, hi in cut.bounds)
                 return Strategy(axis.factor, self._unseen(axis, bounds), outer=cut.outer // before)

@@ -34,6 +34,9 @@ def _groups(ins: tuple[int, ...], outs: tuple[int, ...]):
     """Runs of dims (with their sizes, ones left out) that hold the same elements on both sides."""
     left = [(dim, size) for dim, size in enumerate(ins) if size != 1]
     right = [(dim, size) for dim, size in enumerate(outs) if size != 1]
+    if 0 in ins:
+        yield left, right
+        return
     while left:
         a, b = [left.pop(0)], [right.pop(0)]
         while (x := _size(a)) != (y := _size(b)):
@@ -53,6 +56,8 @@ def _size(dims) -> int:
 
 def _factors(ins: list[int], outs: list[int]) -> list[int] | None:
     """The common refinement of two lists of sizes with equal product: [6, 4] and [2, 12] -> [2, 3, 4]."""
+    if 0 in ins:
+        return None
     ends = sorted(_ends(ins) | _ends(outs))
     factors, before = [], 1
     for end in ends:

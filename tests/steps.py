@@ -1,0 +1,48 @@
+"""A model's step on all ranks in one process, against eager."""
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autosp_aot.builder import model_values
+from autosp_aot.config import BuildConfig
+from autosp_aot.export.canonical import canonical_program
+from autosp_aot.export.fake import fake_copy
+from autosp_aot.export.joint import capture
+from autosp_aot.passes.pipeline import Compiled, compile_program
+from autosp_aot.program import Program
+from autosp_aot.runtime.execute import DTYPES
+from autosp_aot.runtime.simulate import simulate
+from tests.exactness import difference, eager
+
+
+def equal_to_eager(
+    model: nn.Module, batch: dict[str, Tensor], ranks: int, limit: float = 1e-12, dims: dict[str, int] | None = None
+) -> Compiled:
+    """Build for `ranks` ranks; loss and every gradient of every rank are eager's, infinities and nan included.
+
+    `dims` are the sequence dims of the inputs, by default dim 1 of all.
+    """
+    mode = FakeTensorMode()
+    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
+    compiled = compile_program(whole, dims or dict.fromkeys(batch, 1), BuildConfig(ranks))
+    inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
+    programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
+    grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])
+    reference = eager(model, batch)
+    for result in simulate(programs, inputs, grad_loss):
+        gradients = {name.removeprefix("grad."): g for name, g in result.items() if name != "loss"}
+        if reference[0].isfinite() and reference[0] != 0:
+            assert difference(reference, result["loss"], gradients) <= limit
+        else:
+            torch.testing.assert_close((result["loss"], gradients), reference, equal_nan=True)
+    return compiled
+
+
+def gathers(program: Program, elements: int) -> list[str]:
+    """Names of the values with at least so many elements that are gathered whole."""
+    values = program.values()
+    names = [name for instr in program.instrs() if instr.op == "all_gather" for name in instr.refs()]
+    return [name for name in names if prod(values[name].whole_shape) >= elements]

@@ -245,8 +245,11 @@ def _manifest(found: dict) -> Manifest:
     shapes = {spec.name: spec.shape for spec in found["batch"]}
     if len({shapes[name][dim] for name, dim in found["sequence_dims"].items()}) != 1:
         raise ValueError("the sequence dims differ in length")
-    if not all(isinstance(version, str) for version in found["versions"].values()):
-        raise ValueError("a version is no text")
+    for key in ("versions", "cuts", "decisions"):
+        if not all(isinstance(text, str) for text in found[key].values()):
+            raise ValueError(f"{key} are not texts")
+    if not {"autosp-aot", "torch"} <= set(found["versions"]):
+        raise ValueError("the versions of autosp-aot and torch are missing")
     return Manifest(**found)
 
 

@@ -9,6 +9,8 @@ from autosp_aot.cost import costs
 from autosp_aot.derive import derive
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.inputs import vocabularies
+from autosp_aot.passes import decisions
+from autosp_aot.passes.partition import partition
 from autosp_aot.program import Program, Value
 from autosp_aot.runtime.checkpoint import read_weights
 from autosp_aot.runtime.execute import DTYPES
@@ -21,7 +23,7 @@ def check(path: str | Path) -> list[str]:
 
     Files have their hashes; programs parse and are legal; operators are allowed and unchanged; every line follows from
     the whole step by the sharding rules, with every rank's numbers; all ranks meet in the same collectives with equal
-    sizes; the manifest says of inputs, values and costs what the programs and files hold.
+    sizes; the manifest says of inputs, values, decisions and costs what the programs and files hold.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -32,6 +34,7 @@ def check(path: str | Path) -> list[str]:
     meetings = prove(whole, bodies)
     lines = sum(1 for _, program in bodies for _ in program.instrs())
     _check_inputs(manifest, whole)
+    _check_decisions(manifest, whole, [program for _, program in bodies])
     _check_values(manifest, path)
     if len(bodies) == 1:
         _check_costs(manifest, bodies[0][1])
@@ -75,6 +78,20 @@ def _check_inputs(manifest: Manifest, whole: Program) -> None:
     trained = sorted(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss")
     if sorted(manifest.trainable) != trained:
         raise _wrong("the trained parameters", sorted(manifest.trainable), trained)
+
+
+def _check_decisions(manifest: Manifest, whole: Program, programs: list[Program]) -> None:
+    """The decisions, taken again, place every value of the whole step as the programs do, and fall back alike."""
+    taken = decisions.read(manifest.cuts, manifest.decisions)
+    replayed = partition(whole, manifest.sequence_dims, manifest.ranks, taken)
+    fallbacks = [asdict(fallback) for fallback in replayed.fallbacks]
+    if fallbacks != list(manifest.fallbacks):
+        raise _wrong("fallbacks", list(manifest.fallbacks), fallbacks)
+    placed = replayed.program.values()
+    for values in map(Program.values, programs):
+        for name in whole.values():
+            if placed[name].placement != values[name].placement:
+                raise _wrong(f"the decision of {name}", placed[name].placement, values[name].placement)
 
 
 def _check_values(manifest: Manifest, path: Path) -> None:

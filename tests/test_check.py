@@ -211,6 +211,8 @@ def test_a_manifest_about_other_inputs_training_or_costs(saved):
         ({"trainable": manifest["trainable"][1:]}, "the trained parameters"),
         ({"costs": manifest["costs"] | {"peak_bytes": 1}}, "peak_bytes"),
         ({"buffers": [extra]}, "buffers.safetensors"),
+        ({"fallbacks": [{"op": "aten.sort.default", "source": "", "gathered_bytes": 0}]}, "fallbacks"),
+        ({"decisions": {n: d for n, d in manifest["decisions"].items() if "gelu" not in n}}, "the decision of"),
     ):
         reseal(saved, **(manifest | changes | {"files": read_manifest(saved).files}))
         assert f"error[manifest-wrong]: the manifest is wrong about {about}" in refused(saved)

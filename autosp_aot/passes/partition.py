@@ -136,7 +136,7 @@ class _Partition:
             self.place(instr)
         wrong = [name for name, strategy in (self.replay or {}).items() if self.decisions.get(name) != strategy]
         if wrong:
-            raise decision_wrong(wrong[0], "the step has no such call, or it has no sharding rule")
+            raise decision_wrong(wrong[0], "no call of the step records that")
         gives = tuple((label, self.given(label, name)) for label, name in step.gives)
         inputs = tuple(Input(entry.kind, entry.value) for entry in self.program.inputs)
         program = Program(self.ranks, inputs, (replace(step, instrs=tuple(self.instrs), gives=gives),))

@@ -16,6 +16,7 @@ MAKING = {
     aten.rand.default: torch.empty,
     aten.rand_like.default: torch.empty_like,
     aten.randint.default: lambda high, size, dtype=torch.int64, **_: torch.empty(size, dtype=dtype),
+    aten.randint_like.default: lambda like, high, **_: torch.empty_like(like),
     aten.randn.default: torch.empty,
     aten.randn_like.default: torch.empty_like,
 }

@@ -9,7 +9,9 @@ import transformers as hf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autosp_aot.builder import model_values
+from autosp_aot.artifact import read_rank
+from autosp_aot.builder import build, model_values
+from autosp_aot.check import check
 from autosp_aot.config import BuildConfig
 from autosp_aot.derive import derive
 from autosp_aot.errors import ArtifactError
@@ -42,6 +44,26 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(self.inner(self.embed(input_ids))).flatten(0, 1), labels.flatten())
 
 
+class Attention(nn.Module):
+    """Gives its weights, so they are spelled out, and dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, 0.2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=True)[0]
+
+
+class Masked(Model):
+    """Some tokens are masked, others swapped for random ones, and the model is asked for those alone."""
+
+    def forward(self, input_ids, labels):
+        drawn = torch.rand(input_ids.shape)
+        ids = input_ids.masked_fill(drawn < 0.3, 31).where(drawn < 0.5, torch.randint_like(input_ids, 31))
+        return super().forward(ids, labels.masked_fill(drawn > 0.6, -100))
+
+
 def noisy(x):
     """Whatever draws a tensor by itself."""
     x = x + torch.randn_like(x) * torch.rand(8, dtype=x.dtype) + torch.randn(13, 1, dtype=x.dtype)
@@ -62,6 +84,8 @@ MODELS = {
     "noise": lambda: Model(noisy),
     "nothing kept": lambda: Model(nn.Sequential(nn.Linear(8, 8), nn.Dropout(1.0))),
     "stochastic depth": lambda: Model(lambda x: x + x.sin() * x.new_empty(2, 1, 1).bernoulli_(0.5) / 0.5),
+    "attention spelled out": lambda: Model(Attention()),
+    "masked tokens": lambda: Masked(lambda x: x),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2 | {"resid_pdrop": 0.1, "embd_pdrop": 0.2})),
 }  # fmt: skip
 
@@ -105,10 +129,25 @@ def test_what_is_computed_again_draws_the_same():
         assert all(torch.equal(again[label], value) for label, value in once.items())
 
 
+def test_gradient_checkpointing_draws_once():
+    model = model_of("gpt2")
+    plain = results(model, 2)
+    model.gradient_checkpointing_enable()
+    for once, again in zip(plain, results(model, 2)):
+        assert all(torch.equal(again[label], value) for label, value in once.items())
+
+
 @pytest.mark.parametrize("seed", [step_seed(3, 6), step_seed(4, 5)], ids=["step", "seed"])
 def test_another_step_or_seed_gives_another_loss(seed):
     model = model_of("dropout")
     assert results(model, 2, seed=seed)[0]["loss"] != results(model, 2)[0]["loss"]
+
+
+def test_an_artifact_that_draws_is_proved_and_runs_as_built(tmp_path):
+    path = build(model_of("dropout"), BATCH, 3, target="cpu").save(tmp_path / "dropout.sp3")
+    check(path)
+    built, _ = compiled(model_of("dropout"), 3)
+    assert [read_rank(path, rank) for rank in range(3)] == [built.program.for_rank(rank) for rank in range(3)]
 
 
 def test_every_rank_draws_its_own_box_once_and_the_seed_lives_through_the_step():

@@ -66,6 +66,18 @@ def refuse_operators(exported: ExportedProgram) -> None:
     for node in exported.graph.nodes:
         if node.op == "call_function" and not _known(node.target):
             problems.append(_unknown(str(node.target), where(node).source))
+    objects = exported.graph_signature.inputs_to_lifted_custom_objs
+    for node in exported.graph.nodes:
+        if any(operand.name in objects for operand in node.all_input_nodes):
+            problems.append(
+                Problem(
+                    "random-operator",
+                    f"{node.target} draws from a generator of its own",
+                    where(node).source,
+                    "its state outlives the step",
+                    "leave the generator out: draws follow from the run's seed and the number of the step",
+                )
+            )
     lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
     for node in exported.graph.nodes:
         if node.users and isinstance(exported.constants.get(lifted.get(node.name)), FakeTensor):

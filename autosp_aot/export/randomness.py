@@ -28,10 +28,10 @@ def refuse_random(graph: Graph) -> None:
             f"{node.target} draws random numbers",
             where(node).source,
             "the draws would have to be the same at every number of ranks",
-            "draw with dropout, bernoulli, rand, randn, uniform, normal, exponential or randint, without a generator",
+            "draw with dropout, bernoulli, rand, randn, uniform, normal, exponential or randint",
         )
         for node in graph.nodes
-        if _draws(node) and (node.target not in LOWERINGS or node.kwargs.get("generator") is not None)
+        if _draws(node) and node.target not in LOWERINGS
     ]
     if problems:
         raise BuildError(*dict.fromkeys(problems))

@@ -5,6 +5,7 @@ Function.apply(x)                   traced through: its own backward is lost
 x.register_hook(double)             lost
 self.count = self.count + 1         of a buffer: lost
 if random.random() < 0.1:           drawn once, while building
+torch.manual_seed(0)                dropped: draws follow from the seed and the number of the step
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
@@ -24,19 +26,20 @@ from autosp_aot.export.user_code import called_at, is_users
 def watched(target: str, place: str) -> Iterator[None]:
     """Forward (defined at `place`) may run while it holds; then BuildError names all in it that capture would drop."""
     watch = _Watch(target)
-    before = random.getstate()
+    before = _states()
     with watch.seeing():
         yield
-    if random.getstate() != before:
-        watch.problems.append(
-            Problem(
-                "random-operator",
-                "forward draws from Python's random module",
-                place,
-                "the number drawn while building would stay for every step",
-                "take that out of forward",
+    for module, state in _states().items():
+        if state != before[module]:
+            watch.problems.append(
+                Problem(
+                    "random-operator",
+                    f"forward draws from {module} random module",
+                    place,
+                    "the number drawn while building would stay for every step",
+                    "draw with torch operators",
+                )
             )
-        )
     if watch.problems:
         raise BuildError(*dict.fromkeys(watch.problems))
 
@@ -51,6 +54,12 @@ def refuse_hooks(model: nn.Module) -> None:
     parameters = [f"parameter {name!r}" for name, parameter in model.named_parameters() if parameter._backward_hooks]
     if modules or parameters:
         raise BuildError(*(_hook(what, "build_model") for what in modules + parameters))
+
+
+def _states() -> dict[str, tuple]:
+    """The states of random modules that are not torch's."""
+    kind, keys, *more = np.random.get_state()
+    return {"Python's": random.getstate(), "numpy's": (kind, keys.tobytes(), *more)}
 
 
 class _Watch:
@@ -68,6 +77,8 @@ class _Watch:
                 (torch.autograd.Function, "apply", self.function_applied),
                 (torch.Tensor, "register_hook", self.hook_registered),
                 (nn.Module, "__setattr__", self.attribute_set),
+                *((torch, name, self.generator_set) for name in ("manual_seed", "set_rng_state")),
+                *((torch.random, name, self.generator_set) for name in ("manual_seed", "set_rng_state", "fork_rng")),
             ):
                 undo.callback(setattr, owner, name, vars(owner)[name])
                 setattr(owner, name, _seen(vars(owner)[name], see))
@@ -111,6 +122,18 @@ class _Watch:
 
     def hook_registered(self, tensor: torch.Tensor, *_) -> None:
         self.problems.append(_hook("forward", called_at()))
+
+    def generator_set(self, *_, **__) -> None:
+        if is_users(sys._getframe(2)):
+            self.problems.append(
+                Problem(
+                    "random-operator",
+                    "forward sets the state of torch's random generator",
+                    called_at(),
+                    "draws follow from the run's seed and the number of the step alone",
+                    "take that out of forward",
+                )
+            )
 
     def attribute_set(self, module: nn.Module, name: str, value: object) -> None:
         buffer = module._buffers.get(name)

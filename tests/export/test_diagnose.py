@@ -157,13 +157,28 @@ RANDOM = """\
 error[random-operator]: {name} draws random numbers
   where  {line}
   why    the draws would have to be the same at every number of ranks
-  fix    draw with dropout, bernoulli, rand, randn, uniform, normal, exponential or randint, without a generator"""
+  fix    draw with dropout, bernoulli, rand, randn, uniform, normal, exponential or randint"""
 
 
 def test_draws_that_have_no_lowering_are_refused_all_at_once(refusal):
     named = [("aten.randperm.default", 2), ("aten.multinomial.default", 3), ("aten.geometric.default", 3)]
     assert refusal(Model(Random())) == "\n".join(
         RANDOM.format(name=name, line=line(Random, offset)) for name, offset in named
+    )
+
+
+class Generator(nn.Module):
+    def forward(self, x, labels):
+        generator = torch.Generator().manual_seed(0)
+        return x * torch.rand(4, generator=generator)
+
+
+def test_a_draw_from_a_generator_is_refused(refusal):
+    assert refusal(Model(Generator())) == (
+        "error[random-operator]: aten.rand.generator draws from a generator of its own\n"
+        f"  where  {line(Generator, 2)}\n"
+        "  why    its state outlives the step\n"
+        "  fix    leave the generator out: draws follow from the run's seed and the number of the step"
     )
 
 

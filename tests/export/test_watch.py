@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -176,12 +177,41 @@ class Drawn(Model):
         return x * random.random()
 
 
+class NumpyRandom(Model):
+    def changed(self, x):
+        return x * float(np.random.rand())
+
+
+class Seeded(Model):
+    def changed(self, x):
+        torch.manual_seed(0)
+        torch.random.set_rng_state(torch.get_rng_state())
+        with torch.random.fork_rng():
+            return nn.functional.dropout(x)
+
+
+def test_setting_torchs_generator_in_forward_is_refused(refusal):
+    first = Seeded.changed.__code__.co_firstlineno + 1
+    assert refusal(Seeded()) == "\n".join(
+        "error[random-operator]: forward sets the state of torch's random generator\n"
+        f"  where  test_watch.py:{line}\n"
+        "  why    draws follow from the run's seed and the number of the step alone\n"
+        "  fix    take that out of forward"
+        for line in range(first, first + 3)
+    )
+
+
+def test_a_draw_of_numpys_random_is_refused(refusal):
+    said = refusal(NumpyRandom())
+    assert said.startswith("error[random-operator]: forward draws from numpy's random module\n")
+
+
 def test_a_draw_of_pythons_random_is_refused(refusal):
     assert refusal(Drawn()) == (
         "error[random-operator]: forward draws from Python's random module\n"
         f"  where  test_watch.py:{Model.forward.__code__.co_firstlineno}\n"
         "  why    the number drawn while building would stay for every step\n"
-        "  fix    take that out of forward"
+        "  fix    draw with torch operators"
     )
 
 

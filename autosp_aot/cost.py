@@ -26,6 +26,7 @@ CONTRACTIONS = (
 ATTENTION_PRODUCTS = {
     "autosp.attention": 2, "autosp.attention_rows": 2,
     "autosp.attention_backward": 5, "autosp.attention_rows_backward": 5,
+    "autosp.attention_vector_gradient": 2, "autosp.attention_rows_vector_gradient": 2,
 }  # fmt: skip
 
 
@@ -153,10 +154,11 @@ def _flops(instr: Instr, values: dict[str, Value]) -> int:
     """Multiplications and additions of the products in a call; all else is linear and small beside them."""
     shapes = [values[name].shape for name in instr.refs()]
     if instr.op in ATTENTION_PRODUCTS:
-        backward = ATTENTION_PRODUCTS[instr.op] == 5
-        q, k = shapes[backward], shapes[backward + 1]
-        causal = 2 if instr.args[len(shapes) + 1] else 1
-        return ATTENTION_PRODUCTS[instr.op] * 2 * prod(q) * k[2] // causal
+        first = 0 if instr.op in ("autosp.attention", "autosp.attention_rows") else 1
+        q, k = shapes[first], shapes[first + 1]
+        scoring = dict(instr.kwargs)
+        seen = k[2] // 2 if scoring.get("causal") else k[2]
+        return ATTENTION_PRODUCTS[instr.op] * 2 * prod(q) * min(seen, scoring.get("window", seen))
     if instr.op in CONTRACTIONS:
         a, b = shapes[-2:]
         return 2 * prod(a) * b[-1]

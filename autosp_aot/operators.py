@@ -7,19 +7,30 @@ Everything else is refused by name.
 
 import torch
 
+DTYPES = {
+    "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64,
+    "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "b8": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FACTORIES = frozenset({
     "aten.arange.start_step", "aten.full.default", "aten.ones.default", "aten.scalar_tensor.default",
     "aten.zeros.default",
 })  # fmt: skip
 # Operators that make a tensor on the rank's device.
 MAKE = FACTORIES | {"autosp.uniform"}
+_SCORING = "scale=, causal=False, window=None, score=None, safe=True"
+_GIVEN = "grad_out, q, k, v, out, lse, grad_lse, vectors"
 OURS = {
-    "autosp.attention": "autosp.attention(q, k, v, scale, causal, group, first_head) -> (out, lse)",
-    "autosp.attention_backward": "autosp.attention_backward(grad_out, q, k, v, out, lse, scale, causal, group,"
-    " first_head) -> (grad_q, grad_k, grad_v)",
-    "autosp.attention_rows": "autosp.attention_rows(q, k, v, scale, causal, group, rows, start) -> (out, lse)",
-    "autosp.attention_rows_backward": "autosp.attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal,"
-    " group, rows, start) -> (grad_q, grad_k, grad_v)",
+    "autosp.attention": f"autosp.attention(q, k, v, vectors, group, first_head, {_SCORING}) -> (out, lse)",
+    "autosp.attention_backward": f"autosp.attention_backward({_GIVEN}, group, first_head, {_SCORING})"
+    " -> (grad_q, grad_k, grad_v)",
+    "autosp.attention_rows": f"autosp.attention_rows(q, k, v, vectors, group, rows, start, {_SCORING}) -> (out, lse)",
+    "autosp.attention_rows_backward": f"autosp.attention_rows_backward({_GIVEN}, group, rows, start, {_SCORING})"
+    " -> (grad_q, grad_k, grad_v)",
+    "autosp.attention_rows_vector_gradient": f"autosp.attention_rows_vector_gradient({_GIVEN}, which, group, rows,"
+    f" start, {_SCORING}) -> grad_vector",
+    "autosp.attention_vector_gradient": f"autosp.attention_vector_gradient({_GIVEN}, which, group, first_head,"
+    f" {_SCORING}) -> grad_vector",
     "autosp.expert_mm": "autosp.expert_mm(ids, x, weight) -> y",
     "autosp.expert_mm_weight_grad": "autosp.expert_mm_weight_grad(ids, x, grad, experts) -> grad_weight",
     "autosp.uniform": "autosp.uniform(seed, site, shape, box, dtype) -> draws",

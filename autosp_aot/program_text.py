@@ -23,7 +23,7 @@ from autosp_aot.program import ITEMSIZE, Dtype, Input, Instr, Int, PerRank, Prog
 
 HEADER = "autosp program 1"
 KINDS = ("parameter", "buffer", "batch", "tangent", "seed")
-DEPTH = 8  # of lists in an argument
+DEPTH = 64  # of lists in an argument
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
 
 

@@ -1,12 +1,17 @@
-"""Attention in canonical form: every scaled_dot_product_attention of the exported graph becomes `autosp.attention`.
+"""Attention in canonical form: every attention of the exported graph becomes `autosp.attention`.
 
-    mask = keys <= rows                 [1, 1, S, S]        gone: causal=True
-    k2 = repeat every k head 4 times    [B, 4 * Nkv, S, D]  gone: the operator reads k itself
-    out = scaled_dot_product_attention(q, k2, v2, attn_mask=mask)
-      ->
-    out, lse = autosp.attention(q, k, v, scale, causal=True)
+mask = keys <= rows                 [1, 1, S, S]        gone: causal
+k2 = repeat every k head 4 times    [B, 4 * Nkv, S, D]  gone: the operator reads k itself
+out = scaled_dot_product_attention(q, k2, v2, attn_mask=mask)
+  ->
+out, lse = autosp.attention(q, k, v, [], causal)
+
+p = softmax(tanh(q @ k.T / 50) * 50 + mask);  out = p @ v
+  ->
+out, lse = autosp.attention(q, k, v, [], score of s)
 """
 
+import json
 import math
 import operator
 
@@ -16,165 +21,237 @@ from torch.fx import Graph, Node
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export import attention_op  # noqa: F401  (defines torch.ops.autosp)
-from autosp_aot.export.masks import constants_of, evaluate, says_all, says_causal, written
+from autosp_aot.export.bands import band_of
+from autosp_aot.export.constants import CASTS, constants_of, functional, is_elementwise, written
+from autosp_aot.export.products import before_repetition, is_product, left_and_right, made, transposed
+from autosp_aot.export.scores import SAME, VIEWS, Scores
 from autosp_aot.export.source import where
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-
-# Operators that only move, repeat or rename elements, and can stand between a key/value head and its repetition.
-MOVES = (
-    aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten._unsafe_view.default,
-    aten.clone.default, aten.contiguous.default, aten.slice.Tensor, aten.repeat_interleave.self_int,
-    aten.flatten.using_ints,
-)  # fmt: skip
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+SCALES = {"aten.mul.Tensor": 1, "aten.mul.Scalar": 1, "aten.div.Tensor": -1, "aten.div.Scalar": -1}
+CAUSAL = ("aten.where.ScalarOther", ("aten.le.Tensor", "k", "q"), "s", -math.inf)
 
 
 def canonical_attention(exported: ExportedProgram) -> None:
     """Rewrite every attention of the exported graph in place. Raises BuildError naming all that cannot be."""
-    problems, graph, known = [], exported.graph, constants_of(exported)
-    dirty = written(graph)
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is SDPA:
-            problem = _rewrite(graph, node, known, dirty)
+    for node in list(exported.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            exported.graph.erase_node(node)
+    exported.graph.eliminate_dead_code()
+    rewrite = _Rewrite(exported)
+    problems = []
+    for node in list(exported.graph.nodes):
+        if node.target is SDPA:
+            problems.append(rewrite.fused(node))
+        elif node.target in SOFTMAX:
+            rewrite.spelled(node)
+    found = [problem for problem in problems if problem]
+    if found:
+        raise BuildError(*dict.fromkeys(found))
+    exported.graph.eliminate_dead_code()
+
+
+class _Rewrite:
+    def __init__(self, exported: ExportedProgram):
+        self.graph: Graph = exported.graph
+        self.written = written(exported.graph)
+        self.known = constants_of(exported)
+
+    def fused(self, node: Node) -> Problem | None:
+        """Rewrite a call of scaled_dot_product_attention, or say why that cannot be."""
+        arguments = SDPA._schema.arguments
+        given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+        given |= dict(zip([argument.name for argument in arguments], node.args)) | node.kwargs
+        q, k, v, mask = given["query"], given["key"], given["value"], given["attn_mask"]
+        place, shape = where(node).source, q.meta["val"].shape
+        if given["dropout_p"]:
+            what = f"attention with dropout {given['dropout_p']} is not supported"
+            return Problem(
+                "attention-dropout",
+                what,
+                place,
+                "its draws would have to be the same at every number of ranks",
+                "set the attention dropout to 0",
+            )
+        if len(shape) not in (3, 4):
+            return Problem(
+                "attention-shape",
+                f"attention over {len(shape)} dims is not supported",
+                place,
+                "the canonical operator is [batch, heads, sequence, head dim]",
+                "join the leading dims",
+            )
+        slots = (0, 1) if len(shape) == 4 else (1,)
+        scores = self.scores(shape[:-2], shape[-2], k.meta["val"].shape[-2], None)
+        score, is_bool = "s", mask is not None and mask.meta["val"].dtype is torch.bool
+        if mask is not None:
+            dims = max(mask.meta["val"].dim() - 2, 0)
+            said = scores.of(mask, slots[len(slots) - dims :])
+            score = (*CAUSAL[:1], said, *CAUSAL[2:]) if is_bool else ("aten.add.Tensor", "s", said)
+        elif given["is_causal"]:
+            score = CAUSAL
+        scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(shape[-1])
+        large = scores.largest()
+        if large is not None:
+            return _mask_problem(mask, large, place)
+        return self.replace(node, q, k, v, scores, (score, float(scale), True), given["enable_gqa"])
+
+    def spelled(self, softmax: Node) -> None:
+        """Rewrite attention spelled out around a softmax; where it is something else the graph stays as it is."""
+        shape = softmax.meta["val"].shape
+        if len(shape) not in (3, 4) or softmax.args[1] % len(shape) != len(shape) - 1:
+            return
+        last = _weighted_sum(softmax)
+        product = _product(softmax.args[0], shape[-2:]) if last is not None else None
+        if product is None:
+            return
+        scores = self.scores(shape[:-2], *shape[-2:], product)
+        try:
+            score = scores.of(softmax.args[0], (0, 1) if len(shape) == 4 else (1,))
+        except ValueError:
+            return
+        if scores.largest() is not None:
+            return
+        with self.graph.inserting_before(last):
+            (q, right), (_, v) = left_and_right(self.graph, product), left_and_right(self.graph, last)
+            self.replace(last, q, transposed(self.graph, right), v, scores, (score, 1.0, False), False)
+
+    def scores(self, lead: tuple[int, ...], rows: int, keys: int, product: Node | None) -> Scores:
+        lead = tuple(lead) if len(lead) == 2 else (1, lead[0])
+        return Scores(lead, rows, keys, self.known, self.written, product)
+
+    def replace(
+        self, node: Node, q: Node, k: Node, v: Node, scores: Scores, scored: tuple, gqa: bool
+    ) -> Problem | None:
+        """Put the canonical operator in the place of `node`, the last of the attention's nodes."""
+        with self.graph.inserting_before(node):
+            q, k, v = self.dims(q, scores.lead), self.dims(k, scores.lead), self.dims(v, scores.lead)
+            if not gqa:
+                k, v = self.without_repetition(k, v)
+            problem = _shape_problem([tuple(t.meta["val"].shape) for t in (q, k, v)], where(node).source)
             if problem:
-                problems.append(problem)
-    if problems:
-        raise BuildError(*dict.fromkeys(problems))
-    graph.eliminate_dead_code()
+                return problem
+            dtype = max((t.meta["val"].dtype for t in (q, k, v)), key=lambda dtype: dtype.itemsize)
+            q, k, v = (self.cast(t, dtype) for t in (q, k, v))
+            score, scale = _scaled(*scored[:2])
+            dtypes = [vector.meta["val"].dtype for vector, _ in scores.vectors]
+            band = band_of(score, scores.rows, scores.keys, dtypes)
+            said = {"scale": scale, "causal": band.causal, "window": band.window, "score": score, "safe": scored[2]}
+            vectors = [] if band.plain else scores.emit(self.graph)
+            if band.plain or score == "s":
+                said |= {"score": None, "safe": True}
+            silent = {"causal": False, "window": None, "score": None, "safe": True}
+            text = json.dumps({key: value for key, value in said.items() if key not in silent or value != silent[key]})
+            pair = self.graph.call_function(torch.ops.autosp.attention.default, (q, k, v, vectors, text))
+            pair.meta = {key: value for key, value in node.meta.items() if key != "val"}
+            shape = (*scores.lead, scores.rows, v.meta["val"].shape[-1])
+            out = made(self.graph, operator.getitem, (pair, 0), q.meta["val"].new_empty(shape), node)
+            value = node.meta["val"]
+            if tuple(value.shape) != shape:
+                out = made(self.graph, aten.reshape.default, (out, list(value.shape)), value, node)
+            out = self.cast(out, value.dtype)
+        node.replace_all_uses_with(out)
+        self.graph.erase_node(node)
+        return None
+
+    def dims(self, node: Node, lead: tuple[int, int]) -> Node:
+        """The node with two leading dims."""
+        value = node.meta["val"]
+        if value.dim() == 4:
+            return node
+        shape = [*lead, *value.shape[-2:]]
+        return made(self.graph, aten.reshape.default, (node, shape), value.reshape(shape), node)
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        value = node.meta["val"]
+        return node if value.dtype == dtype else made(self.graph, aten.to.dtype, (node, dtype), value.to(dtype), node)
+
+    def without_repetition(self, k: Node, v: Node) -> tuple[Node, Node]:
+        """Keys and values before their heads were repeated, where both were alike."""
+        (few_k, times_k), (few_v, times_v) = before_repetition(k, self.written), before_repetition(v, self.written)
+        return (few_k, few_v) if times_k == times_v else (k, v)
 
 
-def _rewrite(graph: Graph, node: Node, known: dict, dirty: set[Node]) -> Problem | None:
-    names = [argument.name for argument in SDPA._schema.arguments]
-    arguments = SDPA._schema.arguments
-    given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given |= dict(zip(names, node.args)) | node.kwargs
-    q, k, v, mask = given["query"], given["key"], given["value"], given["attn_mask"]
-    causal, place = given["is_causal"], where(node)
-    if given["dropout_p"]:
-        what = f"attention with dropout {given['dropout_p']} is not supported"
-        return Problem("attention-dropout", what, place.source,
-                       "its draws would have to be the same at every number of ranks", "set the attention dropout to 0")
-    if mask is not None:
-        said = evaluate(mask, known)
-        if says_causal(said):
-            causal = True
-        elif not says_all(said):
-            return _mask_problem(mask, place.source)
-    if q.meta["val"].dim() != 4:
-        return Problem("attention-shape", f"attention over {q.meta['val'].dim()} dims is not supported", place.source,
-                       "the canonical operator is [batch, heads, sequence, head dim]", "add the missing dims")
-    heads, group = q.meta["val"].shape[1], 1
-    if given["enable_gqa"]:
-        group = heads // k.meta["val"].shape[1]
-    else:
-        (k, k_group), (v, v_group) = _before_repetition(k, dirty), _before_repetition(v, dirty)
-        if k_group != v_group:
-            k, v = node.args[1], node.args[2]
-        else:
-            group = k_group
-    shapes = [tuple(t.meta["val"].shape) for t in (q, k, v)]
-    if shapes[1][1] == shapes[2][1] == 1:
-        group = heads
-    problem = _shape_problem(shapes, group, causal, place.source)
-    if problem:
-        return problem
-    scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(q.meta["val"].shape[-1])
-    with graph.inserting_before(node):
-        pair = graph.call_function(torch.ops.autosp.attention.default, (q, k, v, float(scale), bool(causal)))
-        out = graph.call_function(operator.getitem, (pair, 0))
-    pair.meta = {key: value for key, value in node.meta.items() if key != "val"}
-    out.meta = dict(node.meta)
-    node.replace_all_uses_with(out)
-    graph.erase_node(node)
+def _weighted_sum(softmax: Node) -> Node | None:
+    """The product of a softmax's result with values, if that is all it is used for."""
+    node = softmax
+    while len(node.users) == 1:
+        (user,) = node.users
+        if is_product(user):
+            operands = user.args[1] if user.target is aten.einsum.default else user.args[-2:]
+            return user if operands[0] is node and operands[1] is not node else None
+        shapes = [n.meta["val"].shape[-2:] for n in (node, user) if isinstance(n.meta.get("val"), torch.Tensor)]
+        passes = user.target in (*SAME, *CASTS, *VIEWS, aten.type_as.default) and user.args[0] is node
+        if not (passes or _is_silent_dropout(user)) or len(shapes) != 2 or shapes[0] != shapes[1]:
+            return None
+        node = user
     return None
 
 
-def _shape_problem(shapes: list[tuple[int, ...]], group: int, causal: bool, place: str) -> Problem | None:
-    """What the operator cannot take: dims that eager would broadcast, and a causal corner that kernels disagree on."""
+def _is_silent_dropout(node: Node) -> bool:
+    return node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
+
+
+def _product(node: Node, size: tuple[int, int]) -> Node | None:
+    """The first product of matrices of which the scores [..., *size] are made element by element."""
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop()
+        value = node.meta.get("val")
+        if node in seen or not isinstance(value, torch.Tensor) or tuple(value.shape[-2:]) != tuple(size):
+            continue
+        seen.add(node)
+        if is_product(node):
+            return node
+        target = functional(node.target) if node.op == "call_function" else None
+        if target is not None and (target in (*SAME, *VIEWS, aten.type_as.default) or is_elementwise(target)):
+            todo += node.all_input_nodes[::-1]
+    return None
+
+
+def _scaled(score, scale: float) -> tuple[object, float]:
+    """The expression with "s" in the place of "s" times a number, and that number in the scale."""
+    found = set()
+
+    def visit(part, parent) -> None:
+        if part == "s":
+            found.add(parent if parent is not None and parent[0] in SCALES and parent[1] == "s" else None)
+        if isinstance(part, tuple):
+            for operand in part[1:]:
+                visit(operand, part)
+
+    visit(score, None)
+    if len(found) != 1 or None in found or not isinstance(number := next(iter(found))[2], (int, float)):
+        return score, scale
+    whole = next(iter(found))
+
+    def swapped(part):
+        if part == whole:
+            return "s"
+        return tuple(map(swapped, part)) if isinstance(part, tuple) else part
+
+    return swapped(score), scale * float(number) ** SCALES[whole[0]]
+
+
+def _shape_problem(shapes: list[tuple[int, ...]], place: str) -> Problem | None:
+    """Dims that eager would broadcast, and the operator does not."""
     q, k, v = shapes
-    if q[0] != k[0] or k[:3] != v[:3] or q[1] != group * k[1] or q[3] != k[3]:
+    if q[0] != k[0] or k[:3] != v[:3] or q[1] % k[1] or q[3] != k[3]:
         what = f"attention over q {list(q)}, k {list(k)}, v {list(v)} is not supported"
         return Problem("attention-shape", what, place,
                        "batch, heads and keys have to agree as they are; only key/value heads may be repeated",
-                       "expand k and v to the batch and the heads of q")
-    if causal and q[2] != k[2]:
-        what = f"causal attention of {q[2]} queries over {k[2]} keys is not supported"
-        return Problem("attention-shape", what, place,
-                       "kernels differ in which keys the first query sees", "give as many queries as keys")
+                       "expand k and v to the batch and the heads of q")  # fmt: skip
     return None
 
 
-def _mask_problem(mask: Node, place: str) -> Problem:
-    val = mask.meta["val"]
-    size = val.numel() * val.element_size()
-    made = where(mask).source
+def _mask_problem(mask: Node, large: Node, place: str) -> Problem:
+    made_at, value = where(large).source, mask.meta["val"]
     return Problem(
         "mask-not-recognised",
-        f"the attention mask is not recognised; as a tensor of every query and key it takes {size} bytes",
-        f"scaled_dot_product_attention ({place})" + (f"; mask made at {made}" if made else ""),
-        "it is not known to be causal from comparisons of positions, tril or triu made in forward",
-        "use is_causal=True, or make the causal mask in forward",
+        f"the attention mask would need {value.nbytes / 2**30:.1f} GiB as a tensor of every query and key",
+        f"scaled_dot_product_attention ({place})" + (f"; mask made at {made_at}" if made_at else ""),
+        "it is made by an operator that does not work element by element on vectors along queries and keys",
+        "make it of comparisons and sums of such vectors: causal, windows, segments, prefixes, padding, ALiBi",
     )
-
-
-def _before_repetition(node: Node, dirty: set[Node]) -> tuple[Node, int]:
-    """The tensor [B, Nkv, S, D] whose heads `node` repeats, and how often; the node itself and 1 where it does not."""
-    chain = [node]
-    while chain[-1].op == "call_function" and chain[-1].target in MOVES and chain[-1] not in dirty:
-        chain.append(chain[-1].args[0])
-    for start in range(1, len(chain)):
-        source = chain[start]
-        if source.meta["val"].dim() == 4:
-            dims = _follow(chain[:start][::-1], source)
-            own = [[dim] if size > 1 else [] for dim, size in enumerate(source.meta["val"].shape)]
-            if dims is not None and [dims[0], dims[1][:-1], *dims[2:]] == own and dims[1][-1:] not in ([], [1]):
-                return source, node.meta["val"].shape[1] // source.meta["val"].shape[1]
-    return node, 1
-
-
-def _follow(chain: list[Node], source: Node) -> list[list] | None:
-    """Each dim of the chain's end as the list of what it consists of: dims of the source (numbers) and repeats ("x4").
-
-    Dims of size one are left out.
-    """
-    dims = [[dim] if size > 1 else [] for dim, size in enumerate(source.meta["val"].shape)]
-    sizes = dict(enumerate(source.meta["val"].shape))
-    for node in chain:
-        before, shape = node.args[0].meta["val"].shape, node.meta["val"].shape
-        if node.target is aten.unsqueeze.default:
-            at = node.args[1] % len(shape)
-            dims.insert(at, [])
-        elif node.target is aten.expand.default:
-            for dim, (old, new) in enumerate(zip(before, shape)):
-                if old != new:
-                    dims[dim] = [f"x{len(sizes)}"]
-                    sizes[f"x{len(sizes)}"] = new
-        elif node.target is aten.repeat_interleave.self_int:
-            if len(node.args) < 3:
-                return None
-            at = node.args[2] % len(shape)
-            dims[at] = [*dims[at], f"x{len(sizes)}"]
-            sizes[f"x{len(sizes)}"] = node.args[1]
-        elif node.target is aten.slice.Tensor:
-            if before != shape:
-                return None
-        elif before != shape:
-            dims = _regroup([atom for dim in dims for atom in dim], sizes, shape)
-            if dims is None:
-                return None
-    return dims
-
-
-def _regroup(atoms: list, sizes: dict, shape: tuple[int, ...]) -> list[list] | None:
-    """Deal the atoms out over the dims of a reshape; None where a dim would have to cut an atom."""
-    dims, left = [], list(atoms)
-    for size in shape:
-        dim, got = [], 1
-        while got < size and left:
-            got *= sizes[left[0]]
-            dim.append(left.pop(0))
-        if got != size:
-            return None
-        dims.append(dim)
-    return None if left else dims

@@ -11,6 +11,7 @@
 Values are named by module path, operator and occurrence; what depends on the loss gradient begins with `grad.`.
 """
 
+import json
 import operator
 from collections import Counter
 
@@ -22,14 +23,12 @@ from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.joint import Joint
 from autosp_aot.export.randomness import LOWERINGS, lower
 from autosp_aot.export.source import where
+from autosp_aot.operators import DTYPE_NAMES as DTYPES
+from autosp_aot.operators import DTYPES as TORCH_DTYPES
 from autosp_aot.program import Dtype, Input, Instr, Program, Ref, Section, Value, map_args
 
 aten = torch.ops.aten
 
-DTYPES = {
-    torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
-}  # fmt: skip
 SAME = (
     aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.contiguous.default,
 )  # fmt: skip
@@ -42,7 +41,11 @@ SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int)
 NOTHING = (
     aten._assert_async.msg, aten._assert_async.default, aten._assert_tensor_metadata.default,
     aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+# Our attention operators, and where among their arguments q is.
+ATTENTION = {
+    torch.ops.autosp.attention.default: 0, torch.ops.autosp.attention_backward.default: 1,
+    torch.ops.autosp.attention_vector_gradient.default: 1,
+}  # fmt: skip
 DROPPED_KWARGS = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 MEAN, SUM = 1, 2
 SEED = "seed"
@@ -164,12 +167,8 @@ class _Canonical:
         if target is aten.nll_loss_forward.default and args[3] == MEAN:
             total, count = self.emit(node, str(target), self.arguments((*args[:3], SUM, args[4])), (), types)
             return self.emit(node, "aten.div.Tensor", (Ref(total), Ref(count)), (), types[:1]) + (count,)
-        if target is torch.ops.autosp.attention.default:
-            group = args[0].meta["val"].shape[1] // args[1].meta["val"].shape[1]
-            return self.emit(node, "autosp.attention", (*self.arguments(args), group, 0), (), types)
-        if target is torch.ops.autosp.attention_backward.default:
-            group = args[1].meta["val"].shape[1] // args[2].meta["val"].shape[1]
-            return self.emit(node, "autosp.attention_backward", (*self.arguments(args), group, 0), (), types)
+        if target in ATTENTION:
+            return self.attention(node, types)
         if target in LOWERINGS:
             return lower(node, self)
         kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
@@ -187,6 +186,14 @@ class _Canonical:
         if self.types[operand].shape == shape:
             return operand
         return self.emit(node, "aten.expand.default", (Ref(operand), shape), (), [result])[0]
+
+    def attention(self, node: Node, types: list[Tensor]) -> tuple[str, ...]:
+        """The call with its scoring as keyword arguments, the group of its key/value heads, and its first head."""
+        *args, scoring = node.args
+        q = ATTENTION[node.target]
+        group = args[q].meta["val"].shape[1] // args[q + 1].meta["val"].shape[1]
+        kwargs = tuple((name, map_args(value, lambda leaf: leaf)) for name, value in json.loads(scoring).items())
+        return self.emit(node, str(node.target).removesuffix(".default"), (*self.arguments(args), group, 0), kwargs, types)
 
     def reshape(self, node: Node, operand: str, result: Tensor) -> str:
         source = self.made.get(operand)

@@ -5,13 +5,18 @@
     rows = reshape(q)                                 [B, N * S, D]
     o, l = attention_rows(rows, k, v, rows=S)         rank r: positions lo..hi of N * S, and the k/v heads they read
     out, lse = reshape(o), reshape(l)
+
+A vector of the score with a dim of heads and a dim of rows is reshaped likewise, others stay as they are.
 """
 
 from dataclasses import replace
 
 from autosp_aot.program import Instr, Program, Ref, Value
 
-ROWS = {"autosp.attention": "autosp.attention_rows", "autosp.attention_backward": "autosp.attention_rows_backward"}
+HEADS = "autosp.attention"
+ROWS = "autosp.attention_rows"
+# Operands without a dim of query rows, by position: k and v.
+WHOLE = {"": (1, 2), "_backward": (2, 3), "_vector_gradient": (2, 3)}
 
 
 def split_query_rows(whole: Program, ranks: int) -> Program:
@@ -20,35 +25,40 @@ def split_query_rows(whole: Program, ranks: int) -> Program:
     values = whole.values()
     instrs: list[Instr] = []
     for instr in step.instrs:
-        heads = instr.op in ROWS and values[instr.refs()[0]].shape[1]
-        instrs += _rewritten(instr, values) if heads and heads < ranks else [instr]
+        kind = instr.op.removeprefix(HEADS)
+        if instr.op == HEADS + kind and kind in WHOLE and values[instr.refs()[WHOLE[kind][0] - 1]].shape[1] < ranks:
+            instrs += _rewritten(instr, kind, values)
+        else:
+            instrs.append(instr)
     return replace(whole, sections=(replace(step, instrs=tuple(instrs)),))
 
 
-def _rewritten(instr: Instr, values: dict[str, Value]) -> list[Instr]:
-    """The call over rows: operands and results with a dim of query rows are reshaped; k, v and their gradients stay."""
-    backward = instr.op == "autosp.attention_backward"
-    q = values[instr.refs()[1 if backward else 0]]
-    rows = q.shape[2]
-    before, refs = [], []
-    for at, name in enumerate(instr.refs()):
-        if (at in (2, 3)) if backward else (at in (1, 2)):
-            refs.append(Ref(name))
-            continue
-        flat = _flat(values[name], f"{instr.values()[0].name}.rows_{at}")
-        before.append(Instr((flat,), "aten.reshape.default", (Ref(name), flat.shape), (), instr.where))
-        refs.append(Ref(flat.name))
+def _rewritten(instr: Instr, kind: str, values: dict[str, Value]) -> list[Instr]:
+    """The call over rows: whatever has a dim of heads and a dim of query rows is reshaped."""
+    at_q = WHOLE[kind][0] - 1
+    heads, rows = values[instr.refs()[at_q]].shape[1:3]
+    first, before = instr.values()[0].name, []
+
+    def flat(arg, at: int):
+        if not isinstance(arg, Ref) or at in WHOLE[kind] or values[arg.name].shape[1:3] != (heads, rows):
+            return arg
+        value = _flat(values[arg.name], f"{first}.rows_{at}")
+        before.append(Instr((value,), "aten.reshape.default", (arg, value.shape), (), instr.where))
+        return Ref(value.name)
+
+    vectors = next(at for at, arg in enumerate(instr.args) if isinstance(arg, tuple))
+    tensors = [flat(arg, at) for at, arg in enumerate(instr.args[:vectors])]
+    given = tuple(flat(arg, vectors + at) for at, arg in enumerate(instr.args[vectors]))
+    *which, group, _ = instr.args[vectors + 1 :]
     outs, after = [], []
     for at, out in enumerate(instr.outs):
-        if out is None or (backward and at > 0):
+        if out is None or out.shape[1:3] != (heads, rows) or (kind == "_backward" and at > 0):
             outs.append(out)
             continue
-        flat = _flat(out, f"{out.name}.rows")
-        outs.append(flat)
-        after.append(Instr((out,), "aten.reshape.default", (Ref(flat.name), out.shape), (), instr.where))
-    scale, causal, group, _ = instr.args[len(refs) :]
-    call = Instr(tuple(outs), ROWS[instr.op], (*refs, scale, causal, group, rows, 0), (), instr.where)
-    return [*before, call, *after]
+        outs.append(_flat(out, f"{out.name}.rows"))
+        after.append(Instr((out,), "aten.reshape.default", (Ref(outs[-1].name), out.shape), (), instr.where))
+    args = (*tensors, given, *which, group, rows, 0)
+    return [*before, Instr(tuple(outs), ROWS + kind, args, instr.kwargs, instr.where), *after]
 
 
 def _flat(value: Value, name: str) -> Value:

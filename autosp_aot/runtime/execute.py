@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from autosp_aot import operators
+from autosp_aot.operators import DTYPES
 from autosp_aot.placement import transfers
 from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args
 from autosp_aot.runtime import kernels, random
 
-DTYPES = {
-    "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64,
-    "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "b8": torch.bool,
-}  # fmt: skip
 HALF = (torch.bfloat16, torch.float16)
 OURS = kernels.OURS | {"autosp.uniform": random.uniform}
 

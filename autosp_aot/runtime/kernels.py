@@ -1,63 +1,87 @@
 """Attention kernels by target, and our own blockwise one for what they lack.
 
-    attention(q, k, v, scale, causal, group, first_head) -> out, lse
+    attention(q, k, v, vectors, group, first_head, scale=, causal=, window=, score=, safe=) -> out, lse
 
     q: [B, n, S, D]   k: [B, m, T, D]   v: [B, m, T, Dv]   out: [B, n, S, Dv]   lse: [B, n, S]
+    vectors: [B or 1, n or 1, S or 1, T or 1] each, what `score` (see `scores`) reads beside products and positions
 
 `first_head` is the number of q's first head in the whole; key/value head number h // group serves query head h, and k's
-first head is number first_head // group. `lse` is fp32 for half dtypes, else q's dtype. With `causal` query i sees
-keys 0..i. A rank without heads yields empty tensors and calls no kernel.
+first head is number first_head // group. `lse` is fp32 for half dtypes, else q's dtype. The rest is `Scoring`'s. A rank
+without heads yields empty tensors and calls no kernel.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from autosp_aot.runtime import experts
+from autosp_aot.runtime.blockwise import Scoring, blockwise, blockwise_backward, blockwise_vector_gradient
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
-BLOCK = 1024
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, group: int, first_head: int):
+def attention(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], group: int, first_head: int, **scoring):
     """Forward: out and the log of the sum of exponentials of each row's scores."""
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32 if q.dtype in HALF else q.dtype)
         return q.new_empty((*q.shape[:3], v.shape[3])), lse
-    kernel, _ = _kernels(q, v)
-    parts = [kernel(*_part(q, k, v, heads, kv), scale, causal) for heads, kv in _runs(q.shape[1], group, first_head)]
+    parts = []
+    for heads, kv in _runs(q.shape[1], group, first_head):
+        parts.append(_forward(*_part(q, k, v, heads, kv), _of_heads(vectors, heads), Scoring(**scoring)))
     return tuple(torch.cat(found, 1) if len(parts) > 1 else found[0] for found in zip(*parts))
 
 
 def attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    scale: float, causal: bool, group: int, first_head: int,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
+    vectors: list[Tensor], group: int, first_head: int, **scoring,
 ):  # fmt: skip
     """Gradients of q, k and v; those of k and v hold what this rank's query heads add to them."""
     if q.numel() == 0:
         return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    _, kernel = _kernels(q, v)
     parts = []
     for heads, kv in _runs(q.shape[1], group, first_head):
-        own = [tensor[:, heads] for tensor in (out, lse)]
-        grad_q, grad_k, grad_v = kernel(grad_out[:, heads], *_part(q, k, v, heads, kv), *own, scale, causal)
+        own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
+        grad_q, grad_k, grad_v = _backward(
+            grad_out[:, heads], *_part(q, k, v, heads, kv), *own, _of_heads(vectors, heads), Scoring(**scoring)
+        )
         if kv.stop - kv.start == 1 and heads.stop - heads.start > 1:
             grad_k, grad_v = grad_k.sum(1, keepdim=True), grad_v.sum(1, keepdim=True)
         parts.append((grad_q, grad_k, grad_v))
     return tuple(torch.cat(found, 1) if len(parts) > 1 else found[0] for found in zip(*parts))
 
 
-def attention_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, group: int, rows: int, start: int):
-    """`attention` for positions `start ..` of heads and rows as one dim: q [B, L, D] -> out [B, L, Dv], lse [B, L]."""
+def attention_vector_gradient(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
+    vectors: list[Tensor], which: int, group: int, first_head: int, **scoring,
+):  # fmt: skip
+    """The gradient of vector `which`: what this rank's query heads add to it."""
+    total = torch.zeros_like(vectors[which], dtype=lse.dtype)
+    for heads, kv in _runs(q.shape[1], group, first_head) if q.numel() else ():
+        own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
+        mine, parts = _of_heads(vectors, heads), _part(q, k, v, heads, kv)
+        found = blockwise_vector_gradient(grad_out[:, heads], *parts, *own, mine, which, Scoring(**scoring))
+        _of_heads([total], heads)[0].add_(found)
+    return total.to(vectors[which].dtype)
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], group: int, rows: int, start: int, **scoring
+):  # fmt: skip
+    """`attention` for positions `start ..` of heads and rows as one dim: q [B, L, D] -> out [B, L, Dv], lse [B, L].
+
+    Vectors are whole, [B or 1, N or 1, S or 1, T or 1], or cut as q is, [B or 1, L, T or 1].
+    """
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:2], dtype=torch.float32 if q.dtype in HALF else q.dtype)
         return q.new_empty((*q.shape[:2], v.shape[3])), lse
-    kernel, _ = _kernels(q, v)
     outs, lses = [], []
-    for part, kv, first in _row_runs(q.shape[1], group, rows, start):
-        mine, found = q[:, part].unsqueeze(1), None
-        for keys, is_causal in _key_blocks(first, mine.shape[2], k.shape[2], causal):
-            more = kernel(mine, k[:, kv, keys], v[:, kv, keys], scale, is_causal)
+    for run in _row_runs(q.shape[1], group, rows, start):
+        (mine,), found = run.rows(q), None
+        for keys, is_causal in _key_blocks(run, k.shape[2], scoring):
+            mask = replace(Scoring(**scoring), causal=is_causal, first_row=run.first - keys.start)
+            more = _forward(mine, k[:, run.kv, keys], v[:, run.kv, keys], run.vectors(vectors), mask)
             found = more if found is None else _merged(found, more)
         outs.append(found[0].squeeze(1))
         lses.append(found[1].squeeze(1))
@@ -65,41 +89,86 @@ def attention_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, 
 
 
 def attention_rows_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    scale: float, causal: bool, group: int, rows: int, start: int,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
+    vectors: list[Tensor], group: int, rows: int, start: int, **scoring,
 ):  # fmt: skip
     """Gradients of `attention_rows`; those of k and v hold what this rank's rows add to them."""
-    dtype = torch.float32 if q.dtype in HALF else q.dtype
-    grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=dtype) for t in (q, k, v))
-    _, kernel = _kernels(q, v)
-    for part, kv, first in _row_runs(q.shape[1], group, rows, start):
-        mine = [t[:, part].unsqueeze(1) for t in (grad_out, q, out, lse)]
-        for keys, is_causal in _key_blocks(first, part.stop - part.start, k.shape[2], causal):
-            found = kernel(mine[0], mine[1], k[:, kv, keys], v[:, kv, keys], mine[2], mine[3], scale, is_causal)
-            grad_q[:, part] += found[0].squeeze(1)
-            grad_k[:, kv, keys] += found[1]
-            grad_v[:, kv, keys] += found[2]
+    grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v))
+    for run in _row_runs(q.shape[1], group, rows, start):
+        grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
+        for keys, is_causal in _key_blocks(run, k.shape[2], scoring):
+            mask = replace(Scoring(**scoring), causal=is_causal, first_row=run.first - keys.start)
+            parts = k[:, run.kv, keys], v[:, run.kv, keys]
+            found = _backward(grad, mine, *parts, *own, run.vectors(vectors), mask)
+            grad_q[:, run.part] += found[0].squeeze(1)
+            grad_k[:, run.kv, keys] += found[1]
+            grad_v[:, run.kv, keys] += found[2]
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _row_runs(count: int, group: int, rows: int, start: int):
-    """(positions here, key/value head here, first row) of each head that positions `start .. start + count` touch."""
+def attention_rows_vector_gradient(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
+    vectors: list[Tensor], which: int, group: int, rows: int, start: int, **scoring,
+):  # fmt: skip
+    """The gradient of vector `which`: what this rank's rows add to it."""
+    total = torch.zeros_like(vectors[which], dtype=lse.dtype)
+    for run in _row_runs(q.shape[1], group, rows, start):
+        grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
+        parts, mask = (k[:, run.kv], v[:, run.kv]), replace(Scoring(**scoring), first_row=run.first)
+        found = blockwise_vector_gradient(grad, mine, *parts, *own, run.vectors(vectors), which, mask)
+        run.vectors([total])[0].add_(found)
+    return total.to(vectors[which].dtype)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The positions of one head: where they are here, its key/value head here, its number, and the rows they are."""
+
+    part: slice
+    kv: slice
+    head: int
+    first: int
+
+    def rows(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The run's part of tensors [B, L, ...], as [B, 1, rows, ...]."""
+        return [None if tensor is None else tensor[:, self.part].unsqueeze(1) for tensor in tensors]
+
+    def vectors(self, vectors: list[Tensor]) -> list[Tensor]:
+        """What the run reads of vectors, as views of [B or 1, 1, rows or 1, T or 1]."""
+        rows, found = slice(self.first, self.first + self.part.stop - self.part.start), []
+        for vector in vectors:
+            if vector.dim() == 3:
+                found += self.rows(vector)
+                continue
+            (vector,) = _of_heads([vector], slice(self.head, self.head + 1))
+            found.append(vector[:, :, rows] if vector.shape[2] > 1 else vector)
+        return found
+
+
+def _row_runs(count: int, group: int, rows: int, start: int) -> list[_Run]:
+    """A run for each head that positions `start .. start + count` touch."""
     at, runs, first_kv = start, [], start // rows // group
     while at < start + count:
         head, row = divmod(at, rows)
         end = min((head + 1) * rows, start + count)
         kv = head // group - first_kv
-        runs.append((slice(at - start, end - start), slice(kv, kv + 1), row))
+        runs.append(_Run(slice(at - start, end - start), slice(kv, kv + 1), head, row))
         at = end
     return runs
 
 
-def _key_blocks(first: int, count: int, keys: int, causal: bool):
-    """What rows `first .. first + count` see: all keys, or those before them and a triangle (kernels differ on it)."""
-    if not causal:
-        return [(slice(0, keys), False)]
-    before = [(slice(0, first), False)] if first else []
-    return [*before, (slice(first, first + count), True)]
+def _key_blocks(run: _Run, keys: int, scoring: dict) -> list[tuple[slice, bool]]:
+    """What a run's rows see: all keys, or those before them and a triangle (kernels differ on it)."""
+    count = run.part.stop - run.part.start
+    if not _plain(Scoring(**scoring)) or not scoring.get("causal") or run.first + count > keys:
+        return [(slice(0, keys), bool(scoring.get("causal")))]
+    before = [(slice(0, run.first), False)] if run.first else []
+    return [*before, (slice(run.first, run.first + count), True)]
+
+
+def _of_heads(vectors: list[Tensor], heads: slice) -> list[Tensor]:
+    """Views of what some heads read."""
+    return [vector[:, heads if vector.shape[1] > 1 else slice(None)] for vector in vectors]
 
 
 def _merged(a, b):
@@ -129,18 +198,38 @@ def _part(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv: slice):
     return q, k.expand(-1, n, -1, -1), v.expand(-1, n, -1, -1)
 
 
-def _kernels(q: Tensor, v: Tensor):
-    """Forward and backward kernel for a device, dtype and width.
+def _plain(scoring: Scoring) -> bool:
+    """True where softmax is all there is."""
+    return scoring.score is None and scoring.window is None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring) -> tuple[Tensor, Tensor]:
+    kernel = _kernels(q, k, v, scoring)
+    if kernel is None:
+        return blockwise(q, k, v, vectors, scoring)
+    return kernel[0](q, k, v, scoring.scale, scoring.causal)
+
+
+def _backward(grad_out, q, k, v, out, lse, grad_lse, vectors, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _kernels(q, k, v, scoring)
+    if kernel is None or grad_lse is not None:
+        return blockwise_backward(grad_out, q, k, v, out, lse, grad_lse, vectors, scoring)
+    return kernel[1](grad_out, q, k, v, out, lse, scoring.scale, scoring.causal)
+
+
+def _kernels(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring):
+    """Forward and backward kernel for a device, dtype, width and softmax; None where there is none.
 
     Only operators that CUDA and ROCm builds of torch share: flash attention is FlashAttention-2 on one, AOTriton or CK
-    on the other.
+    on the other. A causal kernel is given as many rows as keys: kernels differ in which keys the first row sees.
     """
-    same_width = q.shape[-1] == v.shape[-1]
-    if q.device.type == "cpu" and same_width:
+    if not _plain(scoring) or q.shape[-1] != v.shape[-1] or (scoring.causal and q.shape[2] != k.shape[2]):
+        return None
+    if q.device.type == "cpu":
         return _cpu_flash, _cpu_flash_backward
-    if q.device.type == "cuda" and same_width and q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
+    if q.device.type == "cuda" and q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
         return _cuda_flash, _cuda_flash_backward
-    return blockwise, blockwise_backward
+    return None
 
 
 def _cpu_flash(q, k, v, scale, causal):
@@ -165,64 +254,12 @@ def _cuda_flash_backward(grad_out, q, k, v, out, lse, scale, causal):
     )
 
 
-def blockwise(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool):
-    """Attention in plain torch with O(S) memory: online softmax over blocks of keys (Dao et al., arXiv:2205.14135)."""
-    dtype = torch.float32 if q.dtype in HALF else q.dtype
-    outs, lses = [], []
-    for rows in _blocks(q.shape[2]):
-        top = q.new_full((*q.shape[:2], rows.stop - rows.start), float("-inf"), dtype=dtype)
-        total, out = torch.zeros_like(top), q.new_zeros((*top.shape, v.shape[3]), dtype=dtype)
-        for keys in _seen(rows, k.shape[2], causal):
-            scores = _scores(q, k, rows, keys, scale, causal, dtype)
-            higher = torch.maximum(top, scores.amax(-1))
-            weights = torch.exp(scores - higher.unsqueeze(-1))
-            shrink = torch.exp(top - higher)
-            total = total * shrink + weights.sum(-1)
-            out = out * shrink.unsqueeze(-1) + weights @ v[:, :, keys].to(dtype)
-            top = higher
-        outs.append((out / total.unsqueeze(-1)).to(q.dtype))
-        lses.append(top + total.log())
-    return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def blockwise_backward(grad_out, q, k, v, out, lse, scale: float, causal: bool):
-    """Gradients of `blockwise`: the scores are made again block by block from lse."""
-    dtype = lse.dtype
-    grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
-    for rows in _blocks(q.shape[2]):
-        grad = grad_out[:, :, rows].to(dtype)
-        for keys in _seen(rows, k.shape[2], causal):
-            scores = _scores(q, k, rows, keys, scale, causal, dtype)
-            weights = torch.exp(scores - lse[:, :, rows].unsqueeze(-1))
-            grad_v[:, :, keys] += weights.transpose(-1, -2) @ grad
-            grad_weights = grad @ v[:, :, keys].to(dtype).transpose(-1, -2)
-            grad_scores = weights * (grad_weights - delta[:, :, rows].unsqueeze(-1)) * scale
-            grad_q[:, :, rows] += grad_scores @ k[:, :, keys].to(dtype)
-            grad_k[:, :, keys] += grad_scores.transpose(-1, -2) @ q[:, :, rows].to(dtype)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-
-def _blocks(count: int):
-    return [slice(at, min(at + BLOCK, count)) for at in range(0, count, BLOCK)]
-
-
-def _seen(rows: slice, keys: int, causal: bool):
-    return [block for block in _blocks(keys) if not causal or block.start < rows.stop]
-
-
-def _scores(q, k, rows: slice, keys: slice, scale: float, causal: bool, dtype) -> Tensor:
-    scores = q[:, :, rows].to(dtype) @ k[:, :, keys].to(dtype).transpose(-1, -2) * scale
-    if causal and keys.stop > rows.start + 1:
-        row = torch.arange(rows.start, rows.stop, device=q.device).unsqueeze(1)
-        scores = scores.masked_fill(torch.arange(keys.start, keys.stop, device=q.device) > row, float("-inf"))
-    return scores
-
-
 OURS = {
     "autosp.attention": attention,
     "autosp.attention_backward": attention_backward,
     "autosp.attention_rows": attention_rows,
     "autosp.attention_rows_backward": attention_rows_backward,
+    "autosp.attention_rows_vector_gradient": attention_rows_vector_gradient,
+    "autosp.attention_vector_gradient": attention_vector_gradient,
     **experts.OURS,
 }

@@ -1,65 +1,84 @@
-"""The canonical attention pair, cut by query heads or by query rows; a rank gets the key/value heads its part reads.
+"""The canonical attention, cut by query heads or by query rows; a rank gets the key/value heads its part reads.
 
     q: [B, N, S, D]   k, v: [B, N / group, T, D]     rank r: query heads lo..hi,
                                                              key/value heads lo // group .. ceil(hi / group)
     q: [B, N * S, D]                                 rank r: positions lo..hi of heads and rows as one dim, likewise
 
-Two ranks that share a group both get its key/value head (copies); its gradients are then summands.
+Two ranks that share a group both get its key/value head (copies); its gradients are then summands. Vectors of the score
+are cut with the heads where they have heads; over rows they stay whole, unless they have a dim of heads and rows too.
 """
 
 from functools import lru_cache
 from math import isqrt
 
-from autosp_aot.passes.rules.spec import Axis, Spec
+from autosp_aot.passes.rules.spec import Axis, Dims, Spec
 from autosp_aot.placement import Bounds, even_bounds
-from autosp_aot.program import per_rank
+from autosp_aot.program import Ref, per_rank
+
+BATCH, CUT, ROWS, KEYS, WIDTH, V_WIDTH, HEADS = range(7)
 
 
 def attention(call) -> Spec:
-    q, k, v = (value.shape for value in call.operands[:3])
-    return _spec(call, q, k, v, operands="qkv", results="ol")
+    return _spec(call, "qkv", results=["o", "l"])
 
 
 def attention_backward(call) -> Spec:
-    _, q, k, v, _, _ = (value.shape for value in call.operands)
-    return _spec(call, q, k, v, operands="oqkvol", results="qkv")
+    return _spec(call, "oqkvoll", results=["q", "k", "v"])
 
 
-def _spec(call, q, k, v, operands: str, results: str) -> Spec:
-    _, causal, group, *rest = call.instr.args[len(call.operands) :]
-    by_rows = len(q) == 3
+def vector_gradient(call) -> Spec:
+    which = call.instr.args[len("oqkvoll") + 1]
+    return _spec(call, "oqkvoll", results=[which])
+
+
+def _spec(call, letters: str, results: list) -> Spec:
+    """`letters` name the tensor arguments before the vectors; `results` are letters, or the number of a vector."""
+    given = [isinstance(arg, Ref) for arg in call.instr.args[: len(letters)]]
+    named = "".join(letter for letter, there in zip(letters, given) if there)
+    shapes = [value.shape for value in call.operands]
+    q, k, v = (shapes[named.index(letter)] for letter in "qkv")
+    by_rows, count = len(q) == 3, len(shapes) - len(named)
+    group, *rest = call.instr.args[len(letters) + 1 + (len(results) == 1) : -1]
     rows = rest[0] if by_rows else 1
-    batch, cut, seen, keys, width, v_width = range(6)
-    extents = (q[0], q[1], 1 if by_rows else q[2], k[2], k[3], v[3])
-    kv_heads = Axis(cut, group=group * rows)
-    mine = ((Axis(batch),), (Axis(cut),)) + (() if by_rows else ((Axis(seen),),))
+    heads = q[1] // rows
+    extents = (q[0], q[1], rows if by_rows else q[2], k[2], k[3], v[3], heads)
+    vectors = [_vector(shape, by_rows) for shape in shapes[len(shapes) - count :]]
+    kv = Axis(CUT, group=group * rows)
+    mine = ((Axis(BATCH),), (Axis(CUT),)) + (() if by_rows else ((Axis(ROWS),),))
     dims = {
-        "q": (*mine, (Axis(width),)),
-        "k": ((Axis(batch),), (kv_heads,), (Axis(keys),), (Axis(width),)),
-        "v": ((Axis(batch),), (kv_heads,), (Axis(keys),), (Axis(v_width),)),
-        "o": (*mine, (Axis(v_width),)),
+        "q": (*mine, (Axis(WIDTH),)),
+        "k": ((Axis(BATCH),), (kv,), (Axis(KEYS),), (Axis(WIDTH),)),
+        "v": ((Axis(BATCH),), (kv,), (Axis(KEYS),), (Axis(V_WIDTH),)),
+        "o": (*mine, (Axis(V_WIDTH),)),
         "l": mine,
-    }
+    } | dict(enumerate(vectors))
     if by_rows:
-        bounds = row_bounds(q[1] // rows, rows, causal, call.ranks)
+        scoring = dict(call.instr.kwargs)
+        bounds = row_bounds(heads, rows, scoring.get("causal", False) and "window" not in scoring, call.ranks)
     else:
-        bounds = head_bounds(q[1], group, call.ranks) if q[1] >= call.ranks else None
+        bounds = head_bounds(heads, group, call.ranks) if heads >= call.ranks else None
     kept = [name for name, used in zip(results, call.results_by_position) if used]
 
     def localize(args, local):
-        first = per_rank(tuple(lo for lo, _ in local.bounds)) if local.factor == cut else 0
+        first = per_rank(tuple(lo for lo, _ in local.bounds)) if local.factor == CUT else 0
         return (*args[:-1], first)
 
     return Spec(
         extents,
-        frozenset({seen, keys, width, v_width}),
-        tuple(dims[name] for name in operands),
+        frozenset({ROWS, KEYS, WIDTH, V_WIDTH, HEADS}),
+        (*(dims[letter] for letter in named), *vectors),
         tuple(dims[name] for name in kept),
-        splits=((cut, bounds),) if bounds else (),
+        splits=((CUT, bounds),) if bounds else (),
         localize=localize,
-        flat=frozenset({cut}),
+        flat=frozenset({CUT}),
         contraction=True,
     )
+
+
+def _vector(shape: tuple[int, ...], by_rows: bool) -> Dims:
+    """A vector's dims: [batch, heads, rows, keys], or [batch, heads and rows, keys]; one of size one has no factor."""
+    factors = (BATCH, CUT, KEYS) if len(shape) == 3 else (BATCH, HEADS if by_rows else CUT, ROWS, KEYS)
+    return tuple(() if size == 1 else (Axis(factor),) for factor, size in zip(factors, shape))
 
 
 @lru_cache

@@ -91,6 +91,8 @@ RULES = {
     "autosp.attention_backward": attention.attention_backward,
     "autosp.attention_rows": attention.attention,
     "autosp.attention_rows_backward": attention.attention_backward,
+    "autosp.attention_rows_vector_gradient": attention.vector_gradient,
+    "autosp.attention_vector_gradient": attention.vector_gradient,
     "autosp.expert_mm": routing.expert_mm,
     "autosp.expert_mm_weight_grad": routing.expert_mm_weight_grad,
     "autosp.uniform": random.uniform,

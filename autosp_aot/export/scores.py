@@ -1,0 +1,238 @@
+"""What the exported graph makes of attention scores, as an expression that never exists as a tensor (see `scores`).
+
+    rows = arange(S)[:, None]                     "q"
+    keys = arange(S)[None, :]                     "k"
+    same = doc[:, :, None] == doc[:, None, :]     ("aten.eq.Tensor", "v0", "v1")     v0 [B, 1, S, 1], v1 [B, 1, 1, S]
+    mask = (keys <= rows) & same                  ("aten.__and__.Tensor", ("aten.le.Tensor", "k", "q"), ...)
+
+From the mask or the scores upwards, whatever has rows and keys and works element by element becomes part of the
+expression; what varies along one of them only is a vector and stays a value of the graph.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from autosp_aot.export.constants import CASTS, Known, evaluate, functional, is_elementwise
+from autosp_aot.export.products import made
+from autosp_aot.operators import DTYPE_NAMES as DTYPES
+from autosp_aot.scores import NODES
+
+aten = torch.ops.aten
+
+SAME = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default)
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+# What a vector with rows and keys may take.
+MATRIX_BYTES = 2**28
+RUNS = 8  # of equal diagonals in a constant matrix
+
+# What an operand has to be for the result to be the other one.
+NEUTRAL = {
+    "__and__": True, "bitwise_and": True, "logical_and": True,
+    "__or__": False, "bitwise_or": False, "logical_or": False,
+}  # fmt: skip
+# Which of the attention's leading dims (0 batch, 1 heads, "both" as one) each leading dim of a node is.
+Slots = tuple
+
+
+@dataclass
+class Scores:
+    """Expressions over the scores [*lead, rows, keys] of one attention; `vectors` are the nodes they read.
+
+    `product` is the node of the products of queries and keys, where there is one, or None.
+    """
+
+    lead: tuple[int, int]
+    rows: int
+    keys: int
+    known: dict[Node, Known]
+    written: set[Node]
+    product: Node | None = None
+    vectors: list[tuple[Node, Slots]] = field(default_factory=list)
+    parts: int = 0
+
+    def of(self, node, slots: Slots):
+        """The expression of a node whose leading dims are `slots`; ValueError where it cannot be followed."""
+        if not isinstance(node, Node):
+            return node
+        self.parts += 1
+        if self.parts > NODES:
+            raise ValueError(f"the scores are made by more than {NODES} operators")
+        if node is self.product:
+            return self.products(slots)
+        value = evaluate(node, self.known)
+        if value is not None and (found := self.constant(node, value)) is not None:
+            return found
+        if self.is_vector(node):
+            return self.vector(node, slots)
+        found = self.operator(node, slots)
+        if found is None:
+            found = self.vector(node, slots)
+        return found
+
+    def products(self, slots: Slots):
+        if slots not in ((0, 1), ("both",), (1,)):
+            raise ValueError("the dims of the products are mixed")
+        if self.product.target is not aten.baddbmm.default:
+            return "s"
+        added = self.of(self.product.args[0], self.right(self.product.args[0], slots))
+        beta, alpha = (self.product.kwargs.get(name, 1) for name in ("beta", "alpha"))
+        return ("aten.add.Tensor", ("aten.mul.Tensor", added, beta), ("aten.mul.Tensor", "s", alpha))
+
+    def constant(self, node: Node, value: Tensor):
+        """A known value as an expression, where it has one: a number, positions, or bands of a matrix."""
+        dtype = DTYPES[value.dtype]
+        if value.numel() == 1:
+            return ("constant", dtype, value.item())
+        sizes = [1] * (2 - value.dim()) + list(value.shape)
+        if math.prod(sizes[:-2]) != 1:
+            return None
+        matrix = value.reshape(sizes[-2:])
+        if 1 in matrix.shape:
+            return _positions(matrix.flatten(), "q" if matrix.shape[0] > 1 else "k")
+        return _diagonals(matrix, dtype)
+
+    def is_vector(self, node: Node) -> bool:
+        shape = (1, 1, *node.meta["val"].shape)[-2:]
+        return 1 in shape
+
+    def vector(self, node: Node, slots: Slots) -> str:
+        """A leaf that stays a value of the graph."""
+        if self.product is not None and _depends(node, self.product):
+            raise ValueError(f"{node.target} of the scores does not work element by element")
+        entry = (node, slots)
+        if entry not in self.vectors:
+            self.vectors.append(entry)
+        return f"v{self.vectors.index(entry)}"
+
+    def operator(self, node: Node, slots: Slots):
+        """The expression of a call with rows and keys; None where it is no elementwise operator."""
+        if node.op != "call_function" or node in self.written:
+            return None
+        target = functional(node.target)
+        if target is None or torch.Tag.nondeterministic_seeded in target.tags:
+            return None
+        args, shape = node.args, node.meta["val"].shape
+        if target in SAME:
+            return self.of(args[0], slots)
+        if target is aten.expand.default:
+            return self.of(args[0], self.right(args[0], slots))
+        if target is aten.unsqueeze.default:
+            at = args[1] % len(shape)
+            return self.of(args[0], slots[:at] + slots[at + 1 :]) if at < len(shape) - 2 else None
+        if target in VIEWS:
+            return self.viewed(node, slots)
+        if target is aten.slice.Tensor:
+            return self.sliced(node, slots)
+        if target in (aten.tril.default, aten.triu.default):
+            name = "aten.le.Tensor" if target is aten.tril.default else "aten.ge.Tensor"
+            edge = ("aten.add.Tensor", "q", args[1] if len(args) > 1 else 0)
+            zero = ("constant", DTYPES[node.meta["val"].dtype], 0)
+            return ("aten.where.self", (name, "k", edge), self.of(args[0], slots), zero)
+        if target in CASTS or target is aten.type_as.default:
+            inner = self.of(args[0], slots)
+            same = args[0].meta["val"].dtype == node.meta["val"].dtype
+            return inner if same else ("cast", DTYPES[node.meta["val"].dtype], inner)
+        if not is_elementwise(target) or any(name != "alpha" or value != 1 for name, value in node.kwargs.items()):
+            return None
+        return _simple(str(target), [self.of(arg, self.right(arg, slots)) for arg in args])
+
+    def right(self, operand, slots: Slots) -> Slots:
+        """The slots of an operand that broadcasts to a result with `slots`."""
+        lead = operand.meta["val"].dim() - 2 if isinstance(operand, Node) else 0
+        return slots[len(slots) - lead :] if lead > 0 else ()
+
+    def viewed(self, node: Node, slots: Slots):
+        before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+        if before[-2:] != after[-2:]:
+            return None
+        if before == after:
+            return self.of(node.args[0], slots)
+        if slots == (0, 1) and len(before) == 3:
+            return self.of(node.args[0], ("both",))
+        if slots == ("both",) and before[:-2] == self.lead:
+            return self.of(node.args[0], (0, 1))
+        return None
+
+    def sliced(self, node: Node, slots: Slots):
+        """The first rows, keys or everything: positions stay what they are."""
+        _, dim, start, _, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+        dim %= len(before)
+        if step != 1 or start not in (None, 0) or (dim < len(before) - 2 and before != after):
+            return None
+        return self.of(node.args[0], slots)
+
+    def largest(self) -> Node | None:
+        """A vector with rows and keys that takes more than MATRIX_BYTES."""
+        for node, _ in self.vectors:
+            if not self.is_vector(node) and node.meta["val"].nbytes > MATRIX_BYTES:
+                return node
+        return None
+
+    def emit(self, graph: Graph) -> list[Node]:
+        """The vectors as nodes of four dims each, made before the graph's insertion point."""
+        return [self.shaped(graph, node, slots) for node, slots in self.vectors]
+
+    def shaped(self, graph: Graph, node: Node, slots: Slots) -> Node:
+        value = node.meta["val"]
+        tail = (1, 1, *value.shape)[-2:]
+        sizes = dict(zip(slots, value.shape))
+        batch, heads = sizes.get(0, 1), sizes.get(1, 1)
+        if "both" in sizes:
+            batch, heads = self.lead if sizes["both"] > 1 else (1, 1)
+        shape = [batch, heads, *tail]
+        node = made(graph, aten.reshape.default, (node, shape), node.meta["val"].reshape(shape), node)
+        for dim, size in ((2, self.rows), (3, self.keys)):
+            if shape[dim] > max(size, 1):
+                cut = node.meta["val"].narrow(dim, 0, size)
+                node = made(graph, aten.slice.Tensor, (node, dim, 0, size), cut, node)
+        return node
+
+
+def _simple(name: str, operands: list):
+    """A call of an elementwise operator; True in `and` and False in `or` say nothing."""
+    neutral = NEUTRAL.get(name.split(".")[1])
+    if neutral is not None:
+        left = [operand for operand in operands if operand != ("constant", "b8", neutral)]
+        if len(left) < 2:
+            return left[0] if left else operands[0]
+    return (name, *operands)
+
+
+def _positions(vector: Tensor, leaf: str):
+    """Whole numbers that count up by one, as positions; None for all others."""
+    if vector.is_floating_point() or vector.dtype is torch.bool or not bool((vector.diff() == 1).all()):
+        return None
+    first = vector[0].item()
+    return leaf if first == 0 else ("aten.add.Tensor", leaf, first)
+
+
+def _diagonals(matrix: Tensor, dtype: str):
+    """A matrix with equal diagonals, as comparisons of k - q; None where they are not equal, or there are many."""
+    if not bool((matrix[1:, 1:] == matrix[:-1, :-1]).all()):
+        return None
+    edge = torch.cat([matrix[:, 0].flip(0), matrix[0, 1:]])
+    last = (edge[1:] != edge[:-1]).nonzero().flatten().tolist()
+    if len(last) >= RUNS:
+        return None
+    found = ("constant", dtype, edge[-1].item())
+    for at in last[::-1]:
+        below = ("aten.le.Tensor", ("aten.sub.Tensor", "k", "q"), at - (matrix.shape[0] - 1))
+        found = ("aten.where.self", below, ("constant", dtype, edge[at].item()), found)
+    return found
+
+
+def _depends(node: Node, on: Node) -> bool:
+    seen, todo = set(), [node]
+    while todo:
+        node = todo.pop()
+        if node is on:
+            return True
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return False

@@ -1,0 +1,190 @@
+"""Attention in plain torch with O(S) memory, for what no kernel has: windows, score expressions, gradients of lse.
+
+    for a block of rows:  for each block of keys that some row of it can see:
+        scores = score(q k' * scale)  ->  online softmax (Dao et al., arXiv:2205.14135)
+
+    q, out, grad_out: [B, n, R, D]   k, v: [B, n, T, D]   lse: [B, n, R]   vectors: [B or 1, n or 1, R or 1, T or 1]
+
+Which blocks can be seen follows from bounds on the scores: a block of which every score is below HIDDEN weighs nothing
+in a row that sees anything else. Rows that see nothing else are given those blocks too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autosp_aot.intervals import HIDDEN
+from autosp_aot.runtime.bounds import hidden_blocks
+from autosp_aot.scores import evaluate
+
+HALF = (torch.bfloat16, torch.float16)
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """From the products of queries and keys to weights: times `scale`, then `score`, then softmax.
+
+    `causal` hides the keys after a row's own position, `window` all but the last `window` keys up to it. Rows that see
+    nothing give zeros where `safe`, else NaN as the softmax does. `first_row` is the position of the first row.
+    """
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    score: object = None
+    safe: bool = True
+    first_row: int = 0
+
+
+def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """Output and lse."""
+    call = _Call(q, k, v, vectors, scoring)
+    outs, lses = [], []
+    for rows in _blocks(q.shape[2]):
+        seen, hidden = call.keys(rows)
+        state = _state(q, v, rows, call.dtype)
+        for keys in seen:
+            state = call.add(state, rows, keys)
+        if hidden and bool((state[0] <= HIDDEN).any()):
+            for keys in hidden:
+                state = call.add(state, rows, keys)
+        top, total, out = state
+        empty = total == 0
+        if scoring.safe:
+            total = total.masked_fill(empty, 1.0)
+        outs.append((out / total.unsqueeze(-1)).to(q.dtype))
+        lses.append((top + total.log()).masked_fill(empty, float("-inf") if scoring.safe else float("nan")))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def blockwise_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
+    vectors: list[Tensor], scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v: the scores are made again block by block from lse."""
+    call = _Call(q, k, v, vectors, scoring)
+    grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=call.dtype, device=t.device) for t in (q, k, v))
+    for rows, keys, block, weights, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
+        grad_v[:, :, keys] += weights.transpose(-1, -2) @ grad_out[:, :, rows].to(call.dtype)
+        grad_products = block.gradient(block.products, grad_scores) * scoring.scale
+        grad_q[:, :, rows] += grad_products @ k[:, :, keys].to(call.dtype)
+        grad_k[:, :, keys] += grad_products.transpose(-1, -2) @ q[:, :, rows].to(call.dtype)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def blockwise_vector_gradient(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
+    vectors: list[Tensor], which: int, scoring: Scoring,
+) -> Tensor:  # fmt: skip
+    """The gradient of one vector, of its shape, in the dtype of the computation."""
+    call = _Call(q, k, v, vectors, scoring)
+    gradient = torch.zeros(vectors[which].shape, dtype=call.dtype, device=q.device)
+    for rows, keys, block, _, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
+        _cut(gradient, rows, keys).add_(block.gradient(block.vectors[which], grad_scores))
+    return gradient
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Scores [B, n, rows, keys] as the softmax takes them, and the graph from products and vectors to them."""
+
+    scores: Tensor
+    graph: Tensor
+    products: Tensor
+    vectors: list[Tensor]
+
+    def gradient(self, leaf: Tensor, grad_scores: Tensor) -> Tensor:
+        """The gradient of products or of a vector, from that of the scores."""
+        if self.graph is leaf:
+            return grad_scores
+        (found,) = torch.autograd.grad(self.graph, leaf, grad_scores, allow_unused=True)
+        return torch.zeros_like(leaf) if found is None else found
+
+
+class _Call:
+    """One call: the tensors, and any block of scores."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring):
+        self.q, self.k, self.v, self.vectors, self.scoring = q, k, v, vectors, scoring
+        self.dtype = torch.float32 if q.dtype in HALF else q.dtype
+
+    def keys(self, rows: slice) -> tuple[list[slice], list[slice]]:
+        """Blocks of keys that rows can see, and those of which no score is above HIDDEN."""
+        scoring, blocks = self.scoring, _blocks(self.k.shape[2])
+        first, last = scoring.first_row + rows.start, scoring.first_row + rows.stop - 1
+        if scoring.causal:
+            blocks = [keys for keys in blocks if keys.start <= last]
+        if scoring.window is not None:
+            blocks = [keys for keys in blocks if keys.stop > first - scoring.window + 1]
+        if scoring.score is None or not blocks:
+            return blocks, []
+        vectors = [_cut(vector, rows, slice(None)) for vector in self.vectors]
+        hidden = hidden_blocks(scoring.score, (first, last), blocks, vectors)
+        return tuple([keys for keys, is_hidden in zip(blocks, hidden) if is_hidden is which] for which in (False, True))
+
+    def block(self, rows: slice, keys: slice, differentiable: bool = False) -> _Block:
+        scoring, device = self.scoring, self.q.device
+        left, right = self.q[:, :, rows].to(self.dtype), self.k[:, :, keys].to(self.dtype)
+        products = scores = left @ right.transpose(-1, -2) * scoring.scale
+        vectors = [_cut(vector, rows, keys) for vector in self.vectors]
+        at = torch.arange(rows.start, rows.stop, device=device).view(1, 1, -1, 1) + scoring.first_row
+        key = torch.arange(keys.start, keys.stop, device=device).view(1, 1, 1, -1)
+        if scoring.score is not None:
+            with torch.set_grad_enabled(differentiable):
+                products = products.requires_grad_(differentiable)
+                vectors = [v.detach().requires_grad_(differentiable and v.is_floating_point()) for v in vectors]
+                leaves = {"s": products, "q": at, "k": key} | {f"v{n}": vector for n, vector in enumerate(vectors)}
+                scores = evaluate(scoring.score, leaves).to(self.dtype).expand_as(products)
+        graph, scores = scores, scores.detach()
+        if scoring.causal:
+            scores = scores.masked_fill(key > at, float("-inf"))
+        if scoring.window is not None:
+            scores = scores.masked_fill(key <= at - scoring.window, float("-inf"))
+        return _Block(scores, graph, products, vectors)
+
+    def add(self, state: tuple[Tensor, Tensor, Tensor], rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Highest score, sum of weights and weighted sum of values of each row, with one more block of keys."""
+        top, total, out = state
+        scores = self.block(rows, keys).scores
+        higher = torch.maximum(top, scores.amax(-1))
+        base = higher.masked_fill(higher == float("-inf"), 0.0)
+        weights, shrink = torch.exp(scores - base.unsqueeze(-1)), torch.exp(top - base)
+        out = out * shrink.unsqueeze(-1) + weights @ self.v[:, :, keys].to(self.dtype)
+        return higher, total * shrink + weights.sum(-1), out
+
+    def gradients(
+        self, grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None
+    ) -> Iterator[tuple[slice, slice, _Block, Tensor, Tensor]]:
+        """Of each block that counts: rows, keys, scores, weights, and the gradient of the scores."""
+        delta = (grad_out.to(self.dtype) * out.to(self.dtype)).sum(-1)
+        if grad_lse is not None:
+            delta = delta - grad_lse
+        base = lse.masked_fill(lse == float("-inf"), float("inf"))
+        for rows in _blocks(self.q.shape[2]):
+            seen, hidden = self.keys(rows)
+            if hidden and bool((lse[:, :, rows] <= HIDDEN).any()):
+                seen = seen + hidden
+            grad = grad_out[:, :, rows].to(self.dtype)
+            for keys in seen:
+                block = self.block(rows, keys, differentiable=True)
+                weights = torch.exp(block.scores - base[:, :, rows].unsqueeze(-1))
+                grad_weights = grad @ self.v[:, :, keys].to(self.dtype).transpose(-1, -2)
+                yield rows, keys, block, weights, weights * (grad_weights - delta[:, :, rows].unsqueeze(-1))
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(at, min(at + BLOCK, count)) for at in range(0, count, BLOCK)]
+
+
+def _cut(vector: Tensor, rows: slice, keys: slice) -> Tensor:
+    """A view of what a block of rows and keys reads of a vector."""
+    return vector[:, :, rows if vector.shape[2] > 1 else slice(None), keys if vector.shape[3] > 1 else slice(None)]
+
+
+def _state(q: Tensor, v: Tensor, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows that have seen nothing yet."""
+    top = q.new_full((*q.shape[:2], rows.stop - rows.start), float("-inf"), dtype=dtype)
+    return top, torch.zeros_like(top), q.new_zeros((*top.shape, v.shape[3]), dtype=dtype)

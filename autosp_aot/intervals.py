@@ -81,7 +81,7 @@ class Intervals:
         """A comparison; of positions it is known where it depends on their distance alone."""
         if isinstance(a, Position) or isinstance(b, Position):
             a, b = (x if isinstance(x, Position) else _fixed(x) for x in (a, b))
-            if a is None or b is None or a.at_q - b.at_q != -(a.at_k - b.at_k) or abs(a.at_k - b.at_k) > 1:
+            if a is None or b is None or a.at_q - b.at_q != -(a.at_k - b.at_k):
                 return self.number(0, 1)
             difference = self.distances * (a.at_k - b.at_k) + (a.plus - b.plus)
             low, high = rule(self.number(difference), self.number(0))
@@ -123,9 +123,13 @@ class Intervals:
             b = Part(-b.c, -b.high, -b.low)
         return Part(a.c + b.c, a.low + b.low, a.high + b.high)
 
-    def multiplied(self, a, b) -> Part:
+    def multiplied(self, a, b) -> Part | Position:
         if isinstance(a, Position) or isinstance(b, Position):
-            return self.unknown()
+            a, b = (a, b) if isinstance(a, Position) else (b, a)
+            times = None if isinstance(b, Position) else _fixed(b)
+            if times is None:
+                return self.unknown()
+            return Position(a.at_q * times.plus, a.at_k * times.plus, a.plus * times.plus)
         for x, y in ((a, b), (b, a)):
             if bool(((y.c == 0) & (y.low == y.high) & y.low.isfinite()).all()):
                 ends = torch.nan_to_num(torch.stack([x.low * y.low, x.high * y.low]), nan=0.0, posinf=INF, neginf=-INF)

@@ -23,7 +23,7 @@ from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export import attention_op  # noqa: F401  (defines torch.ops.autosp)
 from autosp_aot.export.bands import band_of
 from autosp_aot.export.constants import CASTS, constants_of, functional, is_elementwise, written
-from autosp_aot.export.products import before_repetition, is_product, left_and_right, made, transposed
+from autosp_aot.export.products import Product, before_repetition, made, product_of, transposed
 from autosp_aot.export.scores import SAME, VIEWS, Scores
 from autosp_aot.export.source import where
 
@@ -96,7 +96,8 @@ class _Rewrite:
         large = scores.largest()
         if large is not None:
             return _mask_problem(mask, large, place)
-        return self.replace(node, q, k, v, scores, (score, float(scale), True), given["enable_gqa"])
+        last = Product(node, q, v, ("bnxz", "bnzy", "bnxy") if len(shape) == 4 else ("nxz", "nzy", "nxy"))
+        return self.replace(last, q, k, v, scores, (score, float(scale), True), given["enable_gqa"])
 
     def spelled(self, softmax: Node) -> None:
         """Rewrite attention spelled out around a softmax; where it is something else the graph stays as it is."""
@@ -107,25 +108,25 @@ class _Rewrite:
         product = _product(softmax.args[0], shape[-2:]) if last is not None else None
         if product is None:
             return
-        scores = self.scores(shape[:-2], *shape[-2:], product)
+        scores = self.scores(shape[:-2], *shape[-2:], product.node)
         try:
             score = scores.of(softmax.args[0], (0, 1) if len(shape) == 4 else (1,))
         except ValueError:
             return
         if scores.largest() is not None:
             return
-        with self.graph.inserting_before(last):
-            (q, right), (_, v) = left_and_right(self.graph, product), left_and_right(self.graph, last)
+        with self.graph.inserting_before(last.node):
+            q, right = product.operands(self.graph, product.words[2][:-2])
+            _, v = last.operands(self.graph, last.words[0][:-2])
             self.replace(last, q, transposed(self.graph, right), v, scores, (score, 1.0, False), False)
 
     def scores(self, lead: tuple[int, ...], rows: int, keys: int, product: Node | None) -> Scores:
         lead = tuple(lead) if len(lead) == 2 else (1, lead[0])
         return Scores(lead, rows, keys, self.known, self.written, product)
 
-    def replace(
-        self, node: Node, q: Node, k: Node, v: Node, scores: Scores, scored: tuple, gqa: bool
-    ) -> Problem | None:
-        """Put the canonical operator in the place of `node`, the last of the attention's nodes."""
+    def replace(self, last: Product, q: Node, k: Node, v: Node, scores: Scores, scored, gqa: bool) -> Problem | None:
+        """Put the canonical operator in the place of `last`, the product of weights and values."""
+        node = last.node
         with self.graph.inserting_before(node):
             q, k, v = self.dims(q, scores.lead), self.dims(k, scores.lead), self.dims(v, scores.lead)
             if not gqa:
@@ -148,10 +149,10 @@ class _Rewrite:
             pair.meta = {key: value for key, value in node.meta.items() if key != "val"}
             shape = (*scores.lead, scores.rows, v.meta["val"].shape[-1])
             out = made(self.graph, operator.getitem, (pair, 0), q.meta["val"].new_empty(shape), node)
-            value = node.meta["val"]
-            if tuple(value.shape) != shape:
-                out = made(self.graph, aten.reshape.default, (out, list(value.shape)), value, node)
-            out = self.cast(out, value.dtype)
+            if len(last.words[0]) == 3:
+                size = (shape[0] * shape[1], *shape[2:])
+                out = made(self.graph, aten.reshape.default, (out, list(size)), out.meta["val"].reshape(size), node)
+            out = self.cast(last.result(self.graph, out, last.words[0][:-2]), node.meta["val"].dtype)
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
         return None
@@ -174,14 +175,15 @@ class _Rewrite:
         return (few_k, few_v) if times_k == times_v else (k, v)
 
 
-def _weighted_sum(softmax: Node) -> Node | None:
+def _weighted_sum(softmax: Node) -> Product | None:
     """The product of a softmax's result with values, if that is all it is used for."""
     node = softmax
     while len(node.users) == 1:
         (user,) = node.users
-        if is_product(user):
-            operands = user.args[1] if user.target is aten.einsum.default else user.args[-2:]
-            return user if operands[0] is node and operands[1] is not node else None
+        last = product_of(user)
+        if last is not None:
+            i, _, c = last.letters
+            return last if last.left is node is not last.right and last.words[0][-2:] == i + c else None
         shapes = [n.meta["val"].shape[-2:] for n in (node, user) if isinstance(n.meta.get("val"), torch.Tensor)]
         passes = user.target in (*SAME, *CASTS, *VIEWS, aten.type_as.default) and user.args[0] is node
         if not (passes or _is_silent_dropout(user)) or len(shapes) != 2 or shapes[0] != shapes[1]:
@@ -194,7 +196,7 @@ def _is_silent_dropout(node: Node) -> bool:
     return node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
 
 
-def _product(node: Node, size: tuple[int, int]) -> Node | None:
+def _product(node: Node, size: tuple[int, int]) -> Product | None:
     """The first product of matrices of which the scores [..., *size] are made element by element."""
     todo, seen = [node], set()
     while todo:
@@ -203,8 +205,9 @@ def _product(node: Node, size: tuple[int, int]) -> Node | None:
         if node in seen or not isinstance(value, torch.Tensor) or tuple(value.shape[-2:]) != tuple(size):
             continue
         seen.add(node)
-        if is_product(node):
-            return node
+        product = product_of(node)
+        if product is not None and product.words[2][-2:] == "".join(product.letters[:2]):
+            return product
         target = functional(node.target) if node.op == "call_function" else None
         if target is not None and (target in (*SAME, *VIEWS, aten.type_as.default) or is_elementwise(target)):
             todo += node.all_input_nodes[::-1]

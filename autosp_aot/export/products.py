@@ -4,6 +4,9 @@ matmul(a, b), bmm(a, b), baddbmm(x, a, b), einsum("bnsd,bntd->bnst", a, b)      
 k2 = k[:, :, None].expand(B, Nkv, G, T, D).reshape(B, Nkv * G, T, D)             k, repeated G times
 """
 
+import string
+from dataclasses import dataclass
+
 import torch
 from torch.fx import Graph, Node
 
@@ -25,41 +28,59 @@ def made(graph: Graph, target, args: tuple, value, like: Node) -> Node:
     return node
 
 
-def left_and_right(graph: Graph, product: Node) -> tuple[Node, Node]:
-    """The operands of a product as [..., i, c] and [..., c, j], its result being [..., i, j]."""
-    if product.target is not aten.einsum.default:
-        left, right = product.args[-2:]
-        return left, right
-    words, operands = _einsum(product)
-    *lead, i, j = words[2]
-    (c,) = set(words[0]) - set(words[2])
-    orders = [[words[0].index(x) for x in (*lead, i, c)], [words[1].index(x) for x in (*lead, c, j)]]
-    return tuple(
-        made(graph, aten.permute.default, (node, order), node.meta["val"].permute(order), product)
-        for node, order in zip(operands, orders)
-    )
+@dataclass(frozen=True)
+class Product:
+    """A product of matrices in the letters of an einsum: left `lead i c`, right `lead c j`, in any order of dims."""
+
+    node: Node
+    left: Node
+    right: Node
+    words: tuple[str, str, str]
+
+    def operands(self, graph: Graph, lead: str) -> tuple[Node, Node]:
+        """Left as [*lead, i, c] and right as [*lead, c, j], made before the graph's insertion point if need be."""
+        i, j, c = self.letters
+        return self._ordered(graph, self.left, self.words[0], lead + i + c), self._ordered(
+            graph, self.right, self.words[1], lead + c + j
+        )
+
+    def result(self, graph: Graph, node: Node, lead: str) -> Node:
+        """A node [*lead, i, j] in the order of the product's result."""
+        i, j, _ = self.letters
+        return self._ordered(graph, node, lead + i + j, self.words[2])
+
+    @property
+    def letters(self) -> tuple[str, str, str]:
+        """The letters of rows, of columns, and of what is summed over."""
+        a, b, out = map(set, self.words)
+        return (a & out - b).pop(), (b & out - a).pop(), (a & b - out).pop()
+
+    def _ordered(self, graph: Graph, node: Node, word: str, wanted: str) -> Node:
+        if word == wanted:
+            return node
+        order = [word.index(letter) for letter in wanted]
+        return made(graph, aten.permute.default, (node, order), node.meta["val"].permute(order), self.node)
 
 
-def is_product(node: Node) -> bool:
-    """True for a product of two matrices with the same leading dims on both sides and in the result."""
+def product_of(node: Node) -> Product | None:
+    """The product that a node is; None for everything else, and where leading dims are broadcast by being left out."""
     if node.op != "call_function" or node.target not in PRODUCTS:
-        return False
+        return None
     if node.target is aten.einsum.default:
-        return _einsum(node)[0] is not None
-    return all(operand.meta["val"].dim() == node.meta["val"].dim() for operand in node.args[-2:])
-
-
-def _einsum(node: Node) -> tuple[list[str] | None, list[Node]]:
-    """The letters of two operands and the result of an einsum that is a product of matrices, and the operands."""
-    text, operands = node.args[0].replace(" ", ""), list(node.args[1])
-    left, _, result = text.partition("->")
-    words = [*left.split(","), result]
-    if "." in text or len(words) != 3 or any(len(set(word)) != len(word) for word in words) or len(result) < 3:
-        return None, operands
-    a, b, out = map(set, words)
-    lead, i, j = set(result[:-2]), result[-2], result[-1]
-    fits = a - out == b - out and len(a - out) == 1 and a & out == lead | {i} and b & out == lead | {j}
-    return (words if fits else None), operands
+        text, (left, *rest) = node.args[0].replace(" ", ""), node.args[1]
+        words = (*text.partition("->")[0].split(","), text.partition("->")[2])
+        if "." in text or len(rest) != 1 or len(words) != 3 or any(len(set(word)) != len(word) for word in words):
+            return None
+        a, b, out = map(set, words)
+        if [len(a & out - b), len(b & out - a), len(a & b - out)] != [1, 1, 1] or a ^ b ^ out != a & b & out:
+            return None
+        return Product(node, left, rest[0], words)
+    left, right = node.args[-2:]
+    dims = node.meta["val"].dim()
+    if left.meta["val"].dim() != dims or right.meta["val"].dim() != dims or dims < 2:
+        return None
+    lead = string.ascii_lowercase[: dims - 2]
+    return Product(node, left, right, (lead + "xz", lead + "zy", lead + "xy"))
 
 
 def transposed(graph: Graph, node: Node) -> Node:

@@ -204,11 +204,12 @@ def _simple(name: str, operands: list):
 
 
 def _positions(vector: Tensor, leaf: str):
-    """Whole numbers that count up by one, as positions; None for all others."""
-    if vector.is_floating_point() or vector.dtype is torch.bool or not bool((vector.diff() == 1).all()):
+    """Whole numbers that grow by equal steps, as positions; None for all others."""
+    step, first = (vector[1] - vector[0]).item() if vector.dtype is not torch.bool else 0, vector[0].item()
+    if vector.is_floating_point() or step == 0 or not bool((vector.diff() == step).all()):
         return None
-    first = vector[0].item()
-    return leaf if first == 0 else ("aten.add.Tensor", leaf, first)
+    scaled = leaf if step == 1 else ("aten.mul.Tensor", leaf, step)
+    return scaled if first == 0 else ("aten.add.Tensor", scaled, first)
 
 
 def _diagonals(matrix: Tensor, dtype: str):
@@ -221,7 +222,7 @@ def _diagonals(matrix: Tensor, dtype: str):
         return None
     found = ("constant", dtype, edge[-1].item())
     for at in last[::-1]:
-        below = ("aten.le.Tensor", ("aten.sub.Tensor", "k", "q"), at - (matrix.shape[0] - 1))
+        below = ("aten.le.Scalar", ("aten.sub.Tensor", "k", "q"), at - (matrix.shape[0] - 1))
         found = ("aten.where.self", below, ("constant", dtype, edge[at].item()), found)
     return found
 

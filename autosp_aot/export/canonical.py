@@ -193,7 +193,8 @@ class _Canonical:
         q = ATTENTION[node.target]
         group = args[q].meta["val"].shape[1] // args[q + 1].meta["val"].shape[1]
         kwargs = tuple((name, map_args(value, lambda leaf: leaf)) for name, value in json.loads(scoring).items())
-        return self.emit(node, str(node.target).removesuffix(".default"), (*self.arguments(args), group, 0), kwargs, types)
+        op = str(node.target).removesuffix(".default")
+        return self.emit(node, op, (*self.arguments(args), group, 0), kwargs, types)
 
     def reshape(self, node: Node, operand: str, result: Tensor) -> str:
         source = self.made.get(operand)

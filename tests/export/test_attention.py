@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -27,6 +29,10 @@ def canonical(attend, kv_heads: int, batch: int = 2):
         program = torch.export.export(module, (q, *kv), strict=False)
     canonical_attention(program)
     return next(node for node in program.graph.nodes if node.target is torch.ops.autosp.attention.default)
+
+
+def scoring(attention) -> dict:
+    return json.loads(attention.args[4])
 
 
 def repeat_kv(x, times: int):
@@ -100,21 +106,21 @@ def test_keys_and_values_repeated_differently_are_left_expanded():
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 0.5), ({"scale": 2.0}, 2.0)])
 def test_the_scale_is_the_given_one_or_that_of_the_width(given, expected):
-    assert canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, **given), HEADS).args[3] == expected
+    assert scoring(canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, **given), HEADS))["scale"] == expected
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_is_causal_is_kept(causal):
-    assert canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal), HEADS).args[4] is causal
+    attention = canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal), HEADS)
+    assert scoring(attention).get("causal", False) is causal
 
 
 class Refused(nn.Module):
     def forward(self, q, k, v):
-        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()
         q = scaled_dot_product_attention(q, k, v, dropout_p=0.5)
         for _ in range(2):
-            q = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return scaled_dot_product_attention(q[0], k[0], v[0])
+            q = scaled_dot_product_attention(q, k[:1], v[:1])
+        return scaled_dot_product_attention(q[None], k[None], v[None])
 
 
 def test_every_attention_that_cannot_be_made_canonical_is_refused_at_once_and_each_line_once():
@@ -123,17 +129,15 @@ def test_every_attention_that_cannot_be_made_canonical_is_refused_at_once_and_ea
     first = Refused.forward.__code__.co_firstlineno
     assert str(caught.value) == (
         "error[attention-dropout]: attention with dropout 0.5 is not supported\n"
-        f"  where  test_attention.py:{first + 2}\n"
+        f"  where  test_attention.py:{first + 1}\n"
         "  why    its draws would have to be the same at every number of ranks\n"
         "  fix    set the attention dropout to 0\n"
-        "error[mask-not-recognised]: the attention mask is not recognised; "
-        "as a tensor of every query and key it takes 25 bytes\n"
-        f"  where  scaled_dot_product_attention (test_attention.py:{first + 4}); "
-        f"mask made at test_attention.py:{first + 1}\n"
-        "  why    it is not known to be causal from comparisons of positions, tril or triu made in forward\n"
-        "  fix    use is_causal=True, or make the causal mask in forward\n"
-        "error[attention-shape]: attention over 3 dims is not supported\n"
-        f"  where  test_attention.py:{first + 5}\n"
+        "error[attention-shape]: attention over q [2, 6, 5, 4], k [1, 6, 5, 4], v [1, 6, 5, 4] is not supported\n"
+        f"  where  test_attention.py:{first + 3}\n"
+        "  why    batch, heads and keys have to agree as they are; only key/value heads may be repeated\n"
+        "  fix    expand k and v to the batch and the heads of q\n"
+        "error[attention-shape]: attention over 5 dims is not supported\n"
+        f"  where  test_attention.py:{first + 4}\n"
         "  why    the canonical operator is [batch, heads, sequence, head dim]\n"
-        "  fix    add the missing dims"
+        "  fix    join the leading dims"
     )

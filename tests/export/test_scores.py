@@ -184,7 +184,8 @@ def assert_the_same(module: nn.Module, program) -> None:
     signature = program.graph_signature
     named = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     given = iter((q, lengths))
-    inputs = [held[named[n.name]] if n.name in named else next(given) for n in program.graph.find_nodes(op="placeholder")]
+    names = [node.name for node in program.graph.find_nodes(op="placeholder")]
+    inputs = [held[named[name]] if name in named else next(given) for name in names]
     (found,) = Run(program.graph_module).run(*inputs)
     torch.testing.assert_close(found, module(q, lengths), rtol=1e-5, atol=1e-5)
 

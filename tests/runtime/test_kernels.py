@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from autosp_aot.runtime import kernels
-from autosp_aot.runtime.kernels import attention, attention_backward, attention_rows, attention_rows_backward
+from autosp_aot.runtime import blockwise, kernels
 
 SCALE = 0.7
 
@@ -16,6 +15,22 @@ def reference(q, k, v, causal, group=1, first_head=0):
     if causal:
         scores = scores.masked_fill(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1), -torch.inf)
     return scores.softmax(-1) @ v[:, served], scores.logsumexp(-1)
+
+
+def attention(q, k, v, scale, causal, *tail):
+    return kernels.attention(q, k, v, [], *tail, scale=scale, causal=causal)
+
+
+def attention_backward(grad_out, q, k, v, out, lse, scale, causal, *tail):
+    return kernels.attention_backward(grad_out, q, k, v, out, lse, None, [], *tail, scale=scale, causal=causal)
+
+
+def attention_rows(q, k, v, scale, causal, *tail):
+    return kernels.attention_rows(q, k, v, [], *tail, scale=scale, causal=causal)
+
+
+def attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal, *tail):
+    return kernels.attention_rows_backward(grad_out, q, k, v, out, lse, None, [], *tail, scale=scale, causal=causal)
 
 
 def tensors(heads, kv_heads, rows, keys, width=4, v_width=4):
@@ -65,26 +80,26 @@ def test_queries_see_all_keys_where_their_numbers_differ(rows, keys, v_width):
     (9, 9, True), (9, 9, False), (4, 11, False), (11, 4, False), (11, 6, True), (6, 11, True), (4, 4, True),
 ])  # fmt: skip
 def test_blocks_of_rows_and_keys_add_up(monkeypatch, rows, keys, causal):
-    monkeypatch.setattr(kernels, "BLOCK", 4)
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
     q, k, v, grad_out = tensors(2, 2, rows, keys, v_width=3)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     expected = reference(*leaves, causal)
-    found = kernels.blockwise(q, k, v, SCALE, causal)
+    found = blockwise.blockwise(q, k, v, [], blockwise.Scoring(SCALE, causal))
     assert_close(found, expected)
-    grads = kernels.blockwise_backward(grad_out, q, k, v, *found, SCALE, causal)
+    grads = blockwise.blockwise_backward(grad_out, q, k, v, *found, None, [], blockwise.Scoring(SCALE, causal))
     assert_close(grads, gradients(expected[0], grad_out, *leaves))
 
 
 def test_more_rows_than_a_block_are_several_blocks():
-    rows = 2 * kernels.BLOCK + 3
+    rows = 2 * blockwise.BLOCK + 3
     assert_like_reference(*tensors(1, 1, rows, rows, width=2, v_width=3), True)
 
 
 def test_scores_beyond_the_range_of_exp_do_not_overflow(monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", 2)
+    monkeypatch.setattr(blockwise, "BLOCK", 2)
     q, k, v, _ = tensors(1, 1, 5, 5)
     q *= 1000
-    assert_close(kernels.blockwise(q, k, v, SCALE, True), reference(q, k, v, True))
+    assert_close(blockwise.blockwise(q, k, v, [], blockwise.Scoring(SCALE, True)), reference(q, k, v, True))
 
 
 ROWS, HEADS, GROUP = 3, 4, 2

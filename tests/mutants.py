@@ -141,6 +141,12 @@ def argument(wanted: Callable[[Instr], bool], at: int, change: Callable) -> Plan
     return lambda program: edit(program, wanted, changed)
 
 
+def option(wanted: Callable[[Instr], bool], name: str, change: Callable) -> Plant:
+    """One keyword argument of a call is another."""
+    changed = lambda kwargs: tuple((key, change(old) if key == name else old) for key, old in kwargs)  # noqa: E731
+    return lambda program: edit(program, wanted, lambda instr: [replace(instr, kwargs=changed(instr.kwargs))])
+
+
 def on_rank(rank: int, by: int) -> Callable:
     """A number is `by` more on one rank."""
 

@@ -10,7 +10,7 @@ from autosp_aot.placement import REPLICATE
 from autosp_aot.program import PerRank, Ref
 from autosp_aot.verify import verify
 from tests.edits import edit, named
-from tests.mutants import copies_not_summed, made, planted, released_too_early, swapped_dims, to, twice, without
+from tests.mutants import copies_not_summed, made, option, planted, released_too_early, swapped_dims, to, twice, without
 
 
 def refused(program, whole) -> str:
@@ -60,8 +60,7 @@ def _last(instr, rank):
 
 
 def test_a_scale_applied_twice_is_found(tiny2):
-    again = lambda instr: [replace(instr, args=(*instr.args[:3], instr.args[3] ** 2, *instr.args[4:]))]  # noqa: E731
-    program = edit(tiny2.program, named("autosp.attention"), again)
+    program = option(named("autosp.attention"), "scale", lambda scale: scale**2)(tiny2.program)
     assert "an argument of autosp.attention is wrong on rank 0" in refused(program, tiny2.whole)
 
 

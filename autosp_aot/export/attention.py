@@ -16,6 +16,7 @@ import math
 import operator
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
@@ -39,7 +40,7 @@ def canonical_attention(exported: ExportedProgram) -> None:
     for node in list(exported.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             exported.graph.erase_node(node)
-    exported.graph.eliminate_dead_code()
+    _drop_unused(exported.graph)
     rewrite = _Rewrite(exported)
     problems = []
     for node in list(exported.graph.nodes):
@@ -50,7 +51,12 @@ def canonical_attention(exported: ExportedProgram) -> None:
     found = [problem for problem in problems if problem]
     if found:
         raise BuildError(*dict.fromkeys(found))
-    exported.graph.eliminate_dead_code()
+    _drop_unused(exported.graph)
+
+
+def _drop_unused(graph: Graph) -> None:
+    """Drop what nobody reads; regions stay, they may write to what is read later."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or isinstance(node.target, HigherOrderOperator))
 
 
 class _Rewrite:

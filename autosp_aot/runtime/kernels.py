@@ -94,7 +94,7 @@ def attention_rows_backward(
 ):  # fmt: skip
     """Gradients of `attention_rows`; those of k and v hold what this rank's rows add to them."""
     grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v))
-    for run in _row_runs(q.shape[1], group, rows, start):
+    for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
         for keys, is_causal in _key_blocks(run, k.shape[2], scoring):
             mask = replace(Scoring(**scoring), causal=is_causal, first_row=run.first - keys.start)
@@ -112,7 +112,7 @@ def attention_rows_vector_gradient(
 ):  # fmt: skip
     """The gradient of vector `which`: what this rank's rows add to it."""
     total = torch.zeros_like(vectors[which], dtype=lse.dtype)
-    for run in _row_runs(q.shape[1], group, rows, start):
+    for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
         parts, mask = (k[:, run.kv], v[:, run.kv]), replace(Scoring(**scoring), first_row=run.first)
         found = blockwise_vector_gradient(grad, mine, *parts, *own, run.vectors(vectors), which, mask)

@@ -106,7 +106,8 @@ def test_keys_and_values_repeated_differently_are_left_expanded():
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 0.5), ({"scale": 2.0}, 2.0)])
 def test_the_scale_is_the_given_one_or_that_of_the_width(given, expected):
-    assert scoring(canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, **given), HEADS))["scale"] == expected
+    attention = canonical(lambda q, k, v: scaled_dot_product_attention(q, k, v, **given), HEADS)
+    assert scoring(attention)["scale"] == expected
 
 
 @pytest.mark.parametrize("causal", [False, True])

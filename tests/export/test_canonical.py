@@ -85,6 +85,6 @@ def test_keys_that_eager_would_broadcast_over_the_batch_are_refused():
     assert "expand k and v to the batch and the heads of q" in str(caught.value)
 
 
-def test_a_causal_corner_that_kernels_disagree_on_is_refused():
-    with pytest.raises(BuildError, match=r"causal attention of 5 queries over 4 keys"):
-        built(lambda x, t, m: scaled_dot_product_attention(heads(x), m[:, :, :4], m[:, :, :4], is_causal=True).sum())
+def test_causal_attention_of_more_queries_than_keys_begins_at_the_first():
+    assert error(lambda x, t, m: scaled_dot_product_attention(
+        heads(x), m[:, :, :4], m[:, :, :4], is_causal=True).sum()) <= 1e-12

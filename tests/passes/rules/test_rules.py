@@ -13,6 +13,7 @@ from autosp_aot.placement import even_bounds
 from autosp_aot.program import Dtype, Instr, Ref, Value, at_rank, map_args
 from autosp_aot.runtime.execute import DTYPES, OURS
 from tests.boxes import joined, parts
+from tests.passes.rules import attention_cases, convolution_cases, lookup_cases, scan_cases
 from tests.passes.rules import convolution_cases, lookup_cases, routing_cases, scan_cases
 from tests.passes.rules.drawing import ids, normal, sizes
 
@@ -46,21 +47,6 @@ def _slice_backward(rng):
 def _slice_scatter(rng):
     whole, dim, start, end, step = _slice(rng)
     return whole, overload("aten.slice.Tensor")(whole, dim, start, end, step) * 2, dim, start, end, step
-
-
-def _attention(rng, backward: bool, by_rows: bool):
-    group, kv, batch, rows, width = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 2), rng.randint(1, 6), 8
-    keys = rows if (causal := rng.random() < 0.7) else rng.randint(1, 6)
-    q = normal(rng, batch, group * kv, rows, width)
-    k, v = normal(rng, batch, kv, keys, width), normal(rng, batch, kv, keys, width)
-    tail = (0.3, causal, group, 0)
-    out, lse = OURS["autosp.attention"](q, k, v, *tail)
-    tensors = [normal(rng, *out.shape), q, k, v, out, lse] if backward else [q, k, v]
-    if by_rows:
-        tail = (0.3, causal, group, rows, 0)
-        keep = (2, 3) if backward else (1, 2)
-        tensors = [t if at in keep else t.flatten(1, 2) for at, t in enumerate(tensors)]
-    return (*tensors, *tail)
 
 
 def _norm(rng, backward: bool):
@@ -203,10 +189,6 @@ ARGUMENTS = {
     "aten.tril.default": lambda rng: (normal(rng, *sizes(rng, 3)), rng.randint(-3, 3)),
     "aten.triu.default": lambda rng: (normal(rng, *sizes(rng, 3)),),
     "aten.zeros.default": lambda rng: (tuple(sizes(rng, 2)),),
-    "autosp.attention": lambda rng: _attention(rng, False, False),
-    "autosp.attention_backward": lambda rng: _attention(rng, True, False),
-    "autosp.attention_rows": lambda rng: _attention(rng, False, True),
-    "autosp.attention_rows_backward": lambda rng: _attention(rng, True, True),
     "autosp.uniform": lambda rng: (torch.tensor(rng.randrange(2**40)), rng.randrange(9), tuple(sizes(rng, 3)), ()),
     # Elementwise operators have no line in the table; these stand for them.
     "aten._to_copy.default": lambda rng: (normal(rng, *sizes(rng, 3)).float(),),
@@ -217,6 +199,7 @@ ARGUMENTS = {
     "aten.silu_backward.default": lambda rng: (x := normal(rng, *sizes(rng, 3)), x * 2),
     "aten.where.self": lambda rng: (normal(rng, 3, 1) > 0, *(normal(rng, 3, 4), normal(rng, 4))),
 }
+ARGUMENTS |= attention_cases.ARGUMENTS | convolution_cases.ARGUMENTS | lookup_cases.ARGUMENTS | scan_cases.ARGUMENTS
 for cases in (convolution_cases, lookup_cases, routing_cases, scan_cases):
     ARGUMENTS |= cases.ARGUMENTS
 KWARGS = dict.fromkeys(("aten._to_copy.default", "autosp.uniform"), (("dtype", Dtype("f64")),))
@@ -232,7 +215,10 @@ def test_shards_put_together_equal_the_whole(op):
     tried = 0
     for seed in range(CASES):
         rng = random.Random(f"{op} {seed}")
-        tried += _check(op, ARGUMENTS[op](rng), dict(KWARGS.get(op, ())), rng)
+        args, kwargs = ARGUMENTS[op](rng), dict(KWARGS.get(op, ()))
+        if args and isinstance(args[-1], dict):
+            *args, kwargs = args
+        tried += _check(op, tuple(args), kwargs, rng)
     assert tried >= CASES
 
 

@@ -13,8 +13,7 @@ from autosp_aot.placement import even_bounds
 from autosp_aot.program import Dtype, Instr, Ref, Value, at_rank, map_args
 from autosp_aot.runtime.execute import DTYPES, OURS
 from tests.boxes import joined, parts
-from tests.passes.rules import attention_cases, convolution_cases, lookup_cases, scan_cases
-from tests.passes.rules import convolution_cases, lookup_cases, routing_cases, scan_cases
+from tests.passes.rules import attention_cases, convolution_cases, lookup_cases, routing_cases, scan_cases
 from tests.passes.rules.drawing import ids, normal, sizes
 
 CASES = 20
@@ -199,8 +198,7 @@ ARGUMENTS = {
     "aten.silu_backward.default": lambda rng: (x := normal(rng, *sizes(rng, 3)), x * 2),
     "aten.where.self": lambda rng: (normal(rng, 3, 1) > 0, *(normal(rng, 3, 4), normal(rng, 4))),
 }
-ARGUMENTS |= attention_cases.ARGUMENTS | convolution_cases.ARGUMENTS | lookup_cases.ARGUMENTS | scan_cases.ARGUMENTS
-for cases in (convolution_cases, lookup_cases, routing_cases, scan_cases):
+for cases in (attention_cases, convolution_cases, lookup_cases, routing_cases, scan_cases):
     ARGUMENTS |= cases.ARGUMENTS
 KWARGS = dict.fromkeys(("aten._to_copy.default", "autosp.uniform"), (("dtype", Dtype("f64")),))
 KWARGS["aten.sort.stable"] = (("dim", 1), ("stable", True))

@@ -19,6 +19,7 @@ RESHAPES = (
     aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
 )  # fmt: skip
 EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
+PARTS = (aten.select.int, aten.slice.Tensor)
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 CHOOSING = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim)
 JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
@@ -26,7 +27,7 @@ JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
 
 def choices(ids: Node) -> int | None:
     """n where the elements of `ids` are certain to be among 0 .. n - 1; None where they are not."""
-    root = _source(ids, RESHAPES)
+    root = _source(ids, (*RESHAPES, *PARTS))
     if written(root):
         return None
     if root.target in JOINS:
@@ -45,12 +46,13 @@ def says_ends(ends: Node, equal: dict[Node, Node], ids: Node, experts: int) -> b
 
     `equal` gives, for some nodes, one with the same value that does not depend on the order of the ids.
     """
-    total = _source(ends, CASTS)
+    chain = [ends]
+    total = _source(ends, CASTS, chain)
     if total.target is not aten.cumsum.default:
         return False
-    counts = _source(total.args[0], CASTS)
-    exact = all(node.meta["val"].dtype in EXACT for node in (ends, total, total.args[0], counts))
-    if not exact or any(map(written, (ends, total, total.args[0], counts))):
+    counts = _source(total.args[0], CASTS, chain)
+    chain += [total, counts]
+    if any(node.meta["val"].dtype not in EXACT or written(node) for node in chain):
         return False
     counts, many = equal.get(counts, counts), choices(ids)
     if many is None or counts.target is not aten.histc.default:

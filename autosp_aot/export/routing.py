@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from autosp_aot.export.expert_ids import arguments, choices, given_dims, says_ends, shares, written
+from autosp_aot.export.regions import MARKS
 from autosp_aot.export.routing_op import PRODUCTS
 
 aten = torch.ops.aten
@@ -64,13 +65,15 @@ class _Unknown(Exception):
 
 def canonical_routing(exported: ExportedProgram) -> None:
     """Rewrite in place every region of the exported graph that is certain; leave the others alone."""
-    graph = exported.graph
+    graph, gone = exported.graph, set()
     for node in list(graph.nodes):
+        if node in gone:
+            continue
         if node.target in SORTS and node.args[0].meta["val"].dim() == 1:
-            _Region(graph, node).rewrite()
-            graph.eliminate_dead_code()
+            gone.update(_Region(graph, node).rewrite())
         elif node.target is aten.bmm.default:
             _unbatch(graph, node)
+    graph.eliminate_dead_code()
 
 
 def _unbatch(graph: Graph, product: Node) -> None:
@@ -85,7 +88,8 @@ def _unbatch(graph: Graph, product: Node) -> None:
     (table, at), x = copies.args, row.args[0]
     many = choices(at[0]) if len(at) == 1 and len(_shape(at[0])) == 1 else None
     fits = len(_shape(table)) == 3 and x.meta["val"].dim() == 2 and _shape(row)[1 if row_first else 2] == 1
-    if many is None or not fits or many > _shape(table)[0] or written(table) or written(copies):
+    alone = not written(table) and not written(copies) and _same_region(graph, (row, copies, product))
+    if many is None or not fits or many > _shape(table)[0] or not alone:
         return
     with graph.inserting_before(product):
         weight = table if row_first else graph.call_function(aten.transpose.int, (table, 1, 2))
@@ -105,26 +109,31 @@ class _Region:
         # v = plain[v][order] for every value v of the region; leaves[v] equals v, and does not depend on the order.
         self.plain: dict[Node, Node | Count | tuple] = {}
         self.leaves: dict[Node, Node] = {}
-        self.gone: list[Node] = [sort]
+        self.visited: list[Node] = [sort]
         self.inverses: set[Node] = set()
         self.products = 0
 
-    def rewrite(self) -> None:
+    def rewrite(self) -> list[Node]:
+        """Rewrite the region, or leave it; the nodes that are no longer in the graph."""
         nodes = list(self.graph.nodes)
         try:
             self.begin()
             for node in nodes[nodes.index(self.sort) + 1 :]:
                 if any(operand in self.plain or operand in self.inverses for operand in node.all_input_nodes):
                     self.visit(node)
-                    self.gone.append(node)
+                    self.visited.append(node)
         except _Unknown:
-            return
-        if self.products:
-            for node, plain in self.leaves.items():
-                node.replace_all_uses_with(plain)
-            for node in reversed(self.gone):
-                if not node.users:
-                    self.graph.erase_node(node)
+            return []
+        if not self.products:
+            return []
+        for node, plain in self.leaves.items():
+            node.replace_all_uses_with(plain)
+        gone = []
+        for node in reversed(self.visited):
+            if not node.users:
+                self.graph.erase_node(node)
+                gone.append(node)
+        return gone
 
     def begin(self) -> None:
         ids = self.sort.args[0]
@@ -295,6 +304,13 @@ class _Region:
             made = self.graph.call_function(target, args, kwargs)
         made.meta = dict(node.meta)
         return made
+
+
+def _same_region(graph: Graph, calls: tuple[Node, ...]) -> bool:
+    """Whether no_grad and autocast neither begin nor end between these calls."""
+    nodes = list(graph.nodes)
+    places = [nodes.index(call) for call in calls]
+    return not any(node.target in MARKS for node in nodes[min(places) : max(places)])
 
 
 def _own(operand: Node, node: Node) -> bool:

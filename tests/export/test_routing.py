@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from autosp_aot.errors import BuildError
 from autosp_aot.export.diagnose import refuse_operators
 from autosp_aot.export.fake import fake_copy
+from autosp_aot.export.regions import flat_regions
 from autosp_aot.export.routing import canonical_routing
 from tests.exactness import eager
 from tests.test_architectures import sharded, worst
@@ -132,7 +133,7 @@ REWRITTEN = [
 def exported(route):
     mode = FakeTensorMode()
     model, x = fake_copy(Experts(route).double(), mode), mode.from_tensor(torch.empty(TOKENS, WIDTH).double())
-    with mode:
+    with mode, flat_regions():
         return torch.export.export(model, (x,), strict=False)
 
 

@@ -169,6 +169,7 @@ class _Plan:
 
 
 def _shard(source: Value, target: Value, rank: int) -> Step:
+    """A copy of the rank's part: kernels rely on what another kernel made (mean and rstd of a norm) having no gaps."""
     a, b, whole = source.placement, target.placement, source.whole_shape
     boxes = [piece.local(a, whole, rank) for piece in transfers(a, b, whole, rank, rank)]
     dim = b.cut.dim
@@ -177,7 +178,7 @@ def _shard(source: Value, target: Value, rank: int) -> Step:
         tensor = values[source.name]
         parts = [_narrowed(tensor, box) for box in boxes]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
-        values[target.name] = joined
+        values[target.name] = joined.contiguous()
 
     return step
 

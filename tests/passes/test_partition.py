@@ -12,11 +12,9 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.errors import BuildError
 from autosp_aot.export.fake import weightless
 from autosp_aot.passes.partition import partition
-from autosp_aot.passes.rules import table
 from autosp_aot.program import Input, Instr, Program, Ref, Section, Value
 from autosp_aot.program_text import print_program
 from examples import llama, plain
-from tests.conftest import TINY
 
 BEFORE = Program(
     1,
@@ -110,15 +108,3 @@ def test_strict_refuses_it():
     with pytest.raises(BuildError, match="operator-without-rule") as caught:
         compile_model(Distances(), batch, {"x": 1}, BuildConfig(2, strict=True), "")
     assert "aten._cdist_forward.default" in str(caught.value) and "test_partition.py" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "op", ["aten.mm.default", "aten.reshape.default", "aten.native_layer_norm.default", "autosp.attention"]
-)
-def test_without_its_rule_an_operator_still_builds_through_the_fallback(op, monkeypatch):
-    table._spec.cache_clear()
-    monkeypatch.setitem(table.RULES, op, lambda call: None)
-    model = plain.build_model(**TINY)
-    artifact = compile_model(model, plain.example_batch(1, 5), {"input_ids": 1, "labels": 1}, BuildConfig(2), "")
-    table._spec.cache_clear()
-    assert op in {fallback["op"] for fallback in artifact.manifest.fallbacks}

@@ -142,7 +142,7 @@ def check(artifact: Path, numeric: bool, as_json: bool) -> None:
 
     lines = check_artifact(artifact)
     if numeric:
-        lines.append(check_numeric(artifact))
+        lines += check_numeric(artifact)
     click.echo(json.dumps(lines) if as_json else "\n".join(lines))
 
 

@@ -45,11 +45,12 @@ class Difference:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def check_numeric(path: str | Path) -> str:
-    """Run an artifact's programs against its whole step; what was compared, in a line. Raises ArtifactError.
+def check_numeric(path: str | Path) -> list[str]:
+    """Run an artifact's programs against its whole step; what was compared, a line each. Raises ArtifactError.
 
-    Parameters and the batch are made up; buffers are the artifact's. `numeric-too-large` where it would need more than
-    8 GiB, `numbers-differ` with the gradients that differ.
+    Parameters and the batch are made up; buffers are the artifact's. Programs with bf16 or fp16 run a second time with
+    fp32 in their place, where a small mistake is not taken for rounding. `numeric-too-large` where it would need more
+    than 8 GiB, `numbers-differ` with the results that differ.
     """
     manifest = read_manifest(path)
     whole = read_whole(path)
@@ -60,11 +61,18 @@ def check_numeric(path: str | Path) -> str:
     if not read <= set(stored):
         weights = read_weights(Path(path), manifest, None)
         stored |= {name: weights[name] for name in read - set(stored)}
-    found = difference(whole, programs, stored | made_up(whole))
-    if found.beyond:
-        raise _differ(found)
-    worst = max(found.errors.values())
-    return f"numbers     loss and {len(found.errors) - 1} gradients differ by {worst:.0e}, at most {found.limit:.0e}"
+    inputs = stored | made_up(whole)
+    found = {"numbers": difference(whole, programs, inputs)}
+    if _floats(whole) & set(HALF):
+        found["in fp32"] = difference(widened(whole), [*map(widened, programs)], _wide(inputs))
+    for compared in found.values():
+        if compared.beyond:
+            raise _differ(compared)
+    return [
+        f"{said:<12}loss and {len(compared.errors) - 1} gradients differ by {max(compared.errors.values()):.0e}, "
+        f"at most {compared.limit:.0e}"
+        for said, compared in found.items()
+    ]
 
 
 def difference(whole: Program, programs: list[Program], inputs: Mapping[str, Tensor]) -> Difference:
@@ -73,17 +81,24 @@ def difference(whole: Program, programs: list[Program], inputs: Mapping[str, Ten
     The limit is 1e-12 where all is fp64, 1e-6 where an fp64 step casts to fp32 inside, 1e-5 in fp32; where a value is
     bf16 or fp16, twice the whole step's own difference from itself in fp32, which then is the reference.
     """
-    whole, inputs = release(whole), dict(inputs)
-    floats = {value.dtype for value in whole.values().values() if DTYPES[value.dtype].is_floating_point}
+    whole, inputs, floats = release(whole), dict(inputs), _floats(whole)
     results = _run(programs, inputs)
     reference = _run([whole], inputs)[0]
     if floats & set(HALF):
-        wide = {name: tensor.float() if tensor.dtype.itemsize == 2 else tensor for name, tensor in inputs.items()}
-        exact = _run([_widened(whole)], wide)[0]
+        exact = _run([widened(whole)], _wide(inputs))[0]
         limit = 2 * max(_errors(exact, [reference]).values())
         return Difference(_errors(exact, results), limit)
     limit = EXACT if floats == {"f64"} else CASTS if "f64" in floats else SINGLE
     return Difference(_errors(reference, results), limit)
+
+
+def _floats(program: Program) -> set[str]:
+    return {value.dtype for value in program.values().values() if DTYPES[value.dtype].is_floating_point}
+
+
+def _wide(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    halves = [DTYPES[name] for name in HALF]
+    return {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in inputs.items()}
 
 
 def _run(programs: list[Program], inputs: dict[str, Tensor]) -> list[Results]:
@@ -110,14 +125,14 @@ def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
     return worst
 
 
-def _widened(program: Program) -> Program:
-    """The step with fp32 in place of bf16 and fp16; what is drawn is drawn as before and then widened."""
+def widened(program: Program) -> Program:
+    """The program with fp32 in place of bf16 and fp16; what is drawn is drawn as before and then widened."""
     seeds = {entry.value.name for entry in program.inputs if entry.kind == "seed"}
     dtype = lambda name: "f32" if name in HALF else name  # noqa: E731
     leaf = lambda arg: Dtype(dtype(arg.name)) if isinstance(arg, Dtype) else arg  # noqa: E731
     value = lambda v: v and replace(v, dtype=dtype(v.dtype))  # noqa: E731
 
-    def widened(instr: Instr) -> list[Instr]:
+    def wider(instr: Instr) -> list[Instr]:
         wide = tuple(map(value, instr.outs))
         if wide != instr.outs and seeds.intersection(instr.refs()):
             drawn = replace(instr.outs[0], name=f"{instr.outs[0].name}.drawn")
@@ -128,7 +143,7 @@ def _widened(program: Program) -> Program:
     return replace(
         program,
         inputs=tuple(replace(entry, value=value(entry.value)) for entry in program.inputs),
-        sections=tuple(replace(s, instrs=tuple(i for old in s.instrs for i in widened(old))) for s in program.sections),
+        sections=tuple(replace(s, instrs=tuple(i for old in s.instrs for i in wider(old))) for s in program.sections),
     )
 
 
@@ -136,13 +151,13 @@ def _refuse_large(manifest: Manifest, whole: Program) -> None:
     """Raise ArtifactError where the inputs, and everybody's activations and gradients, do not fit."""
     inputs = sum(entry.value.nbytes() for entry in whole.inputs)
     alone, together = costs(release(whole)).peak_bytes, manifest.costs["peak_bytes"] * manifest.ranks
-    needed = inputs + max(alone, together)
+    needed = (inputs + max(alone, together)) * (2 if _floats(whole) & set(HALF) else 1)
     if needed > MEMORY_LIMIT_BYTES:
         gib = lambda count: f"{count / 2**30:.1f} GiB"  # noqa: E731
         raise ArtifactError(Problem(
             "numeric-too-large", f"running {manifest.ranks} ranks in one process takes {gib(needed)}",
             why=f"inputs {gib(inputs)}, all ranks together {gib(together)}, the whole step {gib(alone)}; "
-            f"the limit is {gib(MEMORY_LIMIT_BYTES)}",
+            f"twice that in fp32 for bf16 and fp16; the limit is {gib(MEMORY_LIMIT_BYTES)}",
             fix="build the model for the same --sp with a smaller --seq, narrower or with fewer layers, and check that;"
             " check without --numeric proves this artifact"))  # fmt: skip
 

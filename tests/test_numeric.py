@@ -108,11 +108,21 @@ def test_ids_labels_and_masks_are_made_up_as_the_step_reads_them():
 
 def test_an_artifact_whose_numbers_differ_is_refused(tiny2, tmp_path):
     path = tiny2.save(tmp_path / "a")
-    assert check_numeric(path).startswith("numbers     loss and 17 gradients differ by")
+    (line,) = check_numeric(path)
+    assert line.startswith("numbers     loss and 17 gradients differ by")
     edit_text(path, "aten.slice.Tensor(%labels, 1, 1, 5, 1)", "aten.slice.Tensor(%labels, 1, 0, 4, 1)")
     with pytest.raises(ArtifactError) as caught:
         check_numeric(path)
     assert "error[numbers-differ]: 18 of 18 results are not the whole step's" in str(caught.value)
+
+
+def test_in_bf16_a_mistake_that_rounding_would_hide_is_found_in_fp32(tmp_path):
+    path = compiled(llama.build_model("bfloat16", **SMALL)).save(tmp_path / "a")
+    assert [line.split("loss")[0].strip() for line in check_numeric(path)] == ["numbers", "in fp32"]
+    edit_text(path, ", 1e-06)", ", 1e-05)")
+    with pytest.raises(ArtifactError) as caught:
+        check_numeric(path)
+    assert "at most 1e-05 is rounding" in str(caught.value)
 
 
 def test_what_is_too_large_for_one_process_is_refused_with_sizes(tmp_path):

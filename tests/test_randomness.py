@@ -123,6 +123,44 @@ def test_loss_and_gradients_are_eager_s_with_the_same_draws_at_any_number_of_ran
             assert difference(reference, result["loss"], gradients) <= limit
 
 
+class Drawn(nn.Module):
+    """What is drawn for [2, 13, H] is the gradient of `weight`."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.weight, self.draw = nn.Parameter(torch.ones(2, 13, 1000)), draw
+
+    def forward(self, input_ids, labels):
+        return (self.weight * self.draw(torch.empty_like(self.weight))).sum() + 0 * (input_ids + labels).sum()
+
+
+DISTRIBUTIONS = {
+    "bernoulli": lambda x: x.bernoulli_(0.3),
+    "bernoulli of a tensor": lambda x: torch.bernoulli(torch.full_like(x, 0.3)),
+    "dropout": lambda x: F.dropout(torch.ones_like(x), 0.3),
+    "exponential": lambda x: x.exponential_(2.0),
+    "normal": lambda x: x.normal_(0.5, 2.0),
+    "normal of tensors": lambda x: torch.normal(torch.full_like(x, 0.5), torch.full_like(x, 2.0)),
+    "rand": torch.rand_like,
+    "rand in bf16": lambda x: torch.rand_like(x, dtype=torch.bfloat16),
+    "randint": lambda x: torch.randint_like(x, -2, 5),
+    "randn": torch.randn_like,
+    "randn in fp64": lambda x: torch.randn_like(x, dtype=torch.float64),
+    "uniform": lambda x: x.uniform_(-1.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(DISTRIBUTIONS))
+def test_what_is_drawn_has_torchs_distribution(name):
+    """Kolmogorov and Smirnov's distance of two samples; one in a thousand pairs alike is further apart."""
+    model = Drawn(DISTRIBUTIONS[name])
+    torch.manual_seed(0)
+    ours, theirs = results(model, 2)[0]["grad.weight"].flatten(), eager(model, BATCH)[1]["weight"].flatten()
+    at = torch.cat([ours, theirs]).unique()
+    below = [torch.searchsorted(sample.sort().values, at, right=True) / len(sample) for sample in (ours, theirs)]
+    assert (below[0] - below[1]).abs().max() < 1.95 * (2 / len(ours)) ** 0.5
+
+
 def test_what_is_computed_again_draws_the_same():
     model = model_of("gpt2")
     for once, again in zip(results(model, 3, "none"), results(model, 3, "sac")):

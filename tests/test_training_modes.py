@@ -94,6 +94,18 @@ def test_only_what_trains_has_gradients_and_they_are_eager_s(freeze):
     assert worst(eager(model, BATCH), results) <= 1e-12
 
 
+def test_a_model_in_which_nothing_trains_is_refused():
+    model = decoder().requires_grad_(False)
+    with pytest.raises(BuildError) as caught:
+        sharded(model, BATCH, 2)
+    assert str(caught.value) == (
+        "error[nothing-trains]: no parameter gets a gradient\n"
+        f"  where  plain.py:{plain.Decoder.forward.__code__.co_firstlineno}\n"
+        "  why    there is nothing for a step to train\n"
+        "  fix    set requires_grad of what is to be trained"
+    )
+
+
 # --- gradient checkpointing ---------------------------------------------------------------------------------------
 
 

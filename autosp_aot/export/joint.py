@@ -105,6 +105,9 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode,
     refuse_random(joint.graph_module.graph)
     gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
     refuse_other_gradients(wrapped, batch, gradients, place)
+    if not gradients:
+        raise BuildError(Problem("nothing-trains", "no parameter gets a gradient", place,
+                                 "there is nothing for a step to train", "set requires_grad of what is to be trained"))
     return captured
 
 

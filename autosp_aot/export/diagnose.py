@@ -25,7 +25,7 @@ from autosp_aot.export.routing_op import PRODUCTS
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.user_code import FAILURES, raised_at, said
 
-GROUPED = """sort rows by expert, restore their order by the inverse, and let nothing else see that order; or
+GROUPED = """sort topk's indices, count them with torch.histc, let nothing see that order but its inverse; or
 multiply with weight[ids] in torch operators (transformers: experts_implementation="batched_mm")"""
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 NAMESPACES = ("aten", "autosp", "prims")

@@ -16,11 +16,11 @@ aten = torch.ops.aten
 RESHAPES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.permute.default,
     aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
-    aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
+    aten.unflatten.int, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
 )  # fmt: skip
 EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 PARTS = (aten.select.int, aten.slice.Tensor)
-CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 CHOOSING = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim)
 JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
 

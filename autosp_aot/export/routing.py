@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from autosp_aot.export.expert_ids import arguments, choices, given_dims, says_ends, shares, written
+from autosp_aot.export.expert_ids import CASTS, arguments, choices, given_dims, says_ends, shares, written
 from autosp_aot.export.regions import MARKS
 from autosp_aot.export.routing_op import PRODUCTS
 
@@ -42,13 +42,15 @@ ALONG_DIMS = (
 )  # fmt: skip
 RESHAPES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.expand.default,
+    aten.unflatten.int,
 )  # fmt: skip
 # The same with operands that all rows share.
-SHARED = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
+SHARED = (
+    aten.linear.default, aten.matmul.default, aten.mm.default, aten.layer_norm.default, aten.rms_norm.default,
+)  # fmt: skip
 # Elementwise operators that torch does not tag so.
 UNTAGGED = (
-    aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.clone.default, aten.detach.default,
-    aten.alias.default, aten.contiguous.default, aten.type_as.default,
+    *CASTS, aten.type_as.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default,
 )  # fmt: skip
 
 
@@ -265,7 +267,8 @@ class _Region:
             return result[0] == self.rows and (target is not aten.expand.default or len(result) == len(shape))
         if target in SHARED:
             used_up = len(arguments(node).get("normalized_shape", [0]))
-            return ordered[0] and sum(ordered) == 1 and len(shape) > used_up
+            shared = all(len(_shape(operand)) <= 2 for operand in operands[1:])
+            return ordered[0] and sum(ordered) == 1 and len(shape) > used_up and shared
         elementwise = target in UNTAGGED or torch.Tag.pointwise in target.tags
         if not elementwise or torch.Tag.nondeterministic_seeded in target.tags:
             return False

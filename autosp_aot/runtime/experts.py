@@ -23,11 +23,11 @@ ALIGNED = 8
 def expert_mm(ids: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Forward, and with `weight.transpose(1, 2)` the gradient of x."""
     experts, width, out_width = weight.shape
-    out = x.new_zeros(ids.shape[0], out_width)
     if _grouped(x, width, out_width):
         order, ends, routed = _sorted(ids, experts)
-        product = grouped_mm(x[order], weight, offs=ends)
-        return out.index_copy_(0, order, product.masked_fill_(~routed, 0))
+        product = grouped_mm(x[order], weight, offs=ends).masked_fill_(~routed, 0)
+        return torch.empty_like(product).index_copy_(0, order, product)
+    out = x.new_zeros(ids.shape[0], out_width)
     for expert, rows in _rows(ids, experts):
         out[rows] = x[rows] @ weight[expert]
     return out
@@ -35,11 +35,11 @@ def expert_mm(ids: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def expert_mm_weight_grad(ids: Tensor, x: Tensor, grad: Tensor, experts: int) -> Tensor:
     """The gradient of weight: what this rank's rows add to it."""
-    out = x.new_zeros(experts, x.shape[1], grad.shape[1])
     if _grouped(x, x.shape[1], grad.shape[1]):
         order, ends, _ = _sorted(ids, experts)
         empty = ends == torch.cat([ends.new_zeros(1), ends[:-1]])
         return grouped_mm(x[order].t(), grad[order], offs=ends).masked_fill_(empty.view(-1, 1, 1), 0)
+    out = x.new_zeros(experts, x.shape[1], grad.shape[1])
     for expert, rows in _rows(ids, experts):
         out[expert] = x[rows].t() @ grad[rows]
     return out

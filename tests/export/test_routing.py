@@ -277,6 +277,6 @@ def test_a_product_that_stays_is_refused_with_what_to_do():
         "error[operator-unknown]: transformers.grouped_mm_fallback.default is not an operator we can see into\n"
         f"  where  test_routing.py:{line}\n"
         "  why    its effect on a part of the sequence is unknown\n"
-        "  fix    sort rows by expert, restore their order by the inverse, and let nothing else see that order; or\n"
+        "  fix    sort topk's indices, count them with torch.histc, let nothing see that order but its inverse; or\n"
         '         multiply with weight[ids] in torch operators (transformers: experts_implementation="batched_mm")'
     )

@@ -132,6 +132,7 @@ def slice_backward(call) -> Spec:
     _, shape, dim, start, _, step = call.instr.args
     dim %= len(shape)
     size = call.operands[0].shape[dim]
+    start = slice(start, None).indices(shape[dim])[0]
     seen = Axis(dim, offset=start, size=size)
     operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:

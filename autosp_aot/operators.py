@@ -18,13 +18,14 @@ FACTORIES = frozenset({
 })  # fmt: skip
 # Operators that make a tensor on the rank's device.
 MAKE = FACTORIES | {"autosp.uniform"}
-_SCORING = "scale=, causal=False, window=None, score=None, safe=True"
-_GIVEN = "grad_out, q, k, v, out, lse, grad_lse, vectors"
+_SCORING = "scale=, causal=False, window=None, score=None, safe=True, dropout=0.0, site=0, heads=0"
+_GIVEN = "grad_out, q, k, v, out, lse, grad_lse, vectors, seed"
 OURS = {
-    "autosp.attention": f"autosp.attention(q, k, v, vectors, group, first_head, {_SCORING}) -> (out, lse)",
+    "autosp.attention": f"autosp.attention(q, k, v, vectors, seed, group, first_head, {_SCORING}) -> (out, lse)",
     "autosp.attention_backward": f"autosp.attention_backward({_GIVEN}, group, first_head, {_SCORING})"
     " -> (grad_q, grad_k, grad_v)",
-    "autosp.attention_rows": f"autosp.attention_rows(q, k, v, vectors, group, rows, start, {_SCORING}) -> (out, lse)",
+    "autosp.attention_rows": f"autosp.attention_rows(q, k, v, vectors, seed, group, rows, start, {_SCORING})"
+    " -> (out, lse)",
     "autosp.attention_rows_backward": f"autosp.attention_rows_backward({_GIVEN}, group, rows, start, {_SCORING})"
     " -> (grad_q, grad_k, grad_v)",
     "autosp.attention_rows_vector_gradient": f"autosp.attention_rows_vector_gradient({_GIVEN}, which, group, rows,"

@@ -101,15 +101,15 @@ PAIRS = 2 * 8 * 8  # heads x queries x keys
 @pytest.mark.parametrize("causal, share", [(False, 1), (True, 2)])
 def test_the_flops_of_attention_are_two_products_half_of_them_when_causal(causal, share):
     out = "%o: f32[1, 2, 8, 4] @ Replicate; _"
-    found = costs(program(f"{QKV}{out} = autosp.attention(%q, %k, %k, [], 2, 0, scale=0.5, causal={causal})"))
+    found = costs(program(f"{QKV}{out} = autosp.attention(%q, %k, %k, [], None, 2, 0, scale=0.5, causal={causal})"))
     assert found.flops == 2 * (2 * PAIRS * 4) // share
 
 
 def test_attention_backward_does_five_products():
     outs = "%o: f32[1, 2, 8, 4] @ Replicate; %l: f32[1, 2, 8] @ Replicate"
-    forward = f"{QKV}{outs} = autosp.attention(%q, %k, %k, [], 2, 0, scale=0.5)"
+    forward = f"{QKV}{outs} = autosp.attention(%q, %k, %k, [], None, 2, 0, scale=0.5)"
     grads = "%g: f32[1, 2, 8, 4] @ Replicate; _; _"
-    backward = f"{grads} = autosp.attention_backward(%q, %q, %k, %k, %o, %l, None, [], 2, 0, scale=0.5)"
+    backward = f"{grads} = autosp.attention_backward(%q, %q, %k, %k, %o, %l, None, [], None, 2, 0, scale=0.5)"
     assert costs(program(f"{forward}\n{backward}")).flops - costs(program(forward)).flops == 5 * (2 * PAIRS * 4)
 
 

@@ -45,14 +45,15 @@ class Model(nn.Module):
 
 
 class Attention(nn.Module):
-    """Gives its weights, so they are spelled out, and dropped."""
+    """Drops weights; they are spelled out where it gives them."""
 
-    def __init__(self):
+    def __init__(self, gives_weights: bool):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, 0.2, batch_first=True)
+        self.gives_weights = gives_weights
 
     def forward(self, x):
-        return self.attention(x, x, x, need_weights=True)[0]
+        return self.attention(x, x, x, need_weights=self.gives_weights)[0]
 
 
 class Masked(Model):
@@ -84,9 +85,10 @@ MODELS = {
     "noise": lambda: Model(noisy),
     "nothing kept": lambda: Model(nn.Sequential(nn.Linear(8, 8), nn.Dropout(1.0))),
     "stochastic depth": lambda: Model(lambda x: x + x.sin() * x.new_empty(2, 1, 1).bernoulli_(0.5) / 0.5),
-    "attention spelled out": lambda: Model(Attention()),
+    "attention spelled out": lambda: Model(Attention(True)),
+    "attention": lambda: Model(Attention(False)),
     "masked tokens": lambda: Masked(lambda x: x),
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2 | {"resid_pdrop": 0.1, "embd_pdrop": 0.2})),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2 | dict(resid_pdrop=0.1, embd_pdrop=0.2, attn_pdrop=0.3))),
 }  # fmt: skip
 
 

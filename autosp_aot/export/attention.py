@@ -14,6 +14,7 @@ out, lse = autosp.attention(q, k, v, [], score of s)
 import json
 import math
 import operator
+from dataclasses import dataclass
 
 import torch
 from torch._ops import HigherOrderOperator
@@ -56,7 +57,21 @@ def canonical_attention(exported: ExportedProgram) -> None:
 
 def _drop_unused(graph: Graph) -> None:
     """Drop what nobody reads; regions stay, they may write to what is read later."""
-    graph.eliminate_dead_code(lambda node: node.is_impure() or isinstance(node.target, HigherOrderOperator))
+    graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False) or isinstance(node.target, HigherOrderOperator))
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """What makes weights of products: times `scale`, `score`, softmax (rows of nothing are zeros if `safe`), `dropout`.
+
+    `sink` is a node [batch or 1, heads or 1, rows or 1, 1]: one more score a row, whose weight goes nowhere.
+    """
+
+    score: object
+    scale: float
+    safe: bool
+    dropout: float
+    sink: Node | None = None
 
 
 class _Rewrite:
@@ -64,6 +79,7 @@ class _Rewrite:
         self.graph: Graph = exported.graph
         self.written = written(exported.graph)
         self.known = constants_of(exported)
+        self.sites = 0
 
     def fused(self, node: Node) -> Problem | None:
         """Rewrite a call of scaled_dot_product_attention, or say why that cannot be."""
@@ -72,15 +88,6 @@ class _Rewrite:
         given |= dict(zip([argument.name for argument in arguments], node.args)) | node.kwargs
         q, k, v, mask = given["query"], given["key"], given["value"], given["attn_mask"]
         place, shape = where(node).source, q.meta["val"].shape
-        if given["dropout_p"]:
-            what = f"attention with dropout {given['dropout_p']} is not supported"
-            return Problem(
-                "attention-dropout",
-                what,
-                place,
-                "its draws would have to be the same at every number of ranks",
-                "set the attention dropout to 0",
-            )
         if len(shape) not in (3, 4):
             return Problem(
                 "attention-shape",
@@ -103,20 +110,22 @@ class _Rewrite:
         if large is not None:
             return _mask_problem(mask, large, place)
         last = Product(node, q, v, ("bnxz", "bnzy", "bnxy") if len(shape) == 4 else ("nxz", "nzy", "nxy"))
-        return self.replace(last, q, k, v, scores, (score, float(scale), True), given["enable_gqa"])
+        softmax = _Softmax(score, float(scale), True, given["dropout_p"])
+        return self.replace(last, q, k, v, scores, softmax, given["enable_gqa"])
 
     def spelled(self, softmax: Node) -> None:
         """Rewrite attention spelled out around a softmax; where it is something else the graph stays as it is."""
-        shape = softmax.meta["val"].shape
-        if len(shape) not in (3, 4) or softmax.args[1] % len(shape) != len(shape) - 1:
+        if softmax.meta["val"].dim() not in (3, 4) or softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
             return
-        last = _weighted_sum(softmax)
-        product = _product(softmax.args[0], shape[-2:]) if last is not None else None
+        made_of, sink, weights = _without_sink(softmax)
+        last, dropout = _weighted_sum(weights)
+        shape = weights.meta["val"].shape
+        product = _product(made_of, shape[-2:]) if last is not None else None
         if product is None:
             return
         scores = self.scores(shape[:-2], *shape[-2:], product.node)
         try:
-            score = scores.of(softmax.args[0], (0, 1) if len(shape) == 4 else (1,))
+            score = scores.of(made_of, (0, 1) if len(shape) == 4 else (1,))
         except ValueError:
             return
         if scores.largest() is not None:
@@ -124,13 +133,16 @@ class _Rewrite:
         with self.graph.inserting_before(last.node):
             q, right = product.operands(self.graph, product.words[2][:-2])
             _, v = last.operands(self.graph, last.words[0][:-2])
-            self.replace(last, q, transposed(self.graph, right), v, scores, (score, 1.0, False), False)
+            rest = _Softmax(score, 1.0, False, dropout, sink)
+            self.replace(last, q, transposed(self.graph, right), v, scores, rest, False)
 
     def scores(self, lead: tuple[int, ...], rows: int, keys: int, product: Node | None) -> Scores:
         lead = tuple(lead) if len(lead) == 2 else (1, lead[0])
         return Scores(lead, rows, keys, self.known, self.written, product)
 
-    def replace(self, last: Product, q: Node, k: Node, v: Node, scores: Scores, scored, gqa: bool) -> Problem | None:
+    def replace(
+        self, last: Product, q: Node, k: Node, v: Node, scores: Scores, softmax: _Softmax, gqa: bool
+    ) -> Problem | None:
         """Put the canonical operator in the place of `last`, the product of weights and values."""
         node = last.node
         with self.graph.inserting_before(node):
@@ -142,19 +154,24 @@ class _Rewrite:
                 return problem
             dtype = max((t.meta["val"].dtype for t in (q, k, v)), key=lambda dtype: dtype.itemsize)
             q, k, v = (self.cast(t, dtype) for t in (q, k, v))
-            score, scale = _scaled(*scored[:2])
+            score, scale = _scaled(softmax.score, softmax.scale)
             dtypes = [vector.meta["val"].dtype for vector, _ in scores.vectors]
             band = band_of(score, scores.rows, scores.keys, dtypes)
-            said = {"scale": scale, "causal": band.causal, "window": band.window, "score": score, "safe": scored[2]}
+            said = {"scale": scale, "causal": band.causal, "window": band.window, "score": score, "safe": softmax.safe}
             vectors = [] if band.plain else scores.emit(self.graph)
             if band.plain or score == "s":
                 said |= {"score": None, "safe": True}
+            if softmax.dropout:
+                said |= {"dropout": softmax.dropout, "site": self.sites, "heads": scores.lead[1]}
+                self.sites += 1
             silent = {"causal": False, "window": None, "score": None, "safe": True}
             text = json.dumps({key: value for key, value in said.items() if key not in silent or value != silent[key]})
             pair = self.graph.call_function(torch.ops.autosp.attention.default, (q, k, v, vectors, text))
             pair.meta = {key: value for key, value in node.meta.items() if key != "val"}
             shape = (*scores.lead, scores.rows, v.meta["val"].shape[-1])
             out = made(self.graph, operator.getitem, (pair, 0), q.meta["val"].new_empty(shape), node)
+            if softmax.sink is not None:
+                out = self.sunk(pair, out, softmax.sink)
             if len(last.words[0]) == 3:
                 size = (shape[0] * shape[1], *shape[2:])
                 out = made(self.graph, aten.reshape.default, (out, list(size)), out.meta["val"].reshape(size), node)
@@ -162,6 +179,19 @@ class _Rewrite:
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
         return None
+
+    def sunk(self, pair: Node, out: Node, sink: Node) -> Node:
+        """The output where a part of the weights goes to a sink: out * sigmoid(lse - sink)."""
+        like, shape = out, out.meta["val"].shape
+        q = pair.args[0].meta["val"]
+        wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+        lse = made(self.graph, operator.getitem, (pair, 1), q.new_empty(shape[:3], dtype=wide), like)
+        lse = made(self.graph, aten.unsqueeze.default, (lse, -1), lse.meta["val"].unsqueeze(-1), like)
+        sink = self.cast(self.dims(sink, shape[:2]), wide)
+        more = made(self.graph, aten.sub.Tensor, (lse, sink), lse.meta["val"] - sink.meta["val"], like)
+        share = made(self.graph, aten.sigmoid.default, (more,), more.meta["val"].sigmoid(), like)
+        kept = made(self.graph, aten.mul.Tensor, (out, share), out.meta["val"] * share.meta["val"], like)
+        return self.cast(kept, q.dtype)
 
     def dims(self, node: Node, lead: tuple[int, int]) -> Node:
         """The node with two leading dims."""
@@ -181,25 +211,51 @@ class _Rewrite:
         return (few_k, few_v) if times_k == times_v else (k, v)
 
 
-def _weighted_sum(softmax: Node) -> Product | None:
-    """The product of a softmax's result with values, if that is all it is used for."""
-    node = softmax
+def _without_sink(softmax: Node) -> tuple[Node, Node | None, Node]:
+    """Scores, a sink joined to them as one more key (or None), and the weights of the keys.
+
+        x = cat([scores, sink], -1);  p = softmax(x - x.max(-1, keepdim=True));  weights = p[..., :-1]
+    """
+    joined = _unshifted(softmax.args[0])
+    if joined.target is aten.cat.default and len(joined.args[0]) == 2 and len(softmax.users) == 1:
+        (scores, sink), (weights,) = joined.args[0], softmax.users
+        last = (-1, joined.meta["val"].dim() - 1)
+        cut = weights.target is aten.slice.Tensor and weights.args[1] in last and weights.args[2:] == (0, -1)
+        if cut and joined.args[1] in last and sink.meta["val"].shape[-1] == 1:
+            return scores, sink, weights
+    return softmax.args[0], None, softmax
+
+
+def _unshifted(scores: Node) -> Node:
+    """Scores before their own maximum was taken from them: the softmax is the same."""
+    if scores.target is not aten.sub.Tensor or not isinstance(scores.args[1], Node):
+        return scores
+    whole, highest = scores.args[0], scores.args[1]
+    while highest.target in (aten.detach.default, operator.getitem):
+        highest = highest.args[0]
+    if highest.target not in (aten.max.dim, aten.amax.default) or highest.args[0] is not whole:
+        return scores
+    return whole if highest.args[1] in (-1, [-1]) and highest.args[2:] == (True,) else scores
+
+
+def _weighted_sum(softmax: Node) -> tuple[Product | None, float]:
+    """The product of a softmax's result with values, if that is all it is used for, and the dropout in between."""
+    node, dropout = softmax, 0.0
     while len(node.users) == 1:
         (user,) = node.users
         last = product_of(user)
         if last is not None:
             i, _, c = last.letters
-            return last if last.left is node is not last.right and last.words[0][-2:] == i + c else None
+            return (last if last.left is node is not last.right and last.words[0][-2:] == i + c else None), dropout
         shapes = [n.meta["val"].shape[-2:] for n in (node, user) if isinstance(n.meta.get("val"), torch.Tensor)]
-        passes = user.target in (*SAME, *CASTS, *VIEWS, aten.type_as.default) and user.args[0] is node
-        if not (passes or _is_silent_dropout(user)) or len(shapes) != 2 or shapes[0] != shapes[1]:
-            return None
+        if user.target is aten.dropout.default and not dropout:
+            dropout = user.args[1] if user.args[2] else 0.0
+        elif user.target not in (*SAME, *CASTS, *VIEWS, aten.type_as.default) or user.args[0] is not node:
+            break
+        if len(shapes) != 2 or shapes[0] != shapes[1]:
+            break
         node = user
-    return None
-
-
-def _is_silent_dropout(node: Node) -> bool:
-    return node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
+    return None, 0.0
 
 
 def _product(node: Node, size: tuple[int, int]) -> Product | None:

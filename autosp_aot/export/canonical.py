@@ -71,6 +71,7 @@ class _Canonical:
         self.constants: dict[str, Tensor] = dict(joint.constants)
         self.after_loss: set[str] = set()
         self.sites = 0
+        self.attention_sites: dict[int, tuple[Ref, int]] = {}
 
     def program(self) -> tuple[Program, dict[str, Tensor]]:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -192,9 +193,14 @@ class _Canonical:
         *args, scoring = node.args
         q = ATTENTION[node.target]
         group = args[q].meta["val"].shape[1] // args[q + 1].meta["val"].shape[1]
-        kwargs = tuple((name, map_args(value, lambda leaf: leaf)) for name, value in json.loads(scoring).items())
-        op = str(node.target).removesuffix(".default")
-        return self.emit(node, op, (*self.arguments(args), group, 0), kwargs, types)
+        kwargs, seed = {name: map_args(value, lambda leaf: leaf) for name, value in json.loads(scoring).items()}, None
+        if "dropout" in kwargs:
+            if kwargs["site"] not in self.attention_sites:
+                self.attention_sites[kwargs["site"]] = self.site()
+            seed, kwargs["site"] = self.attention_sites[kwargs["site"]]
+        at = next(at for at, arg in enumerate(args) if isinstance(arg, (list, tuple))) + 1
+        args = (*self.arguments(args[:at]), seed, *args[at:], group, 0)
+        return self.emit(node, str(node.target).removesuffix(".default"), args, tuple(kwargs.items()), types)
 
     def reshape(self, node: Node, operand: str, result: Tensor) -> str:
         source = self.made.get(operand)

@@ -49,7 +49,7 @@ def _rewritten(instr: Instr, kind: str, values: dict[str, Value]) -> list[Instr]
     vectors = next(at for at, arg in enumerate(instr.args) if isinstance(arg, tuple))
     tensors = [flat(arg, at) for at, arg in enumerate(instr.args[:vectors])]
     given = tuple(flat(arg, vectors + at) for at, arg in enumerate(instr.args[vectors]))
-    *which, group, _ = instr.args[vectors + 1 :]
+    seed, *which, group, _ = instr.args[vectors + 1 :]
     outs, after = [], []
     for at, out in enumerate(instr.outs):
         if out is None or out.shape[1:3] != (heads, rows) or (kind == "_backward" and at > 0):
@@ -57,7 +57,7 @@ def _rewritten(instr: Instr, kind: str, values: dict[str, Value]) -> list[Instr]
             continue
         outs.append(_flat(out, f"{out.name}.rows"))
         after.append(Instr((out,), "aten.reshape.default", (Ref(outs[-1].name), out.shape), (), instr.where))
-    args = (*tensors, given, *which, group, rows, 0)
+    args = (*tensors, given, seed, *which, group, rows, 0)
     return [*before, Instr(tuple(outs), ROWS + kind, args, instr.kwargs, instr.where), *after]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autosp_aot.intervals import HIDDEN
 from autosp_aot.runtime.bounds import hidden_blocks
+from autosp_aot.runtime.random import keep
 from autosp_aot.scores import evaluate
 
 HALF = (torch.bfloat16, torch.float16)
@@ -24,8 +25,31 @@ BLOCK = 1024
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """Which weights [B, heads, rows, keys] are dropped with probability `p`: those are the sizes of the whole.
+
+    `first_head` is the number of the first head of a call.
+    """
+
+    seed: Tensor
+    site: int
+    p: float
+    heads: int
+    rows: int
+    keys: int
+    first_head: int
+
+    def factor(self, batch: int, heads: int, row: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the weights of a block are multiplied with, 0 or 1 / (1 - p)."""
+        head = torch.arange(self.first_head, self.first_head + heads, device=row.device).view(1, -1, 1, 1)
+        at = torch.arange(batch, device=row.device).view(-1, 1, 1, 1) * self.heads + head
+        kept = keep(self.seed, self.site, (at * self.rows + row) * self.keys + key, self.p)
+        return kept.to(dtype) * (0.0 if self.p == 1 else 1 / (1 - self.p))
+
+
+@dataclass(frozen=True)
 class Scoring:
-    """From the products of queries and keys to weights: times `scale`, then `score`, then softmax.
+    """From the products of queries and keys to weights: times `scale`, then `score`, then softmax, then `dropout`.
 
     `causal` hides the keys after a row's own position, `window` all but the last `window` keys up to it. Rows that see
     nothing give zeros where `safe`, else NaN as the softmax does. `first_row` is the position of the first row.
@@ -36,6 +60,7 @@ class Scoring:
     window: int | None = None
     score: object = None
     safe: bool = True
+    dropout: Dropout | None = None
     first_row: int = 0
 
 
@@ -68,7 +93,7 @@ def blockwise_backward(
     call = _Call(q, k, v, vectors, scoring)
     grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=call.dtype, device=t.device) for t in (q, k, v))
     for rows, keys, block, weights, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
-        grad_v[:, :, keys] += weights.transpose(-1, -2) @ grad_out[:, :, rows].to(call.dtype)
+        grad_v[:, :, keys] += block.dropped(weights).transpose(-1, -2) @ grad_out[:, :, rows].to(call.dtype)
         grad_products = block.gradient(block.products, grad_scores) * scoring.scale
         grad_q[:, :, rows] += grad_products @ k[:, :, keys].to(call.dtype)
         grad_k[:, :, keys] += grad_products.transpose(-1, -2) @ q[:, :, rows].to(call.dtype)
@@ -95,6 +120,11 @@ class _Block:
     graph: Tensor
     products: Tensor
     vectors: list[Tensor]
+    factor: Tensor | None
+
+    def dropped(self, weights: Tensor) -> Tensor:
+        """Weights after dropout, or a gradient before it."""
+        return weights if self.factor is None else weights * self.factor
 
     def gradient(self, leaf: Tensor, grad_scores: Tensor) -> Tensor:
         """The gradient of products or of a vector, from that of the scores."""
@@ -143,16 +173,19 @@ class _Call:
             scores = scores.masked_fill(key > at, float("-inf"))
         if scoring.window is not None:
             scores = scores.masked_fill(key <= at - scoring.window, float("-inf"))
-        return _Block(scores, graph, products, vectors)
+        drop = scoring.dropout
+        factor = drop and drop.factor(*self.q.shape[:2], at, key, self.dtype)
+        return _Block(scores, graph, products, vectors, factor)
 
     def add(self, state: tuple[Tensor, Tensor, Tensor], rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Highest score, sum of weights and weighted sum of values of each row, with one more block of keys."""
         top, total, out = state
-        scores = self.block(rows, keys).scores
+        block = self.block(rows, keys)
+        scores = block.scores
         higher = torch.maximum(top, scores.amax(-1))
         base = higher.masked_fill(higher == float("-inf"), 0.0)
         weights, shrink = torch.exp(scores - base.unsqueeze(-1)), torch.exp(top - base)
-        out = out * shrink.unsqueeze(-1) + weights @ self.v[:, :, keys].to(self.dtype)
+        out = out * shrink.unsqueeze(-1) + block.dropped(weights) @ self.v[:, :, keys].to(self.dtype)
         return higher, total * shrink + weights.sum(-1), out
 
     def gradients(
@@ -171,7 +204,7 @@ class _Call:
             for keys in seen:
                 block = self.block(rows, keys, differentiable=True)
                 weights = torch.exp(block.scores - base[:, :, rows].unsqueeze(-1))
-                grad_weights = grad @ self.v[:, :, keys].to(self.dtype).transpose(-1, -2)
+                grad_weights = block.dropped(grad @ self.v[:, :, keys].to(self.dtype).transpose(-1, -2))
                 yield rows, keys, block, weights, weights * (grad_weights - delta[:, :, rows].unsqueeze(-1))
 
 

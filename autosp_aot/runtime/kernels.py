@@ -1,13 +1,14 @@
 """Attention kernels by target, and our own blockwise one for what they lack.
 
-    attention(q, k, v, vectors, group, first_head, scale=, causal=, window=, score=, safe=) -> out, lse
+    attention(q, k, v, vectors, seed, group, first_head, scale=, causal=, window=, score=, ...) -> out, lse
 
     q: [B, n, S, D]   k: [B, m, T, D]   v: [B, m, T, Dv]   out: [B, n, S, Dv]   lse: [B, n, S]
     vectors: [B or 1, n or 1, S or 1, T or 1] each, what `score` (see `scores`) reads beside products and positions
 
 `first_head` is the number of q's first head in the whole; key/value head number h // group serves query head h, and k's
-first head is number first_head // group. `lse` is fp32 for half dtypes, else q's dtype. The rest is `Scoring`'s. A rank
-without heads yields empty tensors and calls no kernel.
+first head is number first_head // group. `lse` is fp32 for half dtypes, else q's dtype. The rest is `Scoring`'s, and
+where `dropout` is not zero the `site` of the draws and the number of all `heads`. A rank without heads yields empty
+tensors and calls no kernel.
 """
 
 from dataclasses import dataclass, replace
@@ -16,26 +17,30 @@ import torch
 from torch import Tensor
 
 from autosp_aot.runtime import experts
-from autosp_aot.runtime.blockwise import Scoring, blockwise, blockwise_backward, blockwise_vector_gradient
+from autosp_aot.runtime.blockwise import Dropout, Scoring, blockwise, blockwise_backward, blockwise_vector_gradient
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], group: int, first_head: int, **scoring):
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], seed: Tensor | None,
+    group: int, first_head: int, **scoring,
+):  # fmt: skip
     """Forward: out and the log of the sum of exponentials of each row's scores."""
     if q.numel() == 0:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32 if q.dtype in HALF else q.dtype)
         return q.new_empty((*q.shape[:3], v.shape[3])), lse
     parts = []
     for heads, kv in _runs(q.shape[1], group, first_head):
-        parts.append(_forward(*_part(q, k, v, heads, kv), _of_heads(vectors, heads), Scoring(**scoring)))
+        mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
+        parts.append(_forward(*_part(q, k, v, heads, kv), _of_heads(vectors, heads), mask))
     return tuple(torch.cat(found, 1) if len(parts) > 1 else found[0] for found in zip(*parts))
 
 
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    vectors: list[Tensor], group: int, first_head: int, **scoring,
+    vectors: list[Tensor], seed: Tensor | None, group: int, first_head: int, **scoring,
 ):  # fmt: skip
     """Gradients of q, k and v; those of k and v hold what this rank's query heads add to them."""
     if q.numel() == 0:
@@ -43,8 +48,9 @@ def attention_backward(
     parts = []
     for heads, kv in _runs(q.shape[1], group, first_head):
         own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
+        mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
         grad_q, grad_k, grad_v = _backward(
-            grad_out[:, heads], *_part(q, k, v, heads, kv), *own, _of_heads(vectors, heads), Scoring(**scoring)
+            grad_out[:, heads], *_part(q, k, v, heads, kv), *own, _of_heads(vectors, heads), mask
         )
         if kv.stop - kv.start == 1 and heads.stop - heads.start > 1:
             grad_k, grad_v = grad_k.sum(1, keepdim=True), grad_v.sum(1, keepdim=True)
@@ -54,20 +60,22 @@ def attention_backward(
 
 def attention_vector_gradient(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    vectors: list[Tensor], which: int, group: int, first_head: int, **scoring,
+    vectors: list[Tensor], seed: Tensor | None, which: int, group: int, first_head: int, **scoring,
 ):  # fmt: skip
     """The gradient of vector `which`: what this rank's query heads add to it."""
     total = torch.zeros_like(vectors[which], dtype=lse.dtype)
     for heads, kv in _runs(q.shape[1], group, first_head) if q.numel() else ():
         own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
         mine, parts = _of_heads(vectors, heads), _part(q, k, v, heads, kv)
-        found = blockwise_vector_gradient(grad_out[:, heads], *parts, *own, mine, which, Scoring(**scoring))
+        mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
+        found = blockwise_vector_gradient(grad_out[:, heads], *parts, *own, mine, which, mask)
         _of_heads([total], heads)[0].add_(found)
     return total.to(vectors[which].dtype)
 
 
 def attention_rows(
-    q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], group: int, rows: int, start: int, **scoring
+    q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], seed: Tensor | None,
+    group: int, rows: int, start: int, **scoring,
 ):  # fmt: skip
     """`attention` for positions `start ..` of heads and rows as one dim: q [B, L, D] -> out [B, L, Dv], lse [B, L].
 
@@ -79,8 +87,7 @@ def attention_rows(
     outs, lses = [], []
     for run in _row_runs(q.shape[1], group, rows, start):
         (mine,), found = run.rows(q), None
-        for keys, is_causal in _key_blocks(run, k.shape[2], scoring):
-            mask = replace(Scoring(**scoring), causal=is_causal, first_row=run.first - keys.start)
+        for keys, mask in _key_blocks(run, k.shape[2], run.scoring(scoring, seed, k)):
             more = _forward(mine, k[:, run.kv, keys], v[:, run.kv, keys], run.vectors(vectors), mask)
             found = more if found is None else _merged(found, more)
         outs.append(found[0].squeeze(1))
@@ -90,14 +97,13 @@ def attention_rows(
 
 def attention_rows_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    vectors: list[Tensor], group: int, rows: int, start: int, **scoring,
+    vectors: list[Tensor], seed: Tensor | None, group: int, rows: int, start: int, **scoring,
 ):  # fmt: skip
     """Gradients of `attention_rows`; those of k and v hold what this rank's rows add to them."""
     grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v))
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
-        for keys, is_causal in _key_blocks(run, k.shape[2], scoring):
-            mask = replace(Scoring(**scoring), causal=is_causal, first_row=run.first - keys.start)
+        for keys, mask in _key_blocks(run, k.shape[2], run.scoring(scoring, seed, k)):
             parts = k[:, run.kv, keys], v[:, run.kv, keys]
             found = _backward(grad, mine, *parts, *own, run.vectors(vectors), mask)
             grad_q[:, run.part] += found[0].squeeze(1)
@@ -108,13 +114,13 @@ def attention_rows_backward(
 
 def attention_rows_vector_gradient(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    vectors: list[Tensor], which: int, group: int, rows: int, start: int, **scoring,
+    vectors: list[Tensor], seed: Tensor | None, which: int, group: int, rows: int, start: int, **scoring,
 ):  # fmt: skip
     """The gradient of vector `which`: what this rank's rows add to it."""
     total = torch.zeros_like(vectors[which], dtype=lse.dtype)
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
-        parts, mask = (k[:, run.kv], v[:, run.kv]), replace(Scoring(**scoring), first_row=run.first)
+        parts, mask = (k[:, run.kv], v[:, run.kv]), run.scoring(scoring, seed, k)
         found = blockwise_vector_gradient(grad, mine, *parts, *own, run.vectors(vectors), which, mask)
         run.vectors([total])[0].add_(found)
     return total.to(vectors[which].dtype)
@@ -128,6 +134,10 @@ class _Run:
     kv: slice
     head: int
     first: int
+    all_rows: int
+
+    def scoring(self, scoring: dict, seed: Tensor | None, k: Tensor) -> Scoring:
+        return replace(_scoring(scoring, seed, self.head, self.all_rows, k.shape[2]), first_row=self.first)
 
     def rows(self, *tensors: Tensor | None) -> list[Tensor | None]:
         """The run's part of tensors [B, L, ...], as [B, 1, rows, ...]."""
@@ -152,18 +162,18 @@ def _row_runs(count: int, group: int, rows: int, start: int) -> list[_Run]:
         head, row = divmod(at, rows)
         end = min((head + 1) * rows, start + count)
         kv = head // group - first_kv
-        runs.append(_Run(slice(at - start, end - start), slice(kv, kv + 1), head, row))
+        runs.append(_Run(slice(at - start, end - start), slice(kv, kv + 1), head, row, rows))
         at = end
     return runs
 
 
-def _key_blocks(run: _Run, keys: int, scoring: dict) -> list[tuple[slice, bool]]:
+def _key_blocks(run: _Run, keys: int, scoring: Scoring) -> list[tuple[slice, Scoring]]:
     """What a run's rows see: all keys, or those before them and a triangle (kernels differ on it)."""
-    count = run.part.stop - run.part.start
-    if not _plain(Scoring(**scoring)) or not scoring.get("causal") or run.first + count > keys:
-        return [(slice(0, keys), bool(scoring.get("causal")))]
-    before = [(slice(0, run.first), False)] if run.first else []
-    return [*before, (slice(run.first, run.first + count), True)]
+    stop = run.first + run.part.stop - run.part.start
+    if not _plain(scoring) or not scoring.causal or stop > keys:
+        return [(slice(0, keys), scoring)]
+    before = [(slice(0, run.first), replace(scoring, causal=False))] if run.first else []
+    return [*before, (slice(run.first, stop), replace(scoring, first_row=0))]
 
 
 def _of_heads(vectors: list[Tensor], heads: slice) -> list[Tensor]:
@@ -198,9 +208,16 @@ def _part(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv: slice):
     return q, k.expand(-1, n, -1, -1), v.expand(-1, n, -1, -1)
 
 
+def _scoring(scoring: dict, seed: Tensor | None, head: int, rows: int, keys: int) -> Scoring:
+    """The scoring of a call whose first head has number `head`, over so many rows and keys of the whole."""
+    scoring = dict(scoring)
+    p, site, heads = scoring.pop("dropout", 0.0), scoring.pop("site", 0), scoring.pop("heads", 0)
+    return Scoring(**scoring, dropout=Dropout(seed, site, p, heads, rows, keys, head) if p else None)
+
+
 def _plain(scoring: Scoring) -> bool:
     """True where softmax is all there is."""
-    return scoring.score is None and scoring.window is None
+    return scoring.score is None and scoring.window is None and scoring.dropout is None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring) -> tuple[Tensor, Tensor]:

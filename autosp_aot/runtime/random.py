@@ -48,9 +48,9 @@ def uniform(
 
 
 def keep(seed: Tensor, site: int, position: Tensor, p: float) -> Tensor:
-    """True with probability 1 - p at each position (i64) of the whole value; bool of the same shape."""
-    bits = _stream(_stream(seed, torch.tensor(site)), position)
-    return bits.bitwise_right_shift_(11) >= round(p * 2**53) - 2**52
+    """Where the fp32 draw of `uniform` is below 1 - p, at each position (i64) of the whole value; bool, same shape."""
+    bits = _stream(_stream(seed, torch.tensor(site)).to(position.device), position)
+    return _shifted(bits, 40).float().mul_(2.0**-24) < 1 - p
 
 
 def _layout(shape: tuple[int, ...], box: tuple[int, ...]) -> tuple[tuple[int, ...], int, int, int, int]:

@@ -45,7 +45,8 @@ class Run(Interpreter):
         if target is not ATTENTION:
             return super().call_function(target, args, kwargs)
         *given, scoring = args
-        return attention(*given, 1, 0, **{k: map_args(v, lambda leaf: leaf) for k, v in json.loads(scoring).items()})
+        scoring = {name: map_args(value, lambda leaf: leaf) for name, value in json.loads(scoring).items()}
+        return attention(*given, None, 1, 0, **scoring)
 
 
 def exported(module: nn.Module, length: int = 5):

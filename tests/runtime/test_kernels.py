@@ -18,19 +18,20 @@ def reference(q, k, v, causal, group=1, first_head=0):
 
 
 def attention(q, k, v, scale, causal, *tail):
-    return kernels.attention(q, k, v, [], *tail, scale=scale, causal=causal)
+    return kernels.attention(q, k, v, [], None, *tail, scale=scale, causal=causal)
 
 
 def attention_backward(grad_out, q, k, v, out, lse, scale, causal, *tail):
-    return kernels.attention_backward(grad_out, q, k, v, out, lse, None, [], *tail, scale=scale, causal=causal)
+    return kernels.attention_backward(grad_out, q, k, v, out, lse, None, [], None, *tail, scale=scale, causal=causal)
 
 
 def attention_rows(q, k, v, scale, causal, *tail):
-    return kernels.attention_rows(q, k, v, [], *tail, scale=scale, causal=causal)
+    return kernels.attention_rows(q, k, v, [], None, *tail, scale=scale, causal=causal)
 
 
 def attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal, *tail):
-    return kernels.attention_rows_backward(grad_out, q, k, v, out, lse, None, [], *tail, scale=scale, causal=causal)
+    given = grad_out, q, k, v, out, lse, None, [], None
+    return kernels.attention_rows_backward(*given, *tail, scale=scale, causal=causal)
 
 
 def tensors(heads, kv_heads, rows, keys, width=4, v_width=4):

@@ -27,18 +27,22 @@ def attention_backward(call) -> Spec:
 
 
 def vector_gradient(call) -> Spec:
-    which = call.instr.args[len("oqkvoll") + 1]
+    which = call.instr.args[len("oqkvoll") + 2]
     return _spec(call, "oqkvoll", results=[which])
 
 
 def _spec(call, letters: str, results: list) -> Spec:
-    """`letters` name the tensor arguments before the vectors; `results` are letters, or the number of a vector."""
+    """`letters` name the tensor arguments before the vectors; `results` are letters, or the number of a vector.
+
+    After the vectors comes the seed of dropout or None. What is dropped follows from the position in the whole batch.
+    """
+    drops = isinstance(call.instr.args[len(letters) + 1], Ref)
     given = [isinstance(arg, Ref) for arg in call.instr.args[: len(letters)]]
     named = "".join(letter for letter, there in zip(letters, given) if there)
-    shapes = [value.shape for value in call.operands]
+    shapes = [value.shape for value in call.operands[: len(call.operands) - drops]]
     q, k, v = (shapes[named.index(letter)] for letter in "qkv")
     by_rows, count = len(q) == 3, len(shapes) - len(named)
-    group, *rest = call.instr.args[len(letters) + 1 + (len(results) == 1) : -1]
+    group, *rest = call.instr.args[len(letters) + 2 + (len(results) == 1) : -1]
     rows = rest[0] if by_rows else 1
     heads = q[1] // rows
     extents = (q[0], q[1], rows if by_rows else q[2], k[2], k[3], v[3], heads)
@@ -65,8 +69,8 @@ def _spec(call, letters: str, results: list) -> Spec:
 
     return Spec(
         extents,
-        frozenset({ROWS, KEYS, WIDTH, V_WIDTH, HEADS}),
-        (*(dims[letter] for letter in named), *vectors),
+        frozenset({ROWS, KEYS, WIDTH, V_WIDTH, HEADS, *((BATCH,) if drops else ())}),
+        (*(dims[letter] for letter in named), *vectors, *(((),) if drops else ())),
         tuple(dims[name] for name in kept),
         splits=((CUT, bounds),) if bounds else (),
         localize=localize,

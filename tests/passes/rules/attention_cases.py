@@ -1,5 +1,7 @@
 """Calls of attention: groups, windows, score expressions with vectors of every shape, gradients of lse."""
 
+import torch
+
 from autosp_aot.runtime.kernels import OURS
 from tests.passes.rules.drawing import normal
 
@@ -22,7 +24,10 @@ def _attention(rng, kind: str, by_rows: bool):
     if kind == "vector_gradient" or rng.random() < 0.4:
         vectors = [normal(rng, *(rng.choice((1, size)) for size in (batch, heads, rows, keys)))]
         scoring["score"] = rng.choice(SCORES)
-    out, lse = OURS["autosp.attention"](q, k, v, vectors, group, 0, **scoring)
+    seed = torch.tensor(rng.randrange(99)) if rng.random() < 0.3 else None
+    if seed is not None:
+        scoring |= {"dropout": 0.3, "site": 1, "heads": heads}
+    out, lse = OURS["autosp.attention"](q, k, v, vectors, seed, group, 0, **scoring)
     grad_lse = normal(rng, *lse.shape) if rng.random() < 0.3 else None
     tensors = [q, k, v] if kind == "forward" else [normal(rng, *out.shape), q, k, v, out, lse, grad_lse]
     tail = [group, rows, 0] if by_rows else [group, 0]
@@ -32,7 +37,7 @@ def _attention(rng, kind: str, by_rows: bool):
         tensors = [t if at in whole else flat(t) for at, t in enumerate(tensors)]
         vectors = list(map(flat, vectors))
     which = [0] if kind == "vector_gradient" else []
-    return (*tensors, tuple(vectors), *which, *tail, scoring)
+    return (*tensors, tuple(vectors), seed, *which, *tail, scoring)
 
 
 ARGUMENTS = {

@@ -17,7 +17,6 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
@@ -26,6 +25,7 @@ from autosp_aot.export import attention_op  # noqa: F401  (defines torch.ops.aut
 from autosp_aot.export.bands import band_of
 from autosp_aot.export.constants import CASTS, constants_of, functional, is_elementwise, written
 from autosp_aot.export.products import Product, before_repetition, made, product_of, transposed
+from autosp_aot.export.regions import without_gradients
 from autosp_aot.export.scores import SAME, VIEWS, Scores
 from autosp_aot.export.source import where
 
@@ -41,7 +41,7 @@ def canonical_attention(exported: ExportedProgram) -> None:
     for node in list(exported.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             exported.graph.erase_node(node)
-    _drop_unused(exported.graph)
+    exported.graph.eliminate_dead_code(_has_effects)
     rewrite = _Rewrite(exported)
     problems = []
     for node in list(exported.graph.nodes):
@@ -52,12 +52,12 @@ def canonical_attention(exported: ExportedProgram) -> None:
     found = [problem for problem in problems if problem]
     if found:
         raise BuildError(*dict.fromkeys(found))
-    _drop_unused(exported.graph)
+    exported.graph.eliminate_dead_code(_has_effects)
 
 
-def _drop_unused(graph: Graph) -> None:
-    """Drop what nobody reads; regions stay, they may write to what is read later."""
-    graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False) or isinstance(node.target, HigherOrderOperator))
+def _has_effects(node: Node) -> bool:
+    """True for what may not be dropped though nobody reads it; a draw may, each has its own site."""
+    return node.is_impure(impure_random=False)
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class _Rewrite:
         self.graph: Graph = exported.graph
         self.written = written(exported.graph)
         self.known = constants_of(exported)
+        self.frozen = without_gradients(exported.graph)
         self.sites = 0
 
     def fused(self, node: Node) -> Problem | None:
@@ -121,7 +122,7 @@ class _Rewrite:
         last, dropout = _weighted_sum(weights)
         shape = weights.meta["val"].shape
         product = _product(made_of, shape[-2:]) if last is not None else None
-        if product is None:
+        if product is None or len({node in self.frozen for node in (softmax, product.node, last.node)}) > 1:
             return
         scores = self.scores(shape[:-2], *shape[-2:], product.node)
         try:
@@ -138,7 +139,7 @@ class _Rewrite:
 
     def scores(self, lead: tuple[int, ...], rows: int, keys: int, product: Node | None) -> Scores:
         lead = tuple(lead) if len(lead) == 2 else (1, lead[0])
-        return Scores(lead, rows, keys, self.known, self.written, product)
+        return Scores(lead, rows, keys, self.known, self.written, self.frozen, product)
 
     def replace(
         self, last: Product, q: Node, k: Node, v: Node, scores: Scores, softmax: _Softmax, gqa: bool

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from autosp_aot.scores import UNTAGGED
@@ -64,8 +64,6 @@ def written(graph: Graph) -> set[Node]:
         if not isinstance(node.target, torch._ops.OpOverload):
             if node.target is operator.getitem:
                 source[node] = source.get(node.args[0], node.args[0])
-            elif _writes(graph.owning_module, node):
-                dirty.update(source.get(operand, operand) for operand in node.all_input_nodes)
             continue
         given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args)) | node.kwargs
         for argument in node.target._schema.arguments:
@@ -78,18 +76,6 @@ def written(graph: Graph) -> set[Node]:
             if argument.alias_info.is_write:
                 dirty.add(source[node])
     return {node for node in graph.nodes if source.get(node, node) in dirty}
-
-
-def _writes(module: GraphModule, region: Node) -> bool:
-    """True where a region of the graph (no_grad, autocast) writes to anything in place."""
-    inner = [getattr(module, operand.target) for operand in region.all_input_nodes if operand.op == "get_attr"]
-    nodes = [(child, node) for child in inner if isinstance(child, GraphModule) for node in child.graph.nodes]
-    return any(
-        node.target._schema.is_mutable
-        if isinstance(node.target, torch._ops.OpOverload)
-        else node.op == "call_function" and node.target is not operator.getitem and _writes(child, node)
-        for child, node in nodes
-    )
 
 
 def functional(target: object) -> torch._ops.OpOverload | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
-from torch.fx import Graph, Interpreter
+from torch.fx import Graph, Interpreter, Node
 
 aten = torch.ops.aten
 SET_GRAD = torch._C._set_grad_enabled
@@ -38,6 +38,17 @@ def flat_regions() -> Iterator[None]:
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, lambda graph_module, signature: (graph_module, signature))
         yield
+
+
+def without_gradients(graph: Graph) -> set[Node]:
+    """The nodes that run while gradients are off."""
+    found, enabled = set(), True
+    for node in graph.nodes:
+        if node.target is SET_GRAD:
+            (enabled,) = node.args
+        elif not enabled:
+            found.add(node)
+    return found
 
 
 def spell_casts(graph: Graph) -> None:

@@ -42,7 +42,8 @@ Slots = tuple
 class Scores:
     """Expressions over the scores [*lead, rows, keys] of one attention; `vectors` are the nodes they read.
 
-    `product` is the node of the products of queries and keys, where there is one, or None.
+    `product` is the node of the products of queries and keys, where there is one, or None. What was computed without
+    gradients (`frozen`) from floating vectors stays a value, so that no gradient goes through it.
     """
 
     lead: tuple[int, int]
@@ -50,6 +51,7 @@ class Scores:
     keys: int
     known: dict[Node, Known]
     written: set[Node]
+    frozen: set[Node]
     product: Node | None = None
     vectors: list[tuple[Node, Slots]] = field(default_factory=list)
     parts: int = 0
@@ -68,8 +70,11 @@ class Scores:
             return found
         if self.is_vector(node):
             return self.vector(node, slots)
+        count = len(self.vectors)
         found = self.operator(node, slots)
-        if found is None:
+        more = [vector.meta["val"].is_floating_point() for vector, _ in self.vectors[count:]]
+        if found is None or (node in self.frozen and any(more)):
+            del self.vectors[count:]
             found = self.vector(node, slots)
         return found
 

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from autosp_aot.errors import BuildError
 from autosp_aot.export.attention import canonical_attention
+from autosp_aot.export.regions import flat_regions
 from autosp_aot.program import map_args
 from autosp_aot.runtime.kernels import attention
 
@@ -50,7 +51,7 @@ class Run(Interpreter):
 
 
 def exported(module: nn.Module, length: int = 5):
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), flat_regions():
         q, lengths = torch.empty(2, 2, length, 4), torch.empty(2, dtype=torch.long)
         return torch.export.export(module, (q, lengths), strict=False)
 

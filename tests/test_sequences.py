@@ -194,10 +194,11 @@ def test_a_dense_convolution_along_the_sequence():
 @pytest.mark.parametrize("pool", [
     lambda x: x[:, 0],
     lambda x: x[:, -1],
+    lambda x: x[:, -1:] + x[:, -3:-1].sum(1, keepdim=True),
     lambda x: x.mean(1),
     lambda x: x[torch.arange(B), torch.tensor([4, 11])],
     lambda x: x[:, ::3].flatten(1)[:, :H],
-], ids=["first", "last", "mean", "chosen", "every third"])  # fmt: skip
+], ids=["first", "last", "last ones", "mean", "chosen", "every third"])  # fmt: skip
 def test_one_place_for_the_whole_sequence(pool):
     compiled = built(pool)
     assert not compiled.fallbacks

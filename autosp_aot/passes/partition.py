@@ -217,11 +217,15 @@ class _Partition:
         names = [*instr.refs(), *(out.name for out in instr.values())]
         tensors = list(zip(names, (*spec.operands, *spec.results)))
         cuts: dict[Strategy, None] = {}
+        sequence_is_whole = False
         for name, dims in tensors:
             home = self.labels.home(name)
-            if home is not None and (found := spec.strategy_of(dims, home)):
+            if home is None:
+                continue
+            found = spec.strategy_of(dims, home)
+            sequence_is_whole |= found is None or found.factor in spec.whole
+            if found is not None:
                 cuts[found] = None
-        sequence_is_whole = any(cut.factor in spec.whole for cut in cuts)
         for factor, bounds in spec.splits:
             cuts[Strategy(factor, bounds)] = None
         for name, dims in tensors[: len(spec.operands)]:

@@ -112,11 +112,11 @@ def expand(call) -> Spec:
 
 def slice_(call) -> Spec:
     """Positions `start .. start + n` of a dim: each rank keeps what it holds of them."""
-    _, dim, start, _, step = call.instr.args
-    shape, size = call.operands[0].shape, call.results[0].shape[dim]
+    shape = call.operands[0].shape
+    dim, start, step = _span(shape, *call.instr.args[1:])
+    size = call.results[0].shape[dim]
     seen = Axis(dim, offset=start, size=size)
     result = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
-    whole = frozenset() if step == 1 else frozenset({dim})
     if step != 1:
         extents, result = _own_dim(shape, dim, size, result)
         return Spec(extents, frozenset({dim, len(shape)}), (_identity(shape),), (result,), LINEAR_IN_FIRST)
@@ -124,13 +124,19 @@ def slice_(call) -> Spec:
     def localize(args, local):
         return (args[0], dim, local.start(seen), local.start(seen, local.result_shapes[0][dim]), 1)
 
-    return Spec(shape, whole, (_identity(shape),), (result,), LINEAR_IN_FIRST, localize=localize)
+    return Spec(shape, frozenset(), (_identity(shape),), (result,), LINEAR_IN_FIRST, localize=localize)
+
+
+def _span(shape: tuple[int, ...], dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1):
+    """A slice's dim, first position and step, whichever way they are given: from the end, or not at all."""
+    dim %= len(shape)
+    return dim, slice(start, end).indices(shape[dim])[0], step
 
 
 def slice_backward(call) -> Spec:
     """A gradient put back at `start .. start + n` of a dim of zeros."""
-    _, shape, dim, start, _, step = call.instr.args
-    dim %= len(shape)
+    _, shape, *span = call.instr.args
+    dim, start, step = _span(shape, *span)
     size = call.operands[0].shape[dim]
     start = slice(start, None).indices(shape[dim])[0]
     seen = Axis(dim, offset=start, size=size)
@@ -187,10 +193,8 @@ def cat(call) -> Spec:
 
 def slice_scatter(call) -> Spec:
     """Positions `start .. start + n` of a dim replaced: each rank replaces what it holds of them."""
-    _, _, dim, start, _, step = (*call.instr.args, *(0, None, None, 1)[len(call.instr.args) - 2 :])
     shape, part = (value.shape for value in call.operands)
-    dim %= len(shape)
-    start = slice(start, None).indices(shape[dim])[0]
+    dim, start, step = _span(shape, *call.instr.args[2:])
     seen = Axis(dim, offset=start, size=part[dim])
     operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:

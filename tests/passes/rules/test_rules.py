@@ -34,6 +34,8 @@ def _slice(rng):
     dim = rng.randrange(3)
     start = rng.randrange(shape[dim])
     end = rng.randint(start, shape[dim])
+    if rng.random() < 0.3:
+        dim, start = dim - 3, start - shape[dim]
     return normal(rng, *shape), dim, start, end, rng.choice([1, 1, 1, 2])
 
 

@@ -21,24 +21,29 @@ from tests.exactness import difference, eager
 def equal_to_eager(
     model: nn.Module, batch: dict[str, Tensor], ranks: int, limit: float = 1e-12, dims: dict[str, int] | None = None
 ) -> Compiled:
-    """Build for `ranks` ranks; loss and every gradient of every rank are eager's, infinities and nan included.
-
-    `dims` are the sequence dims of the inputs, by default dim 1 of all.
-    """
-    mode = FakeTensorMode()
-    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
-    compiled = compile_program(whole, dims or dict.fromkeys(batch, 1), BuildConfig(ranks))
-    inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
-    programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
-    grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])
+    """Build for `ranks` ranks; loss and every gradient of every rank are eager's, infinities and nan included."""
+    compiled, results = sharded(model, batch, ranks, dims)
     reference = eager(model, batch)
-    for result in simulate(programs, inputs, grad_loss):
+    for result in results:
         gradients = {name.removeprefix("grad."): g for name, g in result.items() if name != "loss"}
         if reference[0].isfinite() and reference[0] != 0:
             assert difference(reference, result["loss"], gradients) <= limit
         else:
             torch.testing.assert_close((result["loss"], gradients), reference, equal_nan=True)
     return compiled
+
+
+def sharded(
+    model: nn.Module, batch: dict[str, Tensor], ranks: int, dims: dict[str, int] | None = None
+) -> tuple[Compiled, list[dict[str, Tensor]]]:
+    """What a model is built to, and every rank's results. `dims` are the inputs' sequence dims, by default 1 of all."""
+    mode = FakeTensorMode()
+    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
+    compiled = compile_program(whole, dims or dict.fromkeys(batch, 1), BuildConfig(ranks))
+    inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
+    programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
+    grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])
+    return compiled, simulate(programs, inputs, grad_loss)
 
 
 def gathers(program: Program, elements: int) -> list[str]:

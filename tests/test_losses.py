@@ -1,12 +1,15 @@
 """Losses as models write them: loss and every gradient of every rank against eager, and no logits gathered."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tests.steps import equal_to_eager, gathers
+from tests.exactness import difference, eager
+from tests.steps import equal_to_eager, gathers, sharded
 
 B, H, V = 2, 8, 17
 LONG, SHORT = 13, 3
@@ -182,3 +185,18 @@ def test_ignored_labels_wherever_they_are(name, ignored):
 def test_transformers_loss_of_a_counted_batch():
     batch = batch_of(LONG) | {"num_items_in_batch": torch.tensor(21)}
     check(transformers_own, batch, 3, 1e-6, {"input_ids": 1, "labels": 1})
+
+
+@pytest.mark.parametrize("name", ["auxiliary", "classes first", "distilled", "huber", "mse", "own mean", "with z"])
+def test_bf16_is_as_near_to_fp32_as_eager_bf16(name):
+    torch.manual_seed(0)
+    model, batch = Model(LOSSES[name]).bfloat16(), batch_of(LONG)
+    reference = eager(copy.deepcopy(model).float(), batch)
+    own = difference(reference, *floats(*eager(model, batch)))
+    for result in sharded(model, batch, 3)[1]:
+        gradients = {name.removeprefix("grad."): g for name, g in result.items() if name != "loss"}
+        assert difference(reference, *floats(result["loss"], gradients)) <= 2 * own
+
+
+def floats(loss: Tensor, gradients: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    return loss.float(), {name: gradient.float() for name, gradient in gradients.items()}

@@ -138,7 +138,6 @@ def slice_backward(call) -> Spec:
     _, shape, *span = call.instr.args
     dim, start, step = _span(shape, *span)
     size = call.operands[0].shape[dim]
-    start = slice(start, None).indices(shape[dim])[0]
     seen = Axis(dim, offset=start, size=size)
     operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:

@@ -134,18 +134,12 @@ class Reentrant(nn.Module):
 
 def test_the_reentrant_kind_is_refused_with_its_line():
     line = Reentrant.forward.__code__.co_firstlineno + 2
-    with pytest.raises(BuildError) as caught:
+    with pytest.raises(BuildError, match=rf"(?s)reentrant-checkpoint.*where  test_training_modes\.py:{line}\n"):
         sharded(Reentrant(), BATCH, 2)
-    assert str(caught.value) == (
-        "error[custom-gradient]: the autograd.Function CheckpointFunction has a backward of its own\n"
-        f"  where  test_training_modes.py:{line}\n"
-        "  why    capture differentiates what its forward computes, and does not see its backward\n"
-        "  fix    checkpoint with use_reentrant=False"
-    )
 
 
 def test_stock_reentrant_checkpointing_is_refused():
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(BuildError, match=r"(?s)CheckpointFunction.*where  modeling_layers\.py:\d+\n"):
+    with pytest.raises(BuildError, match=r"(?s)reentrant-checkpoint.*where  modeling_layers\.py:\d+\n"):
         sharded(model, BATCH, 2)

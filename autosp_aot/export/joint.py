@@ -25,6 +25,7 @@ from autosp_aot.export.diagnose import (
     refuse_operators,
     refuse_other_gradients,
 )
+from autosp_aot.export.functions import marked_functions, restore_functions
 from autosp_aot.export.randomness import refuse_random
 from autosp_aot.export.regions import Flat, flat_regions, spell_casts
 from autosp_aot.export.routing import canonical_routing
@@ -92,11 +93,12 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode,
     wrapped = LossOnly(model)
     place = forward_at(model)
     refuse_hooks(model)
-    with watched(target, place), diagnosed(place), flat_regions(), mode:
+    with watched(target, place), diagnosed(place), flat_regions(), marked_functions() as calls, mode:
         exported = torch.export.export(wrapped, (), batch, strict=False)
     spell_casts(exported.graph)
     canonical_routing(exported)
     refuse_operators(exported)
+    restore_functions(exported, calls)
     canonical_attention(exported)
     step = Step(exported, wrapped)
     with diagnosed(place), torch.fx.traceback.preserve_node_meta(), mode, contextlib.ExitStack() as stack:

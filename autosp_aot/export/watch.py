@@ -1,7 +1,7 @@
 """What capture drops without a word, seen while the user's forward runs, and refused.
 
 with torch.autocast("cuda"):        makes no casts when captured on CPU
-Function.apply(x)                   traced through: its own backward is lost
+checkpoint(f, x, use_reentrant=True) traced through: its own backward is lost
 x.register_hook(double)             lost
 self.count = self.count + 1         of a buffer: lost
 if random.random() < 0.1:           drawn once, while building
@@ -106,19 +106,16 @@ class _Watch:
             )
 
     def function_applied(self, function: type, *_, **__) -> None:
-        # Those that torch itself applies belong to operators, but for this one.
-        reentrant = issubclass(function, CheckpointFunction)
-        if not reentrant and not is_users(sys._getframe(2)):
-            return
-        self.problems.append(
-            Problem(
-                "custom-gradient",
-                f"the autograd.Function {function.__name__} has a backward of its own",
-                called_at(),
-                "capture differentiates what its forward computes, and does not see its backward",
-                "checkpoint with use_reentrant=False" if reentrant else "write it with torch operators",
+        if issubclass(function, CheckpointFunction):
+            self.problems.append(
+                Problem(
+                    "reentrant-checkpoint",
+                    "checkpointing with use_reentrant=True runs a backward inside of backward",
+                    called_at(),
+                    "capture keeps what is computed forward, and would lose it",
+                    "checkpoint with use_reentrant=False",
+                )
             )
-        )
 
     def hook_registered(self, tensor: torch.Tensor, *_) -> None:
         self.problems.append(_hook("forward", called_at()))

@@ -77,22 +77,6 @@ def test_autocast_that_is_off_changes_nothing_on_any_device(captured, target):
     assert not any(value.dtype == torch.bfloat16 for value in values if isinstance(value, torch.Tensor))
 
 
-class TwoTimesThree(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 3 * grad
-
-
-class Custom(Model):
-    def changed(self, x):
-        x = TwoTimesThree.apply(x)
-        return TwoTimesThree.apply(x)
-
-
 class Reentrant(Model):
     def changed(self, x):
         return checkpoint(torch.sin, x, use_reentrant=True)
@@ -103,22 +87,11 @@ class NotReentrant(Model):
         return checkpoint(torch.sin, x, use_reentrant=False)
 
 
-def test_an_autograd_function_is_refused_at_every_line_that_applies_it(refusal):
-    first = Custom.changed.__code__.co_firstlineno
-    block = (
-        "error[custom-gradient]: the autograd.Function TwoTimesThree has a backward of its own\n"
-        "  where  test_watch.py:{}\n"
-        "  why    capture differentiates what its forward computes, and does not see its backward\n"
-        "  fix    write it with torch operators"
-    )
-    assert refusal(Custom()) == block.format(first + 1) + "\n" + block.format(first + 2)
-
-
 def test_reentrant_checkpointing_is_refused(refusal):
     assert refusal(Reentrant()) == (
-        "error[custom-gradient]: the autograd.Function CheckpointFunction has a backward of its own\n"
+        "error[reentrant-checkpoint]: checkpointing with use_reentrant=True runs a backward inside of backward\n"
         f"  where  {Reentrant().line()}\n"
-        "  why    capture differentiates what its forward computes, and does not see its backward\n"
+        "  why    capture keeps what is computed forward, and would lose it\n"
         "  fix    checkpoint with use_reentrant=False"
     )
 

@@ -1,0 +1,136 @@
+"""The user's autograd.Functions as calls in the exported graph, so that it is their own backward that is captured.
+
+torch.export traces through `apply`, and what it keeps is forward alone. The tensors that go in and come out are marked
+while it does, and what lies between becomes the call again; joint autograd then runs it, backward included.
+
+    m = mark([x], 0, False)[0]
+    s = sigmoid(m)                   ->      y = call_0(x)[0]
+    y = mark([m * s], 0, True)[0]
+"""
+
+import contextlib
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.user_code import called_at, is_users
+
+
+@torch.library.custom_op("autosp::mark", mutates_args=())
+def mark(tensors: list[Tensor], call: int, result: bool) -> list[Tensor]:
+    raise AssertionError("captured on fake tensors only")
+
+
+@mark.register_fake
+def _(tensors, call, result):
+    return [torch.empty_like(tensor) for tensor in tensors]
+
+
+MARK = torch.ops.autosp.mark.default
+
+
+@dataclass(frozen=True)
+class Call:
+    """One `apply` of a Function: its arguments as they were given, and the line."""
+
+    function: type[torch.autograd.Function]
+    args: tuple
+    place: str
+
+    def again(self) -> Callable[..., list[Tensor]]:
+        """The call as a function from the tensors among its arguments to those among its results."""
+
+        def call(*tensors: Tensor) -> list[Tensor]:
+            left = iter(tensors)
+            args = [next(left) if isinstance(arg, Tensor) else arg for arg in self.args]
+            return _tensors(self.function.apply(*args))
+
+        return call
+
+    def problem(self, why: str) -> Problem:
+        what = f"the autograd.Function {self.function.__name__} {why}"
+        return Problem("custom-gradient", what, self.place, "its backward cannot be captured as a function of tensors",
+                       "give it every tensor as an argument, save those it needs, and write to none")  # fmt: skip
+
+
+@contextlib.contextmanager
+def marked_functions() -> Iterator[list[Call]]:
+    """While it holds, what users' Functions take and give is marked; the calls, in order."""
+    calls: list[Call] = []
+    before = vars(torch.autograd.Function)["apply"]
+
+    def apply(function, *args, **kwargs):
+        if not is_users(sys._getframe(1)):
+            return before.__func__(function, *args, **kwargs)
+        number, call = len(calls), Call(function, args, called_at())
+        calls.append(call)
+        taken = iter(mark(_tensors(args), number, False))
+        args = [next(taken) if isinstance(arg, Tensor) else arg for arg in args]
+        versions = [tensor._version for tensor in _tensors(args)]
+        results = before.__func__(function, *args, **kwargs)
+        if versions != [tensor._version for tensor in _tensors(args)]:
+            raise BuildError(call.problem("writes to its arguments"))
+        given = iter(mark(_tensors(results), number, True))
+        if isinstance(results, Tensor):
+            return next(given)
+        return tuple(next(given) if isinstance(result, Tensor) else result for result in results)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield calls
+    finally:
+        torch.autograd.Function.apply = before
+
+
+def _tensors(values) -> list[Tensor]:
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def restore_functions(exported: ExportedProgram, calls: list[Call]) -> None:
+    """Put the calls back into the graph, in place. BuildError for each that reads a tensor that is not its argument."""
+    graph, problems = exported.graph, []
+    marks = {node.args[1:]: node for node in graph.nodes if node.target is MARK}
+    for number, call in enumerate(calls):
+        taken, given = marks.get((number, False)), marks.get((number, True))
+        if given is None:
+            continue
+        if _reads_others(given, taken):
+            problems.append(call.problem("reads a tensor that is not its argument"))
+            continue
+        _restore(graph, taken.args[0] if taken else [], given, call)
+    if problems:
+        raise BuildError(*dict.fromkeys(problems))
+    graph.eliminate_dead_code()
+
+
+def _reads_others(given: Node, taken: Node | None) -> bool:
+    """True where a result is computed from an input of the step by another way than through the arguments."""
+    todo, seen = list(given.all_input_nodes), set()
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder":
+            return True
+        if node is not taken and node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return False
+
+
+def _restore(graph: Graph, operands: list[Node], given: Node, call: Call) -> None:
+    with graph.inserting_before(given):
+        node = graph.call_function(call.again(), tuple(operands))
+        node.meta = {key: value for key, value in given.args[0][0].meta.items() if key != "val"}
+        for part in list(given.users):
+            result = graph.call_function(operator.getitem, (node, part.args[1]))
+            result.meta = {**node.meta, "val": part.meta["val"]}
+            part.replace_all_uses_with(result)
+            graph.erase_node(part)
+    graph.erase_node(given)

@@ -51,13 +51,12 @@ def explain(path: str | Path, value: str) -> Explanation:
     """
     manifest, whole = read_manifest(path), read_whole(path)
     program = read_bodies(path)[0][1]
-    name = _resolved(value, program, whole, str(path))
+    name = _resolved(value, list(program.values()), str(path))
     rows = _Explainer(manifest, whole, program).rows(name)
     return Explanation(name, tuple((heading, tuple(lines)) for heading, lines in rows if any(lines)))
 
 
-def _resolved(text: str, program: Program, whole: Program, place: str) -> str:
-    names = list(dict.fromkeys([*program.values(), *whole.values()]))
+def _resolved(text: str, names: list[str], place: str) -> str:
     if text in names:
         return text
     found = [name for name in names if name.startswith(text) or name.endswith(text)]

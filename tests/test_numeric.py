@@ -1,5 +1,7 @@
 """`check --numeric`: its limits by dtype, what it makes up, and what it refuses."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -17,6 +19,7 @@ from examples import llama, plain
 from tests.conftest import TINY
 from tests.sealing import edit_text
 
+REFERENCE = Path(__file__).parent.parent / "artifacts" / "reference"
 DIMS = {"input_ids": 1, "labels": 1}
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -133,6 +136,11 @@ def test_what_is_too_large_for_one_process_is_refused_with_sizes(tmp_path):
         check_numeric(path)
     assert "error[numeric-too-large]: running 2 ranks in one process takes 32.2 GiB" in str(caught.value)
     assert "GiB, the whole step" in str(caught.value) and "a smaller --seq" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(REFERENCE.iterdir()), ids=lambda path: path.name)
+def test_the_reference_artifacts_are_right_in_numbers(path):
+    assert check_numeric(path)[0].startswith("numbers     loss and ")
 
 
 class Endless(nn.Module):

@@ -26,19 +26,32 @@ JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
 
 
 def choices(ids: Node) -> int | None:
-    """n where the elements of `ids` are certain to be among 0 .. n - 1; None where they are not."""
-    root = _source(ids, (*RESHAPES, *PARTS))
-    if written(root):
+    """n where the elements of `ids` are certain to be among 0 .. n - 1; None where they are not.
+
+    They are where they say which of n was chosen, and where something of n is looked up at them: eager fails otherwise.
+    """
+    passed: list[Node] = []
+    root = _source(ids, (*RESHAPES, *PARTS), passed)
+    if written(_source(root, (*RESHAPES, *PARTS, *CASTS))):
         return None
     if root.target in JOINS:
         found = [choices(part) for part in root.args[0]]
         return None if None in found else max(found)
+    named = [root, *passed]
+    named += [user for node in named for user in node.users if user.target in RESHAPES]
+    among = [user for node in named for user in node.users if _looks_up(user, node)]
     if root.target is operator.getitem and root.args[0].target in CHOOSING and root.args[1] == 1:
-        root = root.args[0]
-    elif root.target is not aten.argmax.default:
+        among.append(root.args[0])
+    elif root.target is aten.argmax.default:
+        among.append(root)
+    if not among:
         return None
-    (dim, *more) = given_dims(root)
-    return None if more else root.args[0].meta["val"].shape[dim]
+    (dim, *more), (first, *_) = given_dims(among[0]), among[0].args
+    return None if more else first.meta["val"].shape[dim]
+
+
+def _looks_up(call: Node, at: Node) -> bool:
+    return call.target is aten.gather.default and call.args[2] is at
 
 
 def says_ends(ends: Node, equal: dict[Node, Node], ids: Node, experts: int) -> bool:
@@ -57,9 +70,8 @@ def says_ends(ends: Node, equal: dict[Node, Node], ids: Node, experts: int) -> b
     counts, many = equal.get(counts, counts), choices(ids)
     if many is None or counts.target is not aten.histc.default:
         return False
-    casts: list[Node] = []
-    root = _source(counts.args[0], (*RESHAPES, *CASTS), casts)
-    if root is not _source(ids, RESHAPES) or any(map(written, casts)):
+    casts, root = [], _source(ids, RESHAPES)
+    if _source(counts.args[0], (*RESHAPES, *CASTS), casts, root) is not root or any(map(written, casts)):
         return False
     if counts.args[0].meta["val"].numel() != ids.meta["val"].numel():
         return False
@@ -99,9 +111,9 @@ def shares(node: Node) -> bool:
     return any(result.alias_info is not None for result in target._schema.returns)
 
 
-def _source(node: Node, through: tuple, passed: list[Node] | None = None) -> Node:
-    """Where a chain of such operators begins; `passed` gets those in between, the last one first."""
-    while node.op == "call_function" and node.target in through:
+def _source(node: Node, through: tuple, passed: list[Node] | None = None, end: Node | None = None) -> Node:
+    """Where a chain of such operators begins, or `end` on the way; `passed` gets those in between, the last first."""
+    while node is not end and node.op == "call_function" and node.target in through:
         if passed is not None:
             passed.append(node)
         node = node.args[0]

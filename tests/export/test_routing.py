@@ -124,9 +124,18 @@ def partly_without_gradient(self, x, ids, weights):
     return summed((y / scale)[back] * weights[:, None])
 
 
+def by_a_table_of_ids(self, x, ids, weights):
+    """Ids of any origin: the weights are looked up at them among those of all experts."""
+    ids = (torch.arange(len(ids)) * 3 % EXPERTS).int().long()
+    weights = self.router(x).sigmoid().gather(1, ids.view(-1, CHOSEN))
+    ids, order = ids.sort()
+    y = self.mix(x[order // CHOSEN], ends_of(ids)) * weights.reshape(-1)[order][:, None]
+    return summed(y[order.argsort()])
+
+
 REWRITTEN = [
     by_the_inverse, by_a_second_argsort, by_writing_back, by_adding_up, by_scattering, with_what_experts_add,
-    of_one_expert_each, of_copied_weights, partly_without_gradient,
+    of_one_expert_each, of_copied_weights, partly_without_gradient, by_a_table_of_ids,
 ]  # fmt: skip
 
 

@@ -85,6 +85,8 @@ def test_the_rank_with_the_largest_boxes_is_counted():
 @pytest.mark.parametrize("line, flops", [
     ("%a: f32[4, 4] @ Replicate = aten.mm.default(%x, %w)", 2 * 4 * 4 * 4),
     ("%a: f32[4, 4] @ Replicate = aten.addmm.default(%w, %x, %w)", 2 * 4 * 4 * 4),
+    ("%a: f32[4, 4] @ Replicate = autosp.expert_mm(%x, %x, %w)", 2 * 4 * 4 * 4),
+    ("%a: f32[2, 4, 4] @ Replicate = autosp.expert_mm_weight_grad(%x, %x, %w, 2)", 2 * 4 * 4 * 4),
     ("%a: f32[4, 4] @ Replicate = aten.mul.Tensor(%x, %w)", 0),
 ])  # fmt: skip
 def test_the_flops_of_products(line, flops):

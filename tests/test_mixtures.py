@@ -64,6 +64,15 @@ def test_loss_and_gradients_equal_eager_s(name, batch):
     assert worst(by_looping(model, batch), results) <= 1e-6
 
 
+def test_the_auxiliary_loss_leaves_padding_out_as_eager_does(batch):
+    model = built("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :4], mask[1, 11:] = 0, 0
+    results, fallbacks = sharded(model, batch | {"attention_mask": mask}, 3)
+    assert not fallbacks
+    assert worst(by_looping(model, batch | {"attention_mask": mask}), results) <= 1e-6
+
+
 @pytest.mark.parametrize("length", [2, 32])
 def test_a_rank_without_tokens_and_as_many_tokens_as_channels(length, batch):
     """32 is also the hidden size: nothing is told apart by its size."""

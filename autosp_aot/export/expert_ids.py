@@ -12,6 +12,8 @@ import operator
 import torch
 from torch.fx import Node
 
+from autosp_aot.program import flatten
+
 aten = torch.ops.aten
 RESHAPES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.permute.default,
@@ -121,19 +123,21 @@ def _source(node: Node, through: tuple, passed: list[Node] | None = None, end: N
 
 
 def written(node: Node) -> bool:
-    """Whether the storage of a node is written to, by any of its names."""
+    """Whether the storage of a node may be written to, by any of its names."""
     for user in node.users:
-        target = user.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if user.op != "call_function":
+            continue
+        is_operator = isinstance(user.target, torch._ops.OpOverload)
+        if not is_operator and user.target is not operator.getitem:
             return True
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and node in _targets(user):
+        if is_operator and user.target._schema.is_mutable and node in _targets(user):
             return True
-        if user.op == "call_function" and shares(user) and written(user):
+        if shares(user) and written(user):
             return True
     return False
 
 
-def _targets(node: Node) -> list:
+def _targets(node: Node) -> list[Node]:
     """The operands a call writes to."""
-    written = [argument.name for argument in node.target._schema.arguments if argument.alias_info is not None]
-    return [arguments(node).get(name) for name in written]
+    given, named = arguments(node), node.target._schema.arguments
+    return list(flatten([given.get(argument.name) for argument in named if argument.alias_info is not None]))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosp_aot.cost import moved
 from autosp_aot.passes.pipeline import Compiled
 from examples import plain
 from tests.steps import equal_to_eager, gathers
@@ -38,7 +39,7 @@ def built(mix, length: int = 13, ranks: int = 3, batch: dict | None = None, **mo
     return equal_to_eager(Body(mix).double(), batch or tokens(B, length), ranks, **more)
 
 
-def moved(compiled: Compiled) -> Counter:
+def largest_moved(compiled: Compiled) -> Counter:
     """Elements of the largest value of each kind of collective in the forward pass."""
     values, found = compiled.program.values(), Counter()
     for instr in compiled.program.section("forward").instrs:
@@ -121,7 +122,7 @@ def shifted_in_place(x: Tensor) -> Tensor:
 def test_a_shift_by_one_token_gathers_nothing(shift):
     compiled = built(shift)
     assert not compiled.fallbacks
-    assert not moved(compiled)["all_gather"]
+    assert not largest_moved(compiled)["all_gather"]
 
 
 class Prefixed(nn.Module):
@@ -163,32 +164,46 @@ def test_statistics_over_the_sequence_gather_no_hidden_state(mix):
     assert gathers(compiled.program, B * 13 * H) == []
 
 
-class Convolved(nn.Module):
-    def __init__(self, groups: int):
-        super().__init__()
-        self.convolution = nn.Conv1d(H, H, 4, padding=3, groups=groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolution(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
-
-
 @pytest.mark.parametrize("mix", [
     lambda x: x.cumsum(1),
     lambda x: x.flip(1),
     lambda x: x.roll(2, 1),
     lambda x: x.sort(1).values,
     lambda x: x[:, torch.arange(12, -1, -1)],
-    Convolved(H),
-], ids=["cumsum", "flip", "roll", "sort", "index", "depthwise convolution"])  # fmt: skip
+], ids=["cumsum", "flip", "roll", "sort", "index"])  # fmt: skip
 def test_what_runs_along_the_sequence_exchanges_it_for_the_hidden_dim(mix):
     compiled = built(mix)
     assert not compiled.fallbacks
     assert gathers(compiled.program, B * 13 * H) == []
-    assert moved(compiled)["all_to_all"] == B * 13 * H
+    assert largest_moved(compiled)["all_to_all"] == B * 13 * H
 
 
-def test_a_dense_convolution_along_the_sequence():
-    assert not built(Convolved(1)).fallbacks
+class Convolved(nn.Module):
+    """A convolution along the sequence, of which as many places are kept as there were, if there are."""
+
+    def __init__(self, groups: int = 1, **options):
+        super().__init__()
+        self.convolution = nn.Conv1d(H, H, 4, groups=groups, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+@pytest.mark.parametrize("options", [
+    {"padding": 3}, {"padding": 3, "groups": H}, {"padding": 3, "groups": 2}, {"stride": 2}, {"dilation": 2},
+    {"stride": 5, "padding": 1},
+], ids=str)  # fmt: skip
+def test_a_convolution_along_the_sequence_reads_its_neighbours_places(options):
+    compiled = built(Convolved(**options), 64, 4)
+    assert not compiled.fallbacks
+    assert gathers(compiled.program, 16 * B * H) == []
+    received = {m.op: m.received_bytes for m in moved(compiled.program) if m.section == "forward"}
+    assert received["all_to_all"] <= 8 * B * H * 8, "more than a kernel's reach and the sequence's change of length"
+
+
+@pytest.mark.parametrize("options", [{"padding": 3}, {"groups": H}, {"stride": 2, "padding": 2}], ids=str)
+def test_a_convolution_of_a_sequence_shorter_than_the_ranks(options):
+    assert not built(Convolved(**options), 5, 6).fallbacks
 
 
 @pytest.mark.parametrize("pool", [

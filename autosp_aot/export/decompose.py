@@ -91,6 +91,29 @@ def _rows(scores: Tensor) -> Tensor:
     return scores.movedim(1, -1).reshape(-1, scores.shape[1])
 
 
+def convolution(x: Tensor, weight, bias, stride, padding, dilation, transposed: bool, more, groups: int) -> Tensor:
+    """Padding apart: a rank pads where the sequence ends, and reads its neighbours' places where its own end."""
+    if transposed or not any(padding):
+        return NotImplemented
+    none = [0] * len(padding)
+    return aten.convolution(_padded(x, padding), weight, bias, stride, none, dilation, False, more, groups)
+
+
+def convolution_backward(grad, x, weight, sizes, stride, padding, dilation, transposed: bool, more, groups: int, mask):
+    if transposed or not any(padding):
+        return NotImplemented
+    wide, none = _padded(x, padding), [0] * len(padding)
+    grads = aten.convolution_backward(grad, wide, weight, sizes, stride, none, dilation, False, more, groups, mask)
+    back = grads[0]
+    for at, pad in enumerate(padding if mask[0] else []):
+        back = back.narrow(2 + at, pad, x.shape[2 + at])
+    return back, *grads[1:]
+
+
+def _padded(x: Tensor, padding: Sequence[int]) -> Tensor:
+    return aten.constant_pad_nd(x, [pad for pad in padding[::-1] for _ in range(2)])
+
+
 def norm(x: Tensor, p: float | None, dim: Sequence[int], keepdim: bool = False) -> Tensor:
     return torch.linalg.vector_norm(x, 2 if p is None else p, dim, keepdim)
 
@@ -201,6 +224,8 @@ OWN = {
     aten.any.dim: some,
     aten.any.dims: some,
     aten.constant_pad_nd.default: constant_pad,
+    aten.convolution.default: convolution,
+    aten.convolution_backward.default: convolution_backward,
     aten.count_nonzero.default: count_nonzero,
     aten.count_nonzero.dim_IntList: count_nonzero,
     aten.index_add.default: index_add,

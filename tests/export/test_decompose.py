@@ -40,6 +40,11 @@ def _running(x: Tensor) -> Tensor:
     return aten._native_batch_norm_legit_no_training(x.flatten(0, 1), *stats, 0.1, 1e-5)[0]
 
 
+def _convolution(x: Tensor) -> Tensor:
+    weight = torch.linspace(-1, 1, 4 * H * 3, dtype=x.dtype).view(4 * H, 1, 3)
+    return F.conv1d(x.transpose(1, 2), weight, _stat(x, 1).repeat(4), 1, 2, 1, H)
+
+
 def _weighted(x: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(x, _targets(x), _stat(x, 1), pos_weight=_stat(x, 2))
 
@@ -62,6 +67,7 @@ CASES = {
     "classes first": _classes_first(),
     "classes first, each": _classes_first(reduction="none"),
     "classes first, smoothed": _classes_first(label_smoothing=0.1),
+    "convolution": _convolution,
     "count": lambda x: x / x.count_nonzero((1,))[:, None],
     "count of all": lambda x: x / x.count_nonzero(),
     "fill": lambda x: aten.fill.Tensor(x, x[0, 0, 0]) * x,
@@ -159,6 +165,9 @@ def test_every_decomposition_has_a_case_and_only_those_that_choose_are_left():
         for table in ({}, DECOMPOSITIONS)
     )
     assert {str(op) for op in DECOMPOSITIONS if op not in before} == set()
-    partly = {aten._log_softmax.default, aten._log_softmax_backward_data.default, aten.constant_pad_nd.default}
-    partly |= {aten.amax.default, aten.amin.default, aten.index_put.default}
+    partly = {
+        aten._log_softmax.default, aten._log_softmax_backward_data.default, aten.amax.default, aten.amin.default,
+        aten.constant_pad_nd.default, aten.convolution.default, aten.convolution_backward.default,
+        aten.index_put.default,
+    }  # fmt: skip
     assert {str(op) for op in DECOMPOSITIONS if op in after} == set(map(str, partly))

@@ -1,21 +1,21 @@
-"""Convolutions: batch, groups and the channels that are made are parallel; channels that are read, and places, whole.
+"""Convolutions: batch, groups and the channels that are made are parallel; channels that are read are whole.
 
-    x: [n, g*I, L]    weight: [g*o, I, K]    bias: [g*o]    ->    [n, g*o, M]
+    x: [n, g*I, L]    weight: [g*o, I, K]    bias: [g*o]    ->    [n, g*o, m]
 
-A rank's share of the groups is a convolution of that many groups: depthwise ones are cut by channels.
+Place m reads K places of x (dilated) from stride * m on: a rank gets what its places read, some of it its neighbour's.
+With padding, or transposed, places are whole. A rank's share of the groups is a convolution of that many groups.
 """
 
 from autosp_aot.passes.rules.spec import Axis, Dims, Spec
 from autosp_aot.program import per_rank
 
 N, G, O, I = range(4)  # noqa: E741
-GROUPS, TRANSPOSED = 8, 6
+GROUPS = 8
 
 
 def convolution(call) -> Spec:
-    groups = call.instr.args[GROUPS]
     x, weight, *bias = (value.shape for value in call.operands)
-    factors = _Factors(groups, call.instr.args[TRANSPOSED], x, weight, call.results[0].shape)
+    factors = _Factors(call.instr.args[3 : GROUPS + 1], x, weight, call.results[0].shape)
     operands = (factors.x(), factors.weight(), *(factors.bias() for _ in bias))
     results = (factors.y(),)
     linear = () if bias else ((0,), (1,))
@@ -26,7 +26,7 @@ def convolution_backward(call) -> Spec:
     """Arguments are those of the forward operator, with the sizes of the bias in its place after the gradient."""
     at = GROUPS + 1
     y, x, weight = (value.shape for value in call.operands)
-    factors = _Factors(call.instr.args[at], call.instr.args[TRANSPOSED + 1], x, weight, y)
+    factors = _Factors(call.instr.args[4 : at + 1], x, weight, y)
     operands = (factors.y(), factors.x(), factors.weight())
     every = (factors.x(), factors.weight(), factors.bias())
     results = tuple(dims for dims, used in zip(every, call.results_by_position) if used)
@@ -41,11 +41,23 @@ def convolution_backward(call) -> Spec:
 class _Factors:
     """The factors of a convolution, and each tensor's dims in them."""
 
-    def __init__(self, groups: int, transposed: bool, x: tuple[int, ...], weight: tuple[int, ...], y: tuple[int, ...]):
-        self.transposed = transposed
-        made, read = (weight[1], weight[0] // groups) if transposed else (weight[0] // groups, weight[1])
+    def __init__(self, options: tuple, x: tuple[int, ...], weight: tuple[int, ...], y: tuple[int, ...]):
+        stride, padding, dilation, self.transposed, _, groups = options
+        made, read = (weight[1], weight[0] // groups) if self.transposed else (weight[0] // groups, weight[1])
         self.extents = [x[0], groups, made, read]
-        self.places_x, self.places_w, self.places_y = (self._places(shape) for shape in (x, weight, y))
+        self.places_w, self.places_y = self._places(weight), self._places(y)
+        self.whole = {I, *(axis.factor for (axis,) in self.places_w)}
+        self.follows: tuple[tuple[int, int], ...] = ()
+        if self.transposed or any(padding):
+            self.places_x = self._places(x)
+            self.whole.update(axis.factor for (axis,) in (*self.places_x, *self.places_y))
+            self.follows = tuple((a.factor, b.factor) for (a,), (b,) in zip(self.places_x, self.places_y))
+            return
+        reaches = [(size - 1) * apart + 1 for size, apart in zip(weight[2:], dilation)]
+        self.places_x = tuple(
+            (Axis(axis.factor, size=size, stride=step, reach=reach),)
+            for (axis,), size, step, reach in zip(self.places_y, x[2:], stride, reaches)
+        )
 
     def _places(self, shape: tuple[int, ...]) -> Dims:
         first = len(self.extents)
@@ -66,10 +78,9 @@ class _Factors:
         return ((Axis(N),), (Axis(G), Axis(O)), *self.places_y)
 
     def spec(self, operands, results, linear, localize) -> Spec:
-        whole = frozenset({I, *range(4, len(self.extents))})
-        follows = tuple((x.factor, y.factor) for (x,), (y,) in zip(self.places_x, self.places_y))
-        return Spec(tuple(self.extents), whole, operands, results, linear, localize=localize, flat=frozenset({G}),
-                    filled=frozenset({G, O}), follows=follows)  # fmt: skip
+        filled = frozenset({G, O, *(axis.factor for (axis,) in self.places_y)})
+        return Spec(tuple(self.extents), frozenset(self.whole), operands, results, linear, localize=localize,
+                    flat=frozenset({G}), filled=filled, follows=self.follows)  # fmt: skip
 
 
 def _with_groups(args: tuple, at: int, local) -> tuple:

@@ -26,12 +26,17 @@ from autosp_aot.placement import (
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A factor as one tensor's dim sees it: positions `offset .. offset + size`, or every `group` positions as one."""
+    """A factor as one tensor's dim sees it: positions `offset .. offset + size`, or every `group` positions as one.
+
+    With a `reach`, position i of the factor reads `reach` positions of the dim's `size`, from `stride * i` on.
+    """
 
     factor: int
     offset: int = 0
     size: int | None = None
     group: int = 1
+    stride: int = 1
+    reach: int = 0
 
 
 Dims = tuple[tuple[Axis, ...], ...]
@@ -80,6 +85,9 @@ class Spec:
             return None
         if strategy.outer != 1 and factor in self.flat:
             return None
+        summed = (axis for at in strategy.partial for axes in self.operands[at] for axis in axes)
+        if any(axis.reach and axis.factor == factor for axis in summed):
+            return None  # of a place that two ranks read, each would have only a share
         if factor in self.filled and any(lo == hi for lo, hi in bounds):
             return None
         operands = [self._placed(dims, strategy) for dims in self.operands]
@@ -123,7 +131,16 @@ class Spec:
         """Bounds of the factor as the axis sees them."""
         if axis.group > 1:
             return tuple((lo // axis.group, -(-hi // axis.group)) if lo < hi else (0, 0) for lo, hi in bounds)
+        if axis.reach:
+            return tuple(self._read(axis, lo, hi) for lo, hi in bounds)
         return bounds if axis.size is None else window(bounds, axis.offset, axis.size)
+
+    def _read(self, axis: Axis, lo: int, hi: int) -> tuple[int, int]:
+        """What positions `lo .. hi` read, and what is read by none after it."""
+        if lo >= hi:
+            return 0, 0
+        end = max((hi - 1) * axis.stride + axis.reach, hi * axis.stride)
+        return lo * axis.stride, axis.size if hi == self.extents[axis.factor] else end
 
     def strategy_of(self, dims: Dims, placement: Placement) -> Strategy | None:
         """The strategy that cuts a tensor with these dims as the placement says; None where there is not just one."""
@@ -148,7 +165,8 @@ class Spec:
         """Bounds of the factor that an axis sees as `bounds`; what it does not see goes to the first and last rank."""
         if axis.size is None:
             return bounds
-        moved = [(lo + axis.offset, hi + axis.offset) for lo, hi in bounds]
+        last = self.extents[axis.factor]
+        moved = [tuple(min(-(-(at + axis.offset) // axis.stride), last) for at in box) for box in bounds]
         filled = [rank for rank, (lo, hi) in enumerate(moved) if lo < hi] or [0]
         moved[filled[0]] = (0, moved[filled[0]][1])
         moved[filled[-1]] = (moved[filled[-1]][0], self.extents[axis.factor])

@@ -3,6 +3,7 @@
     aten.mm        a b, b c -> a c         a=26 b=32 c=48
     aten.reshape   a b C -> (a b) C        a dim of two factors
     attention      b may be seen as b/4    every four positions as one: query heads and their key/value head
+    convolution    e may be seen as e*2+3  place e reads three places from 2e on
 """
 
 from string import ascii_lowercase
@@ -75,4 +76,6 @@ def _axis(spec: Spec, axis: Axis) -> str:
     letter = factor(spec, axis.factor)
     if axis.group > 1:
         return f"{letter}/{axis.group}"
+    if axis.reach:
+        return f"{letter}*{axis.stride}+{axis.reach}"
     return letter if axis.size is None else f"{letter}[{axis.offset}:{axis.offset + axis.size}]"

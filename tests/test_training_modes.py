@@ -37,8 +37,11 @@ class Autocast(nn.Module):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: decoder("float32"), lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL)),
-], ids=["plain", "qwen2"])  # fmt: skip
+    lambda: decoder("float32"),
+    lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL)),
+    lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, attn_implementation="eager")),
+    lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SMALL, num_local_experts=4)),
+], ids=["plain", "qwen2", "llama spelled out", "mixtral"])  # fmt: skip
 def test_autocast_is_as_near_to_fp32_as_eager_autocast(make):
     torch.manual_seed(0)
     model = make().train()

@@ -88,3 +88,14 @@ def test_keys_that_eager_would_broadcast_over_the_batch_are_refused():
 def test_causal_attention_of_more_queries_than_keys_begins_at_the_first():
     assert error(lambda x, t, m: scaled_dot_product_attention(
         heads(x), m[:, :, :4], m[:, :, :4], is_causal=True).sum()) <= 1e-12
+
+
+def test_tensors_made_of_literals_are_stored_with_the_artifact():
+    def loss(x, tokens, memory):
+        shifted = x.clone()
+        shifted[:, 0] = 0.25
+        return (shifted * torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=x.dtype)).square().mean() + memory.mean()
+
+    stored = sorted(tuple(value.shape) for value in built(loss).buffers.values())
+    assert stored == [(), (4,)]
+    assert error(loss) <= 1e-12

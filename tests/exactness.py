@@ -91,7 +91,8 @@ def difference(reference, loss: Tensor, gradients: dict[str, Tensor]) -> float:
     typical = torch.stack([g.norm() for g in wanted.values()]).square().mean().sqrt()
     errors = [(loss - wanted_loss).abs() / wanted_loss.abs()]
     errors += [(gradients[n] - g).norm() / torch.maximum(g.norm(), 1e-4 * typical) for n, g in wanted.items()]
-    return max(float(error) for error in errors)
+    found = [float(error) for error in errors]
+    return max(error if error == error else float("inf") for error in found)
 
 
 def errors(case: Case, ranks: list[int], recompute: str = "sac") -> Iterator[tuple[int, float]]:

@@ -51,3 +51,24 @@ def gathers(program: Program, elements: int) -> list[str]:
     values = program.values()
     names = [name for instr in program.instrs() if instr.op == "all_gather" for name in instr.refs()]
     return [name for name in names if prod(values[name].whole_shape) >= elements]
+
+
+def sharded(model: nn.Module, batch: dict, ranks: int) -> tuple[list[dict], tuple]:
+    """Every rank's results, and the operators that fell back."""
+    mode = FakeTensorMode()
+    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
+    dims = {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
+    compiled = compile_program(whole, dims, BuildConfig(ranks))
+    inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
+    grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])
+    programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
+    return simulate(programs, inputs, grad_loss), compiled.fallbacks
+
+
+def worst(reference, results: list[dict]) -> float:
+    """The worst difference of any rank's loss and gradients, in fp32 or wider."""
+    wide = lambda t: t.float() if t.dtype is torch.bfloat16 else t  # noqa: E731
+    return max(
+        difference(reference, wide(r["loss"]), {n.removeprefix("grad."): wide(g) for n, g in r.items() if n != "loss"})
+        for r in results
+    )

@@ -15,8 +15,9 @@ from autosp_aot.numeric import check_numeric
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.runtime.groups import Group
+from tests.architectures import SMALL
 from tests.exactness import eager
-from tests.test_architectures import SMALL, sharded, worst
+from tests.steps import sharded, worst
 
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
 LOCAL = dict(num_local_experts=6, num_experts_per_tok=2)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autosp_aot.intervals import HIDDEN
+from autosp_aot.intervals import HIDDEN, INF
 from autosp_aot.runtime.bounds import hidden_blocks
 from autosp_aot.runtime.random import keep
 from autosp_aot.scores import evaluate
@@ -81,7 +81,7 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: S
         if scoring.safe:
             total = total.masked_fill(empty, 1.0)
         outs.append((out / total.unsqueeze(-1)).to(q.dtype))
-        lses.append((top + total.log()).masked_fill(empty, float("-inf") if scoring.safe else float("nan")))
+        lses.append((top + total.log()).masked_fill(empty, -INF if scoring.safe else float("nan")))
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
@@ -170,9 +170,9 @@ class _Call:
                 scores = evaluate(scoring.score, leaves).to(self.dtype).expand_as(products)
         graph, scores = scores, scores.detach()
         if scoring.causal:
-            scores = scores.masked_fill(key > at, float("-inf"))
+            scores = scores.masked_fill(key > at, -INF)
         if scoring.window is not None:
-            scores = scores.masked_fill(key <= at - scoring.window, float("-inf"))
+            scores = scores.masked_fill(key <= at - scoring.window, -INF)
         drop = scoring.dropout
         factor = drop and drop.factor(*self.q.shape[:2], at, key, self.dtype)
         return _Block(scores, graph, products, vectors, factor)
@@ -183,10 +183,15 @@ class _Call:
         block = self.block(rows, keys)
         scores = block.scores
         higher = torch.maximum(top, scores.amax(-1))
-        base = higher.masked_fill(higher == float("-inf"), 0.0)
+        base = higher.masked_fill(higher == -INF, 0.0)
         weights, shrink = torch.exp(scores - base.unsqueeze(-1)), torch.exp(top - base)
         out = out * shrink.unsqueeze(-1) + block.dropped(weights) @ self.v[:, :, keys].to(self.dtype)
         return higher, total * shrink + weights.sum(-1), out
+
+    def total(self, rows: slice, seen: list[slice], base: Tensor) -> Tensor:
+        """The sum of weights of each row: one, but for rows whose scores are so low that lse lost the log of it."""
+        blocks = (self.block(rows, keys).scores - base[:, :, rows].unsqueeze(-1) for keys in seen)
+        return sum(torch.exp(scores).sum(-1) for scores in blocks)
 
     def gradients(
         self, grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None
@@ -195,15 +200,18 @@ class _Call:
         delta = (grad_out.to(self.dtype) * out.to(self.dtype)).sum(-1)
         if grad_lse is not None:
             delta = delta - grad_lse
-        base = lse.masked_fill(lse == float("-inf"), float("inf"))
+        base = lse.masked_fill(lse == -INF, INF)
         for rows in _blocks(self.q.shape[2]):
             seen, hidden = self.keys(rows)
-            if hidden and bool((lse[:, :, rows] <= HIDDEN).any()):
+            alone, total = lse[:, :, rows] <= HIDDEN, None
+            if self.scoring.score is not None and bool((alone & (lse[:, :, rows] > -INF)).any()):
                 seen = seen + hidden
+                total = self.total(rows, seen, base).masked_fill(~alone, 1.0).unsqueeze(-1)
             grad = grad_out[:, :, rows].to(self.dtype)
             for keys in seen:
                 block = self.block(rows, keys, differentiable=True)
                 weights = torch.exp(block.scores - base[:, :, rows].unsqueeze(-1))
+                weights = weights if total is None else weights / total
                 grad_weights = block.dropped(grad @ self.v[:, :, keys].to(self.dtype).transpose(-1, -2))
                 yield rows, keys, block, weights, weights * (grad_weights - delta[:, :, rows].unsqueeze(-1))
 
@@ -219,5 +227,5 @@ def _cut(vector: Tensor, rows: slice, keys: slice) -> Tensor:
 
 def _state(q: Tensor, v: Tensor, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Of rows that have seen nothing yet."""
-    top = q.new_full((*q.shape[:2], rows.stop - rows.start), float("-inf"), dtype=dtype)
+    top = q.new_full((*q.shape[:2], rows.stop - rows.start), -INF, dtype=dtype)
     return top, torch.zeros_like(top), q.new_zeros((*top.shape, v.shape[3]), dtype=dtype)

@@ -11,7 +11,7 @@ from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.regions import flat_regions
 from autosp_aot.export.routing import canonical_routing
 from tests.exactness import eager
-from tests.test_architectures import sharded, worst
+from tests.steps import sharded, worst
 
 # A product of sorted rows in any dtype; torch's own takes bf16 alone when captured.
 grouped_mm = torch.ops.transformers.grouped_mm_fallback

@@ -1,0 +1,207 @@
+"""Stock architectures in every way they are trained: a table, batches, and `docs/models.md`.
+
+    python -m tests.architectures        # every architecture x mask x loss x length x ranks, then the table
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from tests.exactness import eager
+from tests.steps import sharded, worst
+
+SMALL = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=128, use_cache=False, bos_token_id=1, eos_token_id=2,
+    pad_token_id=0,
+)  # fmt: skip
+GPT2 = dict(
+    vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    use_cache=False, bos_token_id=1, eos_token_id=2, loss_type="ForCausalLM",
+)  # fmt: skip
+DRY = dict(resid_pdrop=0.0, embd_pdrop=0.0)
+TWO = dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=5)
+GEMMA = dict(query_pre_attn_scalar=8)
+BERT = dict(SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+T5 = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, dropout_rate=0.0,
+          decoder_start_token_id=0, pad_token_id=0, use_cache=False)  # fmt: skip
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+ROUTED = dict(num_local_experts=6, num_experts_per_tok=2)
+
+MASKS = ("none", "ones", "right", "left", "packed")
+LOSSES = ("all", "half", "first rank", "items")
+LENGTHS, RANKS = (33, 64), (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to make a model, the masks and losses it takes, and its dtype.
+
+    It is fp32 where the lowest fp64 number, with which the model hides keys, would become -inf in an fp32 softmax: rows
+    of padding then are NaN in eager.
+    """
+
+    model: type
+    config: type
+    options: dict
+    masks: tuple[str, ...] = MASKS
+    losses: tuple[str, ...] = LOSSES
+    dtype: torch.dtype = torch.float64
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.model(self.config(**self.options)).to(self.dtype).train()
+
+    @property
+    def limit(self) -> float:
+        return 1e-6 if self.dtype is torch.float64 else 1e-5
+
+
+UNPACKED = MASKS[:4]
+PLAIN = ("all", "half", "first rank")
+ARCHITECTURES = {
+    "bert": Architecture(hf.BertForMaskedLM, hf.BertConfig, BERT, UNPACKED, PLAIN),
+    "gemma": Architecture(hf.GemmaForCausalLM, hf.GemmaConfig, SMALL),
+    "gemma2": Architecture(
+        hf.Gemma2ForCausalLM, hf.Gemma2Config, SMALL | TWO | GEMMA | {"attn_implementation": "eager"},
+        dtype=torch.float32,
+    ),
+    "gemma3_text": Architecture(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, SMALL | TWO | GEMMA),
+    "gpt2": Architecture(hf.GPT2LMHeadModel, hf.GPT2Config, GPT2),
+    "gpt_neox": Architecture(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, SMALL),
+    "gptj": Architecture(hf.GPTJForCausalLM, hf.GPTJConfig, GPT2 | {"rotary_dim": 4}),
+    "llama": Architecture(hf.LlamaForCausalLM, hf.LlamaConfig, SMALL),
+    "mistral": Architecture(hf.MistralForCausalLM, hf.MistralConfig, SMALL | {"sliding_window": 5}),
+    "mixtral": Architecture(hf.MixtralForCausalLM, hf.MixtralConfig, SMALL | ROUTED),
+    "mixtral, auxiliary loss": Architecture(
+        hf.MixtralForCausalLM, hf.MixtralConfig, SMALL | ROUTED | {"output_router_logits": True}
+    ),
+    "mpt": Architecture(
+        hf.MptForCausalLM, hf.MptConfig,
+        dict(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=128, use_cache=False), UNPACKED,
+        dtype=torch.float32,
+    ),
+    "olmo2": Architecture(hf.Olmo2ForCausalLM, hf.Olmo2Config, SMALL),
+    "opt": Architecture(
+        hf.OPTForCausalLM, hf.OPTConfig,
+        SMALL | {"ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 32}, UNPACKED,
+    ),
+    "phi": Architecture(hf.PhiForCausalLM, hf.PhiConfig, SMALL | DRY),
+    "phi3": Architecture(hf.Phi3ForCausalLM, hf.Phi3Config, SMALL),
+    "qwen2": Architecture(hf.Qwen2ForCausalLM, hf.Qwen2Config, SMALL),
+    "qwen3": Architecture(hf.Qwen3ForCausalLM, hf.Qwen3Config, SMALL),
+    "qwen3_moe": Architecture(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, SMALL | EXPERTS),
+    "qwen3_moe, auxiliary loss": Architecture(
+        hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, SMALL | EXPERTS | {"output_router_logits": True}
+    ),
+    "t5": Architecture(hf.T5ForConditionalGeneration, hf.T5Config, T5, UNPACKED, PLAIN),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step of one architecture at one number of ranks."""
+
+    name: str
+    mask: str
+    loss: str
+    length: int
+    ranks: int
+
+    def batch(self) -> dict[str, Tensor]:
+        """Two rows; what padding hides has no label."""
+        draw, length = torch.Generator().manual_seed(1), self.length
+        ids, labels = (torch.randint(3, 64, (2, length), generator=draw) for _ in range(2))
+        batch = {"input_ids": ids, "labels": labels}
+        if self.loss == "half":
+            labels[0, : length // 2] = -100
+        if self.loss == "first rank":
+            labels[:, : length // self.ranks + 2] = -100
+        if self.mask in ("ones", "right", "left"):
+            batch["attention_mask"] = torch.ones(2, length, dtype=torch.int64)
+            hidden = {"ones": slice(0), "right": slice(length - 7, None), "left": slice(7)}[self.mask]
+            batch["attention_mask"][1, hidden], labels[1, hidden] = 0, -100
+        if self.mask == "packed":
+            parts = [(end, length - end) for end in (length // 3, length - length // 3)]
+            batch["position_ids"] = torch.stack([torch.cat(list(map(torch.arange, part))) for part in parts])
+        if self.loss == "items":
+            batch["num_items_in_batch"] = torch.tensor(2.5 * length)
+        return batch
+
+    def outcome(self) -> tuple[float, tuple]:
+        """The worst difference of any rank from eager, and what falls back."""
+        architecture, batch = ARCHITECTURES[self.name], self.batch()
+        results, fallbacks = sharded(architecture.build(), batch, self.ranks)
+        reference = architecture.build()
+        reference.config._experts_implementation = "eager"
+        return worst(eager(reference, batch), results), fallbacks
+
+
+def cases() -> Iterator[Case]:
+    """All of them."""
+    for name, known in ARCHITECTURES.items():
+        for values in itertools.product(known.masks, known.losses, LENGTHS, RANKS):
+            yield Case(name, *values)
+
+
+def pairwise() -> list[Case]:
+    """Cases in which every two values that go together meet, chosen greedily in order."""
+    left = list(cases())
+    missing = {pair for case in left for pair in pairs(case)}
+    chosen = []
+    while missing:
+        best = max(left, key=lambda case: len(missing & pairs(case)))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def pairs(case: Case) -> set[tuple]:
+    values = list(enumerate((case.name, case.mask, case.loss, case.length, case.ranks)))
+    return set(itertools.combinations(values, 2))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for name, known in ARCHITECTURES.items():
+        found, fell = [], {}
+        for case in cases():
+            if case.name == name:
+                error, fallbacks = case.outcome()
+                print(case, f"{error:.0e}", file=sys.stderr)
+                assert error <= known.limit, case
+                found.append(error)
+                fell |= {fallback.op: fallback.gathered_bytes for fallback in fallbacks}
+        replicated = ", ".join(f"`{op}` ({count} bytes gathered)" for op, count in sorted(fell.items())) or "nothing"
+        columns = name, ", ".join(known.masks), ", ".join(known.losses), len(found), f"{max(found):.0e}", replicated
+        rows.append(f"| {' | '.join(map(str, columns))} |")
+    Path("docs/models.md").write_text(PAGE.format(rows="\n".join(rows)))
+
+
+PAGE = f"""\
+# Models
+
+Generated by `python -m tests.architectures` (torch {torch.__version__.partition("+")[0]}, transformers
+{hf.__version__}, CPU): stock architectures, nothing patched, with S in {LENGTHS} over {RANKS} ranks, two rows, in fp64
+(most cast to fp32 inside; gemma2 and mpt in fp32). Each is one or two layers small; nothing in the compiler knows their
+names.
+
+Masks: none; `attention_mask` of ones; padding on the right and on the left of a row; two documents a row packed through
+`position_ids`. Losses: all labels; half a row without; none on the first rank; `num_items_in_batch` given. "Worst" is
+the worst difference of any rank's loss or gradients from eager, as [exactness.md](exactness.md) measures it.
+
+| architecture | masks | losses | cases | worst | computed on every rank |
+|---|---|---|---|---|---|
+{{rows}}
+"""
+
+
+if __name__ == "__main__":
+    main()

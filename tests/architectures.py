@@ -137,10 +137,10 @@ class Case:
     def outcome(self) -> tuple[float, tuple]:
         """The worst difference of any rank from eager, and what falls back."""
         architecture, batch = ARCHITECTURES[self.name], self.batch()
-        results, fallbacks = sharded(architecture.build(), batch, self.ranks)
+        compiled, results = sharded(architecture.build(), batch, self.ranks)
         reference = architecture.build()
         reference.config._experts_implementation = "eager"
-        return worst(eager(reference, batch), results), fallbacks
+        return worst(eager(reference, batch), results), compiled.fallbacks
 
 
 def cases() -> Iterator[Case]:

@@ -39,7 +39,8 @@ def sharded(
     """What a model is built to, and every rank's results. `dims` are the inputs' sequence dims, by default 1 of all."""
     mode = FakeTensorMode()
     whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
-    compiled = compile_program(whole, dims or dict.fromkeys(batch, 1), BuildConfig(ranks))
+    dims = dims or {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
+    compiled = compile_program(whole, dims, BuildConfig(ranks))
     inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
     programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
     grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])
@@ -51,18 +52,6 @@ def gathers(program: Program, elements: int) -> list[str]:
     values = program.values()
     names = [name for instr in program.instrs() if instr.op == "all_gather" for name in instr.refs()]
     return [name for name in names if prod(values[name].whole_shape) >= elements]
-
-
-def sharded(model: nn.Module, batch: dict, ranks: int) -> tuple[list[dict], tuple]:
-    """Every rank's results, and the operators that fell back."""
-    mode = FakeTensorMode()
-    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
-    dims = {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
-    compiled = compile_program(whole, dims, BuildConfig(ranks))
-    inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
-    grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])
-    programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
-    return simulate(programs, inputs, grad_loss), compiled.fallbacks
 
 
 def worst(reference, results: list[dict]) -> float:

@@ -31,6 +31,6 @@ def test_bf16_is_as_near_to_fp32_as_eager_bf16(batch):
     wide.load_state_dict(model.state_dict())
     reference = eager(wide, batch)
     loss, gradients = eager(model, batch)
-    results, _ = sharded(model, batch, 3)
+    _, results = sharded(model, batch, 3)
     own = difference(reference, loss.float(), {n: g.float() for n, g in gradients.items()})
     assert 0 < worst(reference, results) <= 2 * own

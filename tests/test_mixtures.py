@@ -60,8 +60,8 @@ def batch():
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_loss_and_gradients_equal_eager_s(name, batch):
     model = built(name)
-    results, fallbacks = sharded(model, batch, 3)
-    assert not fallbacks
+    compiled, results = sharded(model, batch, 3)
+    assert not compiled.fallbacks
     assert worst(by_looping(model, batch), results) <= 1e-6
 
 
@@ -69,8 +69,8 @@ def test_the_auxiliary_loss_leaves_padding_out_as_eager_does(batch):
     model = built("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
     mask = torch.ones_like(batch["input_ids"])
     mask[0, :4], mask[1, 11:] = 0, 0
-    results, fallbacks = sharded(model, batch | {"attention_mask": mask}, 3)
-    assert not fallbacks
+    compiled, results = sharded(model, batch | {"attention_mask": mask}, 3)
+    assert not compiled.fallbacks
     assert worst(by_looping(model, batch | {"attention_mask": mask}), results) <= 1e-6
 
 
@@ -79,15 +79,15 @@ def test_a_rank_without_tokens_and_as_many_tokens_as_channels(length, batch):
     """32 is also the hidden size: nothing is told apart by its size."""
     batch = {key: torch.randint(3, 64, (1, length)) for key in batch}
     model = built("mixtral")
-    results, _ = sharded(model, batch, 3)
+    _, results = sharded(model, batch, 3)
     assert worst(by_looping(model, batch), results) <= 1e-6
 
 
 @pytest.mark.parametrize("name", AUXILIARY)
 def test_the_router_s_auxiliary_loss_equals_eager_s(name, batch):
     model = built(name, output_router_logits=True, router_aux_loss_coef=0.5)
-    results, fallbacks = sharded(model, batch, 3)
-    assert not fallbacks
+    compiled, results = sharded(model, batch, 3)
+    assert not compiled.fallbacks
     reference = by_looping(model, batch)
     assert worst(reference, results) <= 1e-6
     plain = built(name, output_router_logits=False)
@@ -97,14 +97,14 @@ def test_the_router_s_auxiliary_loss_equals_eager_s(name, batch):
 def test_experts_with_a_weight_copied_for_each_row_are_the_same_products(batch):
     model = built("mixtral")
     model.config._experts_implementation = "batched_mm"
-    results, _ = sharded(model, batch, 3)
+    _, results = sharded(model, batch, 3)
     assert worst(by_looping(model, batch), results) <= 1e-6
 
 
 def test_bf16_is_as_near_to_fp64_as_eager_bf16(batch):
     model, wide = built("mixtral").bfloat16(), built("mixtral")
     wide.load_state_dict(model.state_dict())
-    results, _ = sharded(model, batch, 3)
+    _, results = sharded(model, batch, 3)
     reference, half = by_looping(wide, batch), by_looping(model, batch)
     own = worst(reference, [{"loss": half[0], **{f"grad.{n}": g for n, g in half[1].items()}}])
     assert 0 < worst(reference, results) <= 2 * own

@@ -48,8 +48,8 @@ def test_autocast_is_as_near_to_fp32_as_eager_autocast(make):
     model = make().train()
     reference = eager(Autocast(model, False), BATCH)
     own = difference(reference, *eager(Autocast(model), BATCH))
-    results, fallbacks = sharded(Autocast(model), BATCH, 3)
-    assert not fallbacks
+    compiled, results = sharded(Autocast(model), BATCH, 3)
+    assert not compiled.fallbacks
     assert 0 < worst(reference, results) <= 2 * own
 
 
@@ -92,9 +92,9 @@ def low_rank(model):
 def test_only_what_trains_has_gradients_and_they_are_eager_s(freeze):
     model = decoder()
     freeze(model)
-    results, fallbacks = sharded(model, BATCH, 3)
+    compiled, results = sharded(model, BATCH, 3)
     trained = {f"grad.{name}" for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert not fallbacks and all(set(result) == {"loss", *trained} for result in results)
+    assert not compiled.fallbacks and all(set(result) == {"loss", *trained} for result in results)
     assert worst(eager(model, BATCH), results) <= 1e-12
 
 
@@ -120,8 +120,8 @@ def test_stock_gradient_checkpointing_is_eager_s(make):
     torch.manual_seed(0)
     model = make().double().train()
     model.gradient_checkpointing_enable()
-    results, fallbacks = sharded(model, BATCH, 3)
-    assert not fallbacks
+    compiled, results = sharded(model, BATCH, 3)
+    assert not compiled.fallbacks
     assert worst(eager(model, BATCH), results) <= 1e-6
 
 

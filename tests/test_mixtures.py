@@ -124,6 +124,18 @@ def test_no_collective_outside_of_attention_moves_a_hidden_state(name, auxiliary
     assert len(outside) < len(moved)
 
 
+def test_router_logits_that_wait_for_the_loss_do_not_keep_layers_together(batch):
+    """At no time are recomputed values of two layers' experts alive together."""
+    model = built("mixtral", output_router_logits=True, num_hidden_layers=3, hidden_size=64)
+    artifact = autosp_aot.build(model, batch, 3, target="cpu", weights=False)
+    alive: set[str] = set()
+    for instr in artifact.program.section("backward").instrs:
+        if instr.op == "free":
+            alive -= set(instr.refs())
+        alive |= {out.name for out in instr.values() if out.name.startswith("recompute.")}
+        assert len({name.split("layers.")[1].split(".")[0] for name in alive if "mlp.experts" in name}) <= 1
+
+
 def test_an_artifact_of_a_mixture_is_proved_and_loaded(batch, tmp_path):
     path = tmp_path / "mixture"
     autosp_aot.build(built("mixtral", output_router_logits=True), batch, 3, path, target="cpu")

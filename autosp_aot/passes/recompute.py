@@ -19,10 +19,14 @@ from autosp_aot.program import RECOMPUTED, Instr, Program, Section, Value, renam
 
 QUADRATIC = ("autosp.attention", "autosp.attention_rows")
 
+# A value that is this many times smaller than the one that carries the forward pass costs little to keep beside it.
+SMALL = 8
+
 # Why a value is kept.
 SENT = "it comes from a collective, which would send it again"
 ATTENDED = "it comes from attention, whose cost is quadratic in the sequence"
 CARRIES = "it alone carries the forward pass here: what follows, up to the next such place, is computed again from it"
+BESIDE = "it is small beside the value that carries the forward pass here, and used after the layers it crosses"
 LAST = "it comes after the last layer, where backward begins"
 
 
@@ -80,33 +84,46 @@ def kept_values(program: Program) -> dict[str, str]:
     for instr in forward.instrs:
         if instr.op in COLLECTIVES or instr.op in QUADRATIC:
             kept.update((out.name, SENT if instr.op in COLLECTIVES else ATTENDED) for out in instr.values())
-    cuts = _cuts(program, forward, kept)
+    alive = _alive(program, forward, kept)
     quadratic = [at for at, instr in enumerate(forward.instrs) if instr.op in QUADRATIC]
-    previous = -1
-    sizes = [0]
+    previous, sizes = -1, [0]
+    last: dict[str, str] = {}
     for at in quadratic:
-        last = next((cut for cut in range(at, previous, -1) if cut in cuts), None)
-        if last is not None:
-            kept[cuts[last].name] = CARRIES
-            sizes.append(cuts[last].nbytes())
+        crossing = {value.name for value in alive[at]}
+        for cut in range(at, previous, -1):
+            carrying, beside = _carrying(alive[cut])
+            if carrying and crossing.issuperset(value.name for value in beside):
+                kept |= {carrying.name: CARRIES} | {value.name: BESIDE for value in beside}
+                sizes.append(carrying.nbytes())
+                break
         previous = at
-    tail = [cut for cut in cuts if cut > previous and 0 < cuts[cut].nbytes() <= max(sizes)]
-    start = max(tail, default=previous)
-    if start in cuts and start > previous:
-        kept[cuts[start].name] = CARRIES
+    start = previous
+    for cut in range(previous + 1, len(alive)):
+        carrying, beside = _carrying(alive[cut])
+        if carrying and 0 < carrying.nbytes() <= max(sizes):
+            start, last = cut, {carrying.name: CARRIES} | {value.name: BESIDE for value in beside}
+    kept |= last
     for instr in forward.instrs[start + 1 :]:
         for out in instr.values():
             kept.setdefault(out.name, LAST)
     return kept
 
 
-def _cuts(program: Program, forward: Section, kept: Collection[str]) -> dict[int, Value]:
-    """Instructions after which one value is alive, of those that depend on weights and batch and are not kept."""
+def _carrying(alive: list[Value]) -> tuple[Value | None, list[Value]]:
+    """The one value that carries the forward pass, if there is one, and the small ones beside it."""
+    largest = max((value.nbytes() for value in alive), default=0)
+    large = [value for value in alive if value.nbytes() * SMALL > largest]
+    beside = [value for value in alive if value.nbytes() * SMALL <= largest]
+    return (large[0], beside) if len(large) == 1 else (None, [])
+
+
+def _alive(program: Program, forward: Section, kept: Collection[str]) -> list[list[Value]]:
+    """The values alive after each instruction, of those that depend on weights and batch and are not kept."""
     weights = {entry.value.name for entry in program.inputs if entry.kind == "parameter"}
     batch = {entry.value.name for entry in program.inputs if entry.kind == "batch"}
     last_use = {name: at for at, instr in enumerate(forward.instrs) for name in instr.refs()}
     stream: dict[str, Value] = {}
-    cuts: dict[int, Value] = {}
+    found: list[list[Value]] = []
     for at, instr in enumerate(forward.instrs):
         refs = instr.refs()
         from_weights, from_batch = any(r in weights for r in refs), any(r in batch for r in refs)
@@ -120,7 +137,5 @@ def _cuts(program: Program, forward: Section, kept: Collection[str]) -> dict[int
         for name in refs:
             if last_use[name] == at:
                 stream.pop(name, None)
-        alive = [out for name, out in stream.items() if last_use.get(name, -1) > at]
-        if len(alive) == 1:
-            cuts[at] = alive[0]
-    return cuts
+        found.append([out for name, out in stream.items() if last_use.get(name, -1) > at])
+    return found

@@ -23,7 +23,7 @@ from autosp_aot.program import ITEMSIZE, Dtype, Input, Instr, Int, PerRank, Prog
 
 HEADER = "autosp program 1"
 KINDS = ("parameter", "buffer", "batch", "tangent", "seed")
-DEPTH = 64  # of lists in an argument
+DEPTH = 300  # of lists in an argument; a score expression has at most 256 parts
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
 
 

@@ -13,6 +13,7 @@ from autosp_aot.runtime.checkpoint import read_weights
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.groups import Group
 from autosp_aot.runtime.module import Comm, ShardedModel
+from autosp_aot.scores import check
 
 
 def load(
@@ -64,5 +65,12 @@ def check_operators(program: Program, manifest: Manifest) -> None:
             problems.append(Problem("operator-changed", f"{op} is not what it was when the artifact was built",
                                     why=f"then {manifest.operators.get(op)}\nnow  {here}",
                                     fix=f"use torch {manifest.versions['torch']}, or build again"))  # fmt: skip
+    for instr in program.instrs():
+        score = dict(instr.kwargs).get("score")
+        try:
+            check(score, sum(len(arg) for arg in instr.args if isinstance(arg, tuple)) if score is not None else 0)
+        except ValueError as error:
+            problems.append(Problem("operator-refused", f"{instr.op} is given a score that is not allowed",
+                                    instr.where.source, str(error), "build the artifact again"))  # fmt: skip
     if problems:
         raise ArtifactError(*problems)

@@ -177,6 +177,7 @@ class _Rewrite:
                 size = (shape[0] * shape[1], *shape[2:])
                 out = made(self.graph, aten.reshape.default, (out, list(size)), out.meta["val"].reshape(size), node)
             out = self.cast(last.result(self.graph, out, last.words[0][:-2]), node.meta["val"].dtype)
+            out = self.laid_out(out, node.meta["val"].stride())
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
         return None
@@ -205,6 +206,17 @@ class _Rewrite:
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         value = node.meta["val"]
         return node if value.dtype == dtype else made(self.graph, aten.to.dtype, (node, dtype), value.to(dtype), node)
+
+    def laid_out(self, node: Node, strides: tuple[int, ...]) -> Node:
+        """The node with dims in the order of `strides`, as views after it were traced; no program keeps such a copy."""
+        value = node.meta["val"]
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        if order == sorted(order):
+            return node
+        back = [order.index(dim) for dim in range(len(order))]
+        moved = made(self.graph, aten.permute.default, (node, order), value.permute(order), node)
+        moved = made(self.graph, aten.contiguous.default, (moved,), moved.meta["val"].contiguous(), node)
+        return made(self.graph, aten.permute.default, (moved, back), moved.meta["val"].permute(back), node)
 
     def without_repetition(self, k: Node, v: Node) -> tuple[Node, Node]:
         """Keys and values before their heads were repeated, where both were alike."""

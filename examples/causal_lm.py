@@ -1,6 +1,8 @@
-"""Any causal language model of transformers, by its type: autosp-aot build examples/causal_lm.py --set model_type=mistral
+"""Any causal language model of transformers, by its type.
 
-Options are those of its config, such as --set sliding_window=64 --set num_hidden_layers=2; `dtype` is one of them too.
+    autosp-aot build examples/causal_lm.py --sp 4 --seq 4096 --set model_type=mistral --set num_hidden_layers=2
+
+Options are those of its config; `dtype` is one of them too.
 """
 
 import torch

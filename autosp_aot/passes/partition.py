@@ -20,6 +20,7 @@ from autosp_aot.passes.labels import Labels, find_labels
 from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy, even_split
 from autosp_aot.passes.rules.table import spec_of
+from autosp_aot.passes.summands import summed_last
 from autosp_aot.placement import (
     PARTIAL,
     REPLICATE,
@@ -128,6 +129,7 @@ class _Partition:
         self.taken: Counter[str] = Counter()
         self.decisions: dict[str, Strategy] = {}
         self.fallbacks: list[Fallback] = []
+        self.summed_last = summed_last(program, ranks)
         self.small = 2 * max((prod(e.value.shape) for e in program.inputs if e.kind == "batch"), default=0)
 
     def run(self) -> Partitioned:
@@ -211,33 +213,24 @@ class _Partition:
                 yield self.priced(instr, spec, strategy, *placed)
 
     def candidates(self, instr: Instr, spec: Spec) -> list[Strategy]:
-        """Home, what the rule proposes, where the operands are now, everything whole; each also for summands."""
+        """Home, where the operands are now, what the rule proposes, everything whole; each also for summands.
+
+        Where home or what is now cannot be, and the rule proposes nothing, every factor in even shares.
+        """
         if self.ranks == 1 or self.is_small(instr):
             return [Strategy()]
         names = [*instr.refs(), *(out.name for out in instr.values())]
         tensors = list(zip(names, (*spec.operands, *spec.results)))
-        cuts: dict[Strategy, None] = {}
-        sequence_is_whole = False
-        for name, dims in tensors:
-            home = self.labels.home(name)
-            if home is None:
-                continue
-            found = spec.strategy_of(dims, home)
-            sequence_is_whole |= found is None or found.factor in spec.whole
-            if found is not None:
-                cuts[found] = None
-        for factor, bounds in spec.splits:
-            cuts[Strategy(factor, bounds)] = None
-        for name, dims in tensors[: len(spec.operands)]:
-            for placement in self.versions[name]:
-                if placement.cut is not None and (found := spec.strategy_of(dims, placement)):
-                    cuts[found] = None
-        if sequence_is_whole and not spec.splits:
-            for factor, extent in enumerate(spec.extents):
-                if factor not in spec.whole and (bounds := even_split(extent, self.ranks)):
-                    cuts[Strategy(factor, bounds)] = None
+        homes = [spec.strategy_of(dims, home) for name, dims in tensors if (home := self.labels.home(name))]
+        cuts = ((dims, p) for name, dims in zip(names, spec.operands) for p in self.versions[name] if p.cut)
+        held = [spec.strategy_of(*cut) for cut in cuts]
+        others = [Strategy(factor, bounds) for factor, bounds in spec.splits]
+        if not others and any(cut is None or cut.factor in spec.whole for cut in (*homes, *held)):
+            splits = ((factor, even_split(extent, self.ranks)) for factor, extent in enumerate(spec.extents))
+            others = [Strategy(*split) for split in splits if split[1] and split[0] not in spec.whole]
+        found = dict.fromkeys(cut for cut in (*homes, *held, *others, Strategy()) if cut is not None)
         partial = [at for at in spec.linear if all(self.is_partial(instr.refs()[i]) for i in at)]
-        return [replace(cut, partial=at) for at in [(), *partial] for cut in [*cuts, Strategy()]]
+        return [replace(cut, partial=at) for at in [(), *partial] for cut in found]
 
     def is_small(self, instr: Instr) -> bool:
         """Token ids, labels, positions and what follows from them alone: whole on every rank, whatever shifts them."""
@@ -257,6 +250,8 @@ class _Partition:
         home_bytes, touched = 0, 0
         for out, placement in zip(instr.values(), results):
             home = self.labels.home(out.name)
+            if home is None and placement == PARTIAL and out.name not in self.summed_last:
+                home_bytes += prod(out.shape) * ITEMSIZE[out.dtype] * (self.ranks - 1) // self.ranks
             if home not in (None, placement) and not placement.replicated:
                 home_bytes += _moved(placement, home, out.shape, out.dtype, self.ranks)
                 touched += _largest(out.shape, out.dtype, placement, self.ranks)

@@ -1,6 +1,7 @@
 """Partition: an expected text, and what it must and must not move."""
 
 from collections import Counter
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -55,6 +56,38 @@ gives (loss=%loss.all_reduce, grad.w=%g)
 
 def test_a_product_and_its_gradient_over_two_ranks():
     assert print_program(partition(BEFORE, {"x": 1}, 2).program) == (AFTER, {"$0": (3, 2), "$1": (6, 4)})
+
+
+def test_chunks_are_cut_at_the_edges_nearest_to_home():
+    x, chunks = Value("x", "f32", (1, 16, 9)), Value("chunks", "f32", (1, 4, 4, 9))
+    total, loss = Value("total", "f32", (1, 4, 4, 9)), Value("loss", "f32", ())
+    instrs = (
+        Instr((chunks,), "aten.reshape.default", (Ref("x"), chunks.shape)),
+        Instr((total,), "aten.cumsum.default", (Ref("chunks"), 2)),
+        Instr((loss,), "aten.sum.default", (Ref("total"),)),
+    )
+    program = Program(1, (Input("batch", x),), (Section("step", (), instrs, (("loss", "loss"),)),))
+    found = partition(program, {"x": 1}, 3)
+    bounds = {name: strategy.bounds for name, strategy in found.decisions.items()}
+    assert bounds == dict.fromkeys(("chunks", "total", "loss"), ((0, 2), (2, 3), (3, 4)))
+
+
+def test_what_is_read_as_a_sum_is_not_made_as_summands_where_a_cut_along_another_dim_costs_less():
+    decay, states = Value("decay", "f32", (4, 6, 6)), Value("states", "f32", (4, 6, 50))
+    decayed, scanned = (replace(decay, name=name) for name in ("decayed", "scanned"))
+    negated, mixed = (replace(states, name=name) for name in ("negated", "mixed"))
+    loss = Value("loss", "f32", ())
+    instrs = (
+        Instr((decayed,), "aten.exp.default", (Ref("decay"),)),
+        Instr((scanned,), "aten.cumsum.default", (Ref("decayed"), 2)),
+        Instr((negated,), "aten.neg.default", (Ref("states"),)),
+        Instr((mixed,), "aten.bmm.default", (Ref("scanned"), Ref("negated"))),
+        Instr((loss,), "aten.sum.default", (Ref("mixed"),)),
+    )
+    inputs = tuple(Input("batch", value) for value in (decay, states))
+    program = Program(1, inputs, (Section("step", (), instrs, (("loss", "loss"),)),))
+    found = partition(program, {"decay": 2, "states": 1}, 2).decisions
+    assert [found[name].factor for name in ("decayed", "scanned", "negated", "mixed")] == [2, 0, 1, 0]
 
 
 def test_the_heads_move_once_each_way_and_nothing_that_carries_the_sequence_is_gathered():

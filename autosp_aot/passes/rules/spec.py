@@ -143,7 +143,10 @@ class Spec:
         return lo * axis.stride, axis.size if hi == self.extents[axis.factor] else end
 
     def strategy_of(self, dims: Dims, placement: Placement) -> Strategy | None:
-        """The strategy that cuts a tensor with these dims as the placement says; None where there is not just one."""
+        """The strategy that cuts a tensor with these dims as the placement says; None where there is not just one.
+
+        Where the placement cuts inside what the factor has as one (a head, a chunk), the nearest that does not.
+        """
         if placement.cut is None:
             return Strategy()
         cut = placement.cut
@@ -154,9 +157,9 @@ class Spec:
             inside = cut.outer < before * size or not later
             if cut.outer % before == 0 and inside and size % (cut.outer // before) == 0:
                 inner = _product(map(self.size, later))
-                if not inner or axis.group > 1 or any(lo % inner or hi % inner for lo, hi in cut.bounds):
+                if not inner or axis.group > 1:
                     return None
-                bounds = tuple((lo // inner, hi // inner) for lo, hi in cut.bounds)
+                bounds = tuple(((lo + inner // 2) // inner, (hi + inner // 2) // inner) for lo, hi in cut.bounds)
                 return Strategy(axis.factor, self._unseen(axis, bounds), outer=cut.outer // before)
             before *= size
         return None

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from autosp_aot.intervals import HIDDEN, INF
-from autosp_aot.runtime.bounds import hidden_blocks
+from autosp_aot.runtime.bounds import blocks_of, ends_of
 from autosp_aot.runtime.random import keep
 from autosp_aot.scores import evaluate
 
 HALF = (torch.bfloat16, torch.float16)
-BLOCK = 1024
+# Rows and keys of a block: what caches hold, and on CUDA and ROCm what is worth a launch.
+BLOCKS = {"cpu": 256, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: S
     """Output and lse."""
     call = _Call(q, k, v, vectors, scoring)
     outs, lses = [], []
-    for rows in _blocks(q.shape[2]):
+    for rows in _blocks(q, q.shape[2]):
         seen, hidden = call.keys(rows)
         state = _state(q, v, rows, call.dtype)
         for keys in seen:
@@ -130,6 +131,8 @@ class _Block:
         """The gradient of products or of a vector, from that of the scores."""
         if self.graph is leaf:
             return grad_scores
+        if self.graph is self.products:
+            return torch.zeros_like(leaf)
         (found,) = torch.autograd.grad(self.graph, leaf, grad_scores, allow_unused=True)
         return torch.zeros_like(leaf) if found is None else found
 
@@ -140,19 +143,23 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring):
         self.q, self.k, self.v, self.vectors, self.scoring = q, k, v, vectors, scoring
         self.dtype = torch.float32 if q.dtype in HALF else q.dtype
+        self.size, self.blocks = BLOCKS[q.device.type], _blocks(k, k.shape[2])
+        self.ends = [ends_of(vector, self.size) if vector.shape[2] == 1 else None for vector in vectors]
+        self.plain: set[int] = set()
 
     def keys(self, rows: slice) -> tuple[list[slice], list[slice]]:
         """Blocks of keys that rows can see, and those of which no score is above HIDDEN."""
-        scoring, blocks = self.scoring, _blocks(self.k.shape[2])
+        scoring = self.scoring
         first, last = scoring.first_row + rows.start, scoring.first_row + rows.stop - 1
-        if scoring.causal:
-            blocks = [keys for keys in blocks if keys.start <= last]
-        if scoring.window is not None:
-            blocks = [keys for keys in blocks if keys.stop > first - scoring.window + 1]
+        start = 0 if scoring.window is None else max(first - scoring.window + 1, 0) // self.size
+        stop = last // self.size + 1 if scoring.causal else len(self.blocks)
+        blocks = self.blocks[start:stop]
         if scoring.score is None or not blocks:
             return blocks, []
-        vectors = [_cut(vector, rows, slice(None)) for vector in self.vectors]
-        hidden = hidden_blocks(scoring.score, (first, last), blocks, vectors)
+        known = [both or ends_of(_cut(v, rows, slice(None)), self.size) for both, v in zip(self.ends, self.vectors)]
+        ends = [tuple(end if len(end) == 1 else end[start:stop] for end in both) for both in known]
+        hidden, plain = blocks_of(scoring.score, (first, last), blocks, ends)
+        self.plain = {keys.start for keys, is_plain in zip(blocks, plain) if is_plain}
         return tuple([keys for keys, is_hidden in zip(blocks, hidden) if is_hidden is which] for which in (False, True))
 
     def block(self, rows: slice, keys: slice, differentiable: bool = False) -> _Block:
@@ -162,7 +169,7 @@ class _Call:
         vectors = [_cut(vector, rows, keys) for vector in self.vectors]
         at = torch.arange(rows.start, rows.stop, device=device).view(1, 1, -1, 1) + scoring.first_row
         key = torch.arange(keys.start, keys.stop, device=device).view(1, 1, 1, -1)
-        if scoring.score is not None:
+        if scoring.score is not None and keys.start not in self.plain:
             with torch.set_grad_enabled(differentiable):
                 products = products.requires_grad_(differentiable)
                 vectors = [v.detach().requires_grad_(differentiable and v.is_floating_point()) for v in vectors]
@@ -201,7 +208,7 @@ class _Call:
         if grad_lse is not None:
             delta = delta - grad_lse
         base = lse.masked_fill(lse == -INF, INF)
-        for rows in _blocks(self.q.shape[2]):
+        for rows in _blocks(self.q, self.q.shape[2]):
             seen, hidden = self.keys(rows)
             alone, total = lse[:, :, rows] <= HIDDEN, None
             if self.scoring.score is not None and bool((alone & (lse[:, :, rows] > -INF)).any()):
@@ -216,8 +223,9 @@ class _Call:
                 yield rows, keys, block, weights, weights * (grad_weights - delta[:, :, rows].unsqueeze(-1))
 
 
-def _blocks(count: int) -> list[slice]:
-    return [slice(at, min(at + BLOCK, count)) for at in range(0, count, BLOCK)]
+def _blocks(like: Tensor, count: int) -> list[slice]:
+    size = BLOCKS[like.device.type]
+    return [slice(at, min(at + size, count)) for at in range(0, count, size)]
 
 
 def _cut(vector: Tensor, rows: slice, keys: slice) -> Tensor:

@@ -13,7 +13,7 @@ from autosp_aot.runtime.blockwise import (
     blockwise_backward,
     blockwise_vector_gradient,
 )
-from autosp_aot.runtime.bounds import hidden_blocks
+from autosp_aot.runtime.bounds import blocks_of, ends_of
 from autosp_aot.scores import evaluate
 
 INF = float("inf")
@@ -38,7 +38,7 @@ B, N, R, T, D = 2, 2, 10, 10, 4
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", 4)
+    monkeypatch.setitem(blockwise.BLOCKS, "cpu", 4)
 
 
 def normal(*shape):
@@ -176,15 +176,16 @@ def number(rng: random.Random, depth: int):
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_no_block_with_a_score_that_counts_is_called_hidden(seed):
+def test_no_block_is_called_hidden_or_plain_that_is_not(seed):
     rng = random.Random(seed)
     score = ("aten.where.self", truth(rng, 2), number(rng, 2), ("constant", "f64", LOWEST))
     given, rows = vectors(), slice(rng.randrange(6), 8)
     cut = [vector[:, :, rows if vector.shape[2] > 1 else slice(None)] for vector in given]
     blocks = [slice(0, 4), slice(4, 8), slice(8, 10)]
-    hidden = hidden_blocks(score, (rows.start, rows.stop - 1), blocks, cut)
+    hidden, plain = blocks_of(score, (rows.start, rows.stop - 1), blocks, [ends_of(vector, 4) for vector in cut])
     at, key = torch.arange(R).view(1, 1, -1, 1), torch.arange(T).view(1, 1, 1, -1)
     leaves = {"s": normal(B, N, R, T), "q": at, "k": key} | {f"v{n}": vector for n, vector in enumerate(given)}
     scores = evaluate(score, leaves).expand(B, N, R, T)[:, :, rows]
-    for keys, is_hidden in zip(blocks, hidden):
+    for keys, is_hidden, is_plain in zip(blocks, hidden, plain):
         assert not is_hidden or bool((scores[..., keys] <= HIDDEN / 2).all()), score
+        assert not is_plain or torch.equal(scores[..., keys], leaves["s"][:, :, rows, keys]), score

@@ -48,7 +48,7 @@ def canonical_attention(exported: ExportedProgram) -> None:
         if node.target is SDPA:
             problems.append(rewrite.fused(node))
         elif node.target in SOFTMAX:
-            rewrite.spelled(node)
+            problems.append(rewrite.spelled(node))
     found = [problem for problem in problems if problem]
     if found:
         raise BuildError(*dict.fromkeys(found))
@@ -102,40 +102,42 @@ class _Rewrite:
         score, is_bool = "s", mask is not None and mask.meta["val"].dtype is torch.bool
         if mask is not None:
             dims = max(mask.meta["val"].dim() - 2, 0)
-            said = scores.of(mask, slots[len(slots) - dims :])
+            said = scores.whole(mask, slots[len(slots) - dims :])
             score = (*CAUSAL[:1], said, *CAUSAL[2:]) if is_bool else ("aten.add.Tensor", "s", said)
         elif given["is_causal"]:
             score = CAUSAL
         scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(shape[-1])
         large = scores.largest()
         if large is not None:
-            return _mask_problem(mask, large, place)
+            return _mask_problem("scaled_dot_product_attention", large, place)
         last = Product(node, q, v, ("bnxz", "bnzy", "bnxy") if len(shape) == 4 else ("nxz", "nzy", "nxy"))
         softmax = _Softmax(score, float(scale), True, given["dropout_p"])
         return self.replace(last, q, k, v, scores, softmax, given["enable_gqa"])
 
-    def spelled(self, softmax: Node) -> None:
+    def spelled(self, softmax: Node) -> Problem | None:
         """Rewrite attention spelled out around a softmax; where it is something else the graph stays as it is."""
         if softmax.meta["val"].dim() not in (3, 4) or softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
-            return
+            return None
         made_of, sink, weights = _without_sink(softmax)
         last, dropout = _weighted_sum(weights)
         shape = weights.meta["val"].shape
         product = _product(made_of, shape[-2:]) if last is not None else None
         if product is None or len({node in self.frozen for node in (softmax, product.node, last.node)}) > 1:
-            return
+            return None
         scores = self.scores(shape[:-2], *shape[-2:], product.node)
         try:
             score = scores.of(made_of, (0, 1) if len(shape) == 4 else (1,))
         except ValueError:
-            return
-        if scores.largest() is not None:
-            return
+            return None
+        large = scores.largest()
+        if large is not None:
+            return _mask_problem("attention", large, where(softmax).source)
         with self.graph.inserting_before(last.node):
             q, right = product.operands(self.graph, product.words[2][:-2])
             _, v = last.operands(self.graph, last.words[0][:-2])
             rest = _Softmax(score, 1.0, False, dropout, sink)
             self.replace(last, q, transposed(self.graph, right), v, scores, rest, False)
+        return None
 
     def scores(self, lead: tuple[int, ...], rows: int, keys: int, product: Node | None) -> Scores:
         lead = tuple(lead) if len(lead) == 2 else (1, lead[0])
@@ -147,17 +149,20 @@ class _Rewrite:
         """Put the canonical operator in the place of `last`, the product of weights and values."""
         node = last.node
         with self.graph.inserting_before(node):
+            shapes = [tuple(t.meta["val"].shape) for t in (q, k, v)]
+            if any(len(shape) == 3 and shape[0] != math.prod(scores.lead) for shape in shapes):
+                return _shape_problem(shapes, where(node).source)
             q, k, v = self.dims(q, scores.lead), self.dims(k, scores.lead), self.dims(v, scores.lead)
             if not gqa:
                 k, v = self.without_repetition(k, v)
-            problem = _shape_problem([tuple(t.meta["val"].shape) for t in (q, k, v)], where(node).source)
-            if problem:
-                return problem
+            shapes = [tuple(t.meta["val"].shape) for t in (q, k, v)]
+            if not _fit(*shapes):
+                return _shape_problem(shapes, where(node).source)
             dtype = max((t.meta["val"].dtype for t in (q, k, v)), key=lambda dtype: dtype.itemsize)
             q, k, v = (self.cast(t, dtype) for t in (q, k, v))
             score, scale = _scaled(softmax.score, softmax.scale)
             dtypes = [vector.meta["val"].dtype for vector, _ in scores.vectors]
-            band = band_of(score, scores.rows, scores.keys, dtypes)
+            band = band_of(score, scores.rows, scores.keys, dtypes, softmax.safe)
             said = {"scale": scale, "causal": band.causal, "window": band.window, "score": score, "safe": softmax.safe}
             vectors = [] if band.plain else scores.emit(self.graph)
             if band.plain or score == "s":
@@ -313,23 +318,26 @@ def _scaled(score, scale: float) -> tuple[object, float]:
     return swapped(score), scale * float(number) ** SCALES[whole[0]]
 
 
-def _shape_problem(shapes: list[tuple[int, ...]], place: str) -> Problem | None:
-    """Dims that eager would broadcast, and the operator does not."""
-    q, k, v = shapes
-    if q[0] != k[0] or k[:3] != v[:3] or q[1] % k[1] or q[3] != k[3]:
-        what = f"attention over q {list(q)}, k {list(k)}, v {list(v)} is not supported"
-        return Problem("attention-shape", what, place,
-                       "batch, heads and keys have to agree as they are; only key/value heads may be repeated",
-                       "expand k and v to the batch and the heads of q")  # fmt: skip
-    return None
+def _fit(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> bool:
+    """True for shapes [B, N, S, D], [B, Nkv, T, D] and [B, Nkv, T, Dv]; eager would broadcast others."""
+    return q[0] == k[0] and k[:3] == v[:3] and q[1] % k[1] == 0 and q[3] == k[3]
 
 
-def _mask_problem(mask: Node, large: Node, place: str) -> Problem:
-    made_at, value = where(large).source, mask.meta["val"]
+def _shape_problem(shapes: list[tuple[int, ...]], place: str) -> Problem:
+    q, k, v = map(list, shapes)
+    what = f"attention over q {q}, k {k}, v {v} is not supported"
+    return Problem("attention-shape", what, place,
+                   "batch, heads and keys have to agree as they are; only key/value heads may be repeated",
+                   "expand k and v to the batch and the heads of q")  # fmt: skip
+
+
+def _mask_problem(what: str, large: Node, place: str) -> Problem:
+    made_at, value = where(large).source, large.meta["val"]
     return Problem(
         "mask-not-recognised",
-        f"the attention mask would need {value.nbytes / 2**30:.1f} GiB as a tensor of every query and key",
-        f"scaled_dot_product_attention ({place})" + (f"; mask made at {made_at}" if made_at else ""),
-        "it is made by an operator that does not work element by element on vectors along queries and keys",
-        "make it of comparisons and sums of such vectors: causal, windows, segments, prefixes, padding, ALiBi",
+        f"an attention mask or bias would need {value.nbytes / 2**30:.1f} GiB as a tensor of every query and key",
+        f"{what} ({place})" + (f"; it is made at {made_at}" if made_at else ""),
+        f"{large.target} makes it, and does not work element by element on vectors along queries and keys",
+        "make it of comparisons and sums of such vectors (causal, windows, segments, prefixes, padding, ALiBi), "
+        "or shorten --seq until it takes less than 256 MiB",
     )

@@ -24,8 +24,11 @@ class Band:
 NOTHING = Band(False, None, False)
 
 
-def band_of(score, rows: int, keys: int, dtypes: list[torch.dtype]) -> Band:
-    """The band of an expression over `rows` queries and `keys` keys; `dtypes` are those of its vectors."""
+def band_of(score, rows: int, keys: int, dtypes: list[torch.dtype], safe: bool) -> Band:
+    """The band of an expression over `rows` queries and `keys` keys; `dtypes` are those of its vectors.
+
+    Where a query that sees nothing would not give zeros (not `safe`), every one has to see something to be plain.
+    """
     distances = torch.arange(-(rows - 1), keys)
     leaves: dict = {"q": Position(1, 0, 0), "k": Position(0, 1, 0)}
     places = Intervals(len(distances), leaves, distances)
@@ -43,6 +46,6 @@ def band_of(score, rows: int, keys: int, dtypes: list[torch.dtype]) -> Band:
     causal, window = last == 0 < keys - 1, 1 - first if first > 1 - rows else None
     everyone_sees = first <= 0 <= last and rows <= keys
     whole = last == keys - 1 and window is None
-    if same and (causal or whole) and (never or everyone_sees):
+    if same and (causal or whole) and ((never and safe) or everyone_sees):
         return Band(causal, window, True)
     return Band(causal, window, False) if never else NOTHING

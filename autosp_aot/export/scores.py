@@ -78,6 +78,14 @@ class Scores:
             found = self.vector(node, slots)
         return found
 
+    def whole(self, node: Node, slots: Slots):
+        """The expression of a mask; one that is made by too many operators is a vector."""
+        try:
+            return self.of(node, slots)
+        except ValueError:
+            self.vectors.clear()
+            return self.vector(node, slots)
+
     def products(self, slots: Slots):
         if slots not in ((0, 1), ("both",), (1,)):
             raise ValueError("the dims of the products are mixed")

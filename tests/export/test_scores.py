@@ -189,7 +189,7 @@ def assert_the_same(module: nn.Module, program) -> None:
     names = [node.name for node in program.graph.find_nodes(op="placeholder")]
     inputs = [held[named[name]] if name in named else next(given) for name in names]
     (found,) = Run(program.graph_module).run(*inputs)
-    torch.testing.assert_close(found, module(q, lengths), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, module(q, lengths), rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("spelling", CAUSAL)
@@ -233,6 +233,43 @@ def test_a_small_mask_of_unknown_make_is_read_as_it_is(spelling):
     assert_the_same(Attention(MATRICES[spelling]), program)
 
 
+def test_a_mask_of_very_many_operators_is_read_as_it_is():
+    def make_mask(_, s, n):
+        mask = torch.where(causal(s), 0.0, -INF)
+        for _ in range(300):
+            mask = mask + 1e-3
+        return mask
+
+    program, vectors, _ = canonical(Attention(make_mask))
+    assert vectors == 1
+    assert_the_same(Attention(make_mask), program)
+
+
+class Shared(nn.Module):
+    def forward(self, q, lengths):
+        q = q.flatten(0, 1)
+        return (q @ q[:1].transpose(-1, -2)).softmax(-1) @ q[:1]
+
+
+def test_keys_that_eager_broadcasts_over_joined_heads_are_left_as_they_are():
+    program = exported(Shared())
+    canonical_attention(program)
+    assert not [node for node in program.graph.nodes if node.target is ATTENTION]
+
+
+class Fewer(nn.Module):
+    def forward(self, q, lengths):
+        at, key = torch.arange(5)[:, None], torch.arange(2)[None]
+        scores = (q @ q[:, :, :2].transpose(-1, -2)).masked_fill((key > at) | (key <= at - 2), -INF)
+        return scores.softmax(-1) @ q[:, :, :2]
+
+
+def test_queries_that_see_nothing_are_nan_where_softmax_makes_them_so():
+    program, _, scoring = canonical(Fewer())
+    assert scoring["safe"] is False
+    assert_the_same(Fewer(), program)
+
+
 @pytest.mark.parametrize("spelling", list(SCORES)[:3])
 def test_attention_spelled_out_is_recognised(spelling):
     program, _, scoring = canonical(Spelled(SCORES[spelling]))
@@ -254,4 +291,13 @@ def test_a_mask_of_any_length_is_recognised_without_being_made(spelling):
 def test_a_large_mask_of_unknown_make_is_refused_without_being_made(spelling):
     with pytest.raises(BuildError) as caught:
         canonical(Attention(MATRICES[spelling]), length=200_000)
-    assert str(caught.value).startswith("error[mask-not-recognised]: the attention mask would need ")
+    said = str(caught.value)
+    assert said.startswith("error[mask-not-recognised]: an attention mask or bias would need ")
+    line = Attention.forward.__code__.co_firstlineno + 1
+    assert f"(test_scores.py:{line}); it is made at test_scores.py:{line}\n" in said
+
+
+def test_a_large_bias_of_scores_spelled_out_is_refused():
+    make_scores = lambda _, x, n: x + torch.randn(x.shape[-1], x.shape[-1]).softmax(0)  # noqa: E731
+    with pytest.raises(BuildError, match="an attention mask or bias would need 149.0 GiB"):
+        canonical(Spelled(make_scores), length=200_000)

@@ -29,6 +29,27 @@ class Dropout(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
+class Masked(nn.Module):
+    """Packed documents, then a window with dropout; four heads over three ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 32), nn.Linear(32, 64)
+
+    def forward(self, input_ids, labels):
+        x, at = self.embedding(input_ids), torch.arange(input_ids.shape[1])
+        document, distance = (input_ids < 12).cumsum(1), at[:, None] - at
+        same = (document[:, :, None] == document[:, None])[:, None]
+        x = x + self.attend(x, same & (distance >= 0), 0.0)
+        x = x + self.attend(x, (distance >= 0) & (distance < 4), 0.3)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+    def attend(self, x, mask, dropout):
+        heads = x.unflatten(2, (4, 8)).transpose(1, 2)
+        out = nn.functional.scaled_dot_product_attention(heads, heads * 2, heads, mask, dropout)
+        return out.transpose(1, 2).flatten(2)
+
+
 DIMS = {"input_ids": 1, "labels": 1}
 LLAMA = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -39,6 +60,7 @@ MODELS = {
     "llama": lambda: llama.build_model("float64", **LLAMA),  # rank 0 has two heads of four; a key/value head has copies
     "plain": lambda: plain.build_model(**PLAIN, heads=6, dtype="float64"),  # rank 1 has heads of both groups
     "dropout": lambda: Dropout().double(),
+    "masked": lambda: Masked().double(),
     "rows": lambda: plain.build_model(**PLAIN, heads=2, dtype="float64"),  # fewer heads than ranks
 }
 L = "model.layers.0"
@@ -102,6 +124,12 @@ MUTANTS = [
     Mutant("one rank draws other numbers", "dropout", m.argument(named("autosp.uniform"), 1, lambda site: site + 1),
            WRONG, ranks=(1,)),
     Mutant("causal mask dropped", "llama", m.option(ATTENTION, "causal", lambda _: False), WRONG),
+    Mutant("window one longer", "masked", m.option(m.made("attention_0.1"), "window", lambda window: window + 1), WRONG),
+    Mutant("documents see each other", "masked", m.option(ATTENTION, "score", lambda _: None), WRONG),
+    Mutant("other documents", "masked",
+           m.option(ATTENTION, "score", lambda score: (*score[:1], ("aten.ge.Tensor", "v0", "v1"), *score[2:])), WRONG),
+    Mutant("other weights dropped in backward", "masked",
+           m.option(named("autosp.attention_backward"), "site", lambda site: site + 1), WRONG),
     # attention
     Mutant("scale applied twice", "llama", m.option(ATTENTION, "scale", lambda scale: scale**2), WRONG),
     Mutant("first head off by one on one rank", "plain", m.argument(ATTENTION, 6, m.on_rank(1, 1)), WRONG),

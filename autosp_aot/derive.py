@@ -68,7 +68,7 @@ class _Derivation:
                 "shard": not source.partial and not target.partial and _inside(source, target, self.program.ranks),
                 "all_to_all": None not in (source.cut, target.cut) and not source.partial and not target.partial,
                 "all_gather": source.cut is not None and not source.partial and target == REPLICATE,
-                "reduce_scatter": source.partial and not target.partial and source.cut != target.cut,
+                "reduce_scatter": source.partial and not target.partial and (source, target) != (PARTIAL, REPLICATE),
                 "all_reduce": source == PARTIAL and target == REPLICATE,
             }[instr.op]
             if not fits:

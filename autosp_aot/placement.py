@@ -153,7 +153,7 @@ def received_bytes(source: Placement, target: Placement, shape: tuple[int, ...],
     """
     if source == target or source.replicated:
         return 0
-    if source.partial and target.cut == source.cut:
+    if (source, target) == (PARTIAL, REPLICATE):
         return 2 * prod(shape) * itemsize * (ranks - 1) // ranks
     worst = 0
     for receiver in range(ranks):

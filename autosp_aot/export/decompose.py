@@ -251,6 +251,7 @@ OWN = {
     aten.var_mean.correction: var_mean,
 }
 TORCHS = (
+    aten._native_batch_norm_legit.default,
     aten._native_batch_norm_legit.no_stats,
     aten._native_batch_norm_legit_no_training.default,
     aten._unsafe_index.Tensor,
@@ -259,6 +260,7 @@ TORCHS = (
     aten.binary_cross_entropy.default,
     aten.binary_cross_entropy_backward.default,
     aten.binary_cross_entropy_with_logits.default,
+    aten.col2im.default,
     aten.eye.default,
     aten.eye.m,
     aten.fill.Tensor,
@@ -266,6 +268,7 @@ TORCHS = (
     aten.glu_backward.default,
     aten.huber_loss.default,
     aten.huber_loss_backward.default,
+    aten.im2col.default,
     aten.linalg_vector_norm.default,
     aten.linspace.default,
     aten.log_sigmoid_backward.default,
@@ -278,5 +281,6 @@ TORCHS = (
     aten.smooth_l1_loss_backward.default,
     aten.soft_margin_loss.default,
     aten.soft_margin_loss_backward.default,
+    aten.unfold_backward.default,
 )
 DECOMPOSITIONS = OWN | {op: decomposition_table[op] for op in TORCHS}

@@ -330,7 +330,7 @@ def _fits(strategy: Strategy, spec: Spec, ranks: int) -> bool:
 def _move(source: Placement, target: Placement) -> str:
     """The name of the move from one placement to another."""
     if source.partial:
-        return "all_reduce" if source.cut == target.cut else "reduce_scatter"
+        return "all_reduce" if (source, target) == (PARTIAL, REPLICATE) else "reduce_scatter"
     if source.cut is None:
         return "shard"
     return "all_gather" if target.cut is None else "all_to_all"

@@ -40,6 +40,11 @@ def _running(x: Tensor) -> Tensor:
     return aten._native_batch_norm_legit_no_training(x.flatten(0, 1), *stats, 0.1, 1e-5)[0]
 
 
+def _running_legit(x: Tensor) -> Tensor:
+    stats = [_stat(x, at) for at in range(4)]
+    return aten._native_batch_norm_legit(x.flatten(0, 1), *stats, False, 0.1, 1e-5)[0]
+
+
 def _convolution(x: Tensor) -> Tensor:
     weight = torch.linspace(-1, 1, 4 * H * 3, dtype=x.dtype).view(4 * H, 1, 3)
     return F.conv1d(x.transpose(1, 2), weight, _stat(x, 1).repeat(4), 1, 2, 1, H)
@@ -61,6 +66,7 @@ CASES = {
     "any over dims": lambda x: x * aten.any.dims(x > 1, [0, 2], True),
     "batch norm": lambda x: x + aten._native_batch_norm_legit.no_stats(x, None, None, True, 0.1, 1e-5)[0],
     "batch norm, running": _running,
+    "batch norm, running, as captured": _running_legit,
     "binary": lambda x: F.binary_cross_entropy(x.sigmoid(), _targets(x)),
     "binary of logits": lambda x: F.binary_cross_entropy_with_logits(x, _targets(x)),
     "binary of logits, weighted": _weighted,
@@ -99,6 +105,8 @@ CASES = {
     "soft margin": lambda x: F.soft_margin_loss(x, _targets(x)),
     "softmax of classes first": lambda x: x.log_softmax(1),
     "std": lambda x: x.std(2),
+    "unfold": lambda x: x.unfold(1, 4, 1) * 2,
+    "unfold of images": lambda x: F.unfold(x[:, None], (3, 1), padding=(1, 0)),
     "var": lambda x: x.var(1, correction=0),
     "var of all": lambda x: x.var(),
     "var and mean": lambda x: torch.cat(torch.var_mean(x, 2)),

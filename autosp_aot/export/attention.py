@@ -14,6 +14,7 @@ out, lse = autosp.attention(q, k, v, [], score of s)
 import json
 import math
 import operator
+import string
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export import attention_op  # noqa: F401  (defines torch.ops.autosp)
 from autosp_aot.export.bands import band_of
 from autosp_aot.export.constants import CASTS, constants_of, functional, is_elementwise, written
-from autosp_aot.export.products import Product, before_repetition, made, product_of, transposed
+from autosp_aot.export.products import Product, before_repetition, made, product_of, regroup, transposed
 from autosp_aot.export.regions import without_gradients
 from autosp_aot.export.scores import SAME, VIEWS, Scores
 from autosp_aot.export.source import where
@@ -89,20 +90,13 @@ class _Rewrite:
         given |= dict(zip([argument.name for argument in arguments], node.args)) | node.kwargs
         q, k, v, mask = given["query"], given["key"], given["value"], given["attn_mask"]
         place, shape = where(node).source, q.meta["val"].shape
-        if len(shape) not in (3, 4):
-            return Problem(
-                "attention-shape",
-                f"attention over {len(shape)} dims is not supported",
-                place,
-                "the canonical operator is [batch, heads, sequence, head dim]",
-                "join the leading dims",
-            )
-        slots = (0, 1) if len(shape) == 4 else (1,)
-        scores = self.scores(shape[:-2], shape[-2], k.meta["val"].shape[-2], None)
+        if given["enable_gqa"] and (len(shape) != 4 or k.meta["val"].shape[1] != v.meta["val"].shape[1]):
+            return _groups_problem([list(t.meta["val"].shape) for t in (q, k, v)], place)
+        scores = self.scores(node.meta["val"].shape[:-2], shape[-2], k.meta["val"].shape[-2], None)
         score, is_bool = "s", mask is not None and mask.meta["val"].dtype is torch.bool
         if mask is not None:
             dims = max(mask.meta["val"].dim() - 2, 0)
-            said = scores.whole(mask, slots[len(slots) - dims :])
+            said = scores.whole(mask, scores.slots[len(scores.lead) - dims :])
             score = (*CAUSAL[:1], said, *CAUSAL[2:]) if is_bool else ("aten.add.Tensor", "s", said)
         elif given["is_causal"]:
             score = CAUSAL
@@ -110,54 +104,52 @@ class _Rewrite:
         large = scores.largest()
         if large is not None:
             return _mask_problem("scaled_dot_product_attention", large, place)
-        last = Product(node, q, v, ("bnxz", "bnzy", "bnxy") if len(shape) == 4 else ("nxz", "nzy", "nxy"))
+        letters = string.ascii_lowercase[: node.meta["val"].dim() - 2]
+        last = Product(node, q, v, (letters + "xz", letters + "zy", letters + "xy"), letters, "xyz")
         softmax = _Softmax(score, float(scale), True, given["dropout_p"])
-        return self.replace(last, q, k, v, scores, softmax, given["enable_gqa"])
+        self.replace(last, q, k, v, scores, softmax, given["enable_gqa"])
+        return None
 
     def spelled(self, softmax: Node) -> Problem | None:
         """Rewrite attention spelled out around a softmax; where it is something else the graph stays as it is."""
-        if softmax.meta["val"].dim() not in (3, 4) or softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
+        if softmax.meta["val"].dim() < 3 or softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
             return None
         made_of, sink, weights = _without_sink(softmax)
         last, dropout = _weighted_sum(weights)
         shape = weights.meta["val"].shape
-        product = _product(made_of, shape[-2:]) if last is not None else None
+        product, lead = _product(made_of, shape) if last is not None else (None, ())
         if product is None or len({node in self.frozen for node in (softmax, product.node, last.node)}) > 1:
             return None
-        scores = self.scores(shape[:-2], *shape[-2:], product.node)
+        scores = self.scores(lead, *shape[-2:], product.node)
         try:
-            score = scores.of(made_of, (0, 1) if len(shape) == 4 else (1,))
+            joined = scores.places(scores.slots, scores.lead)
+            slots = regroup(joined, dict(enumerate(scores.lead)), shape[:-2]) or ()
+            score = scores.of(made_of, tuple(map(tuple, slots)))
         except ValueError:
             return None
         large = scores.largest()
         if large is not None:
             return _mask_problem("attention", large, where(softmax).source)
         with self.graph.inserting_before(last.node):
-            q, right = product.operands(self.graph, product.words[2][:-2])
-            _, v = last.operands(self.graph, last.words[0][:-2])
+            q, right = product.operands(self.graph)
+            _, v = last.operands(self.graph)
             rest = _Softmax(score, 1.0, False, dropout, sink)
             self.replace(last, q, transposed(self.graph, right), v, scores, rest, False)
         return None
 
     def scores(self, lead: tuple[int, ...], rows: int, keys: int, product: Node | None) -> Scores:
-        lead = tuple(lead) if len(lead) == 2 else (1, lead[0])
+        lead = (1,) * (2 - len(lead)) + tuple(lead)
         return Scores(lead, rows, keys, self.known, self.written, self.frozen, product)
 
-    def replace(
-        self, last: Product, q: Node, k: Node, v: Node, scores: Scores, softmax: _Softmax, gqa: bool
-    ) -> Problem | None:
+    def replace(self, last: Product, q: Node, k: Node, v: Node, scores: Scores, softmax: _Softmax, gqa: bool) -> None:
         """Put the canonical operator in the place of `last`, the product of weights and values."""
         node = last.node
         with self.graph.inserting_before(node):
-            shapes = [tuple(t.meta["val"].shape) for t in (q, k, v)]
-            if any(len(shape) == 3 and shape[0] != math.prod(scores.lead) for shape in shapes):
-                return _shape_problem(shapes, where(node).source)
-            q, k, v = self.dims(q, scores.lead), self.dims(k, scores.lead), self.dims(v, scores.lead)
+            q, k, v = self.dims(q, scores.lead, True), self.dims(k, scores.lead), self.dims(v, scores.lead)
+            if k.meta["val"].shape[1] != v.meta["val"].shape[1]:
+                k, v = self.dims(k, scores.lead, True), self.dims(v, scores.lead, True)
             if not gqa:
                 k, v = self.without_repetition(k, v)
-            shapes = [tuple(t.meta["val"].shape) for t in (q, k, v)]
-            if not _fit(*shapes):
-                return _shape_problem(shapes, where(node).source)
             dtype = max((t.meta["val"].dtype for t in (q, k, v)), key=lambda dtype: dtype.itemsize)
             q, k, v = (self.cast(t, dtype) for t in (q, k, v))
             score, scale = _scaled(softmax.score, softmax.scale)
@@ -168,44 +160,55 @@ class _Rewrite:
             if band.plain or score == "s":
                 said |= {"score": None, "safe": True}
             if softmax.dropout:
-                said |= {"dropout": softmax.dropout, "site": self.sites, "heads": scores.lead[1]}
+                said |= {"dropout": softmax.dropout, "site": self.sites, "heads": q.meta["val"].shape[1]}
                 self.sites += 1
             silent = {"causal": False, "window": None, "score": None, "safe": True}
             text = json.dumps({key: value for key, value in said.items() if key not in silent or value != silent[key]})
             pair = self.graph.call_function(torch.ops.autosp.attention.default, (q, k, v, vectors, text))
             pair.meta = {key: value for key, value in node.meta.items() if key != "val"}
-            shape = (*scores.lead, scores.rows, v.meta["val"].shape[-1])
+            shape = (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
             out = made(self.graph, operator.getitem, (pair, 0), q.meta["val"].new_empty(shape), node)
             if softmax.sink is not None:
-                out = self.sunk(pair, out, softmax.sink)
-            if len(last.words[0]) == 3:
-                size = (shape[0] * shape[1], *shape[2:])
-                out = made(self.graph, aten.reshape.default, (out, list(size)), out.meta["val"].reshape(size), node)
-            out = self.cast(last.result(self.graph, out, last.words[0][:-2]), node.meta["val"].dtype)
+                out = self.sunk(pair, out, softmax.sink, scores.lead)
+            sizes = dict(zip(last.words[2], node.meta["val"].shape))
+            size = [sizes[letter] for letter in last.lead + last.letters[:2]]
+            out = self.cast(last.result(self.graph, self.reshaped(out, size)), node.meta["val"].dtype)
             out = self.laid_out(out, node.meta["val"].stride())
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
-        return None
 
-    def sunk(self, pair: Node, out: Node, sink: Node) -> Node:
+    def sunk(self, pair: Node, out: Node, sink: Node, lead: tuple[int, ...]) -> Node:
         """The output where a part of the weights goes to a sink: out * sigmoid(lse - sink)."""
         like, shape = out, out.meta["val"].shape
         q = pair.args[0].meta["val"]
         wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
         lse = made(self.graph, operator.getitem, (pair, 1), q.new_empty(shape[:3], dtype=wide), like)
         lse = made(self.graph, aten.unsqueeze.default, (lse, -1), lse.meta["val"].unsqueeze(-1), like)
-        sink = self.cast(self.dims(sink, shape[:2]), wide)
+        sink = self.cast(self.dims(sink, lead), wide)
         more = made(self.graph, aten.sub.Tensor, (lse, sink), lse.meta["val"] - sink.meta["val"], like)
         share = made(self.graph, aten.sigmoid.default, (more,), more.meta["val"].sigmoid(), like)
         kept = made(self.graph, aten.mul.Tensor, (out, share), out.meta["val"] * share.meta["val"], like)
         return self.cast(kept, q.dtype)
 
-    def dims(self, node: Node, lead: tuple[int, int]) -> Node:
-        """The node with two leading dims."""
+    def dims(self, node: Node, lead: tuple[int, ...], whole: bool = False) -> Node:
+        """The node as [batch, heads, ...]: all heads if `whole`, else of those that are alike only one."""
+        shape = node.meta["val"].shape
+        tail, heads = shape[-2:], list(lead[1:])
+        if math.prod(shape[:-2]) != math.prod(lead):
+            node = self.reshaped(node, [1] * (len(lead) + 2 - len(shape)) + list(shape))
+            given = list(node.meta["val"].shape[1:-2])
+            differ = 1 + max((at for at, size in enumerate(given) if size > 1), default=-1)
+            if not whole and (len(given) == 1 or given[:differ] == heads[:differ]):
+                heads = given
+            wide = [lead[0], *heads, *tail]
+            if wide != list(node.meta["val"].shape):
+                node = made(self.graph, aten.expand.default, (node, wide), node.meta["val"].expand(wide), node)
+        return self.reshaped(node, [lead[0], math.prod(heads), *tail])
+
+    def reshaped(self, node: Node, shape: list[int]) -> Node:
         value = node.meta["val"]
-        if value.dim() == 4:
+        if list(value.shape) == shape:
             return node
-        shape = [*lead, *value.shape[-2:]]
         return made(self.graph, aten.reshape.default, (node, shape), value.reshape(shape), node)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
@@ -232,7 +235,7 @@ class _Rewrite:
 def _without_sink(softmax: Node) -> tuple[Node, Node | None, Node]:
     """Scores, a sink joined to them as one more key (or None), and the weights of the keys.
 
-        x = cat([scores, sink], -1);  p = softmax(x - x.max(-1, keepdim=True));  weights = p[..., :-1]
+    x = cat([scores, sink], -1);  p = softmax(x - x.max(-1, keepdim=True));  weights = p[..., :-1]
     """
     joined = _unshifted(softmax.args[0])
     if joined.target is aten.cat.default and len(joined.args[0]) == 2 and len(softmax.users) == 1:
@@ -261,7 +264,7 @@ def _weighted_sum(softmax: Node) -> tuple[Product | None, float]:
     node, dropout = softmax, 0.0
     while len(node.users) == 1:
         (user,) = node.users
-        last = product_of(user)
+        last = product_of(user, 0)
         if last is not None:
             i, _, c = last.letters
             return (last if last.left is node is not last.right and last.words[0][-2:] == i + c else None), dropout
@@ -276,22 +279,25 @@ def _weighted_sum(softmax: Node) -> tuple[Product | None, float]:
     return None, 0.0
 
 
-def _product(node: Node, size: tuple[int, int]) -> Product | None:
-    """The first product of matrices of which the scores [..., *size] are made element by element."""
-    todo, seen = [node], set()
+def _product(node: Node, shape: tuple[int, ...]) -> tuple[Product | None, tuple[int, ...]]:
+    """The first product of matrices of which scores of this shape are made element by element, and the scores' leading
+    dims as they are where there are most of them."""
+    todo, seen, lead = [node], set(), shape[:-2]
     while todo:
         node = todo.pop()
         value = node.meta.get("val")
-        if node in seen or not isinstance(value, torch.Tensor) or tuple(value.shape[-2:]) != tuple(size):
+        if node in seen or not isinstance(value, torch.Tensor) or value.shape[-2:] != shape[-2:]:
             continue
         seen.add(node)
-        product = product_of(node)
-        if product is not None and product.words[2][-2:] == "".join(product.letters[:2]):
-            return product
+        if value.dim() > len(lead) + 2 and value.numel() == math.prod(shape):
+            lead = value.shape[:-2]
+        product = product_of(node, 2)
+        if product is not None and product.words[2][-2:] == product.letters[:2]:
+            return product, lead
         target = functional(node.target) if node.op == "call_function" else None
         if target is not None and (target in (*SAME, *VIEWS, aten.type_as.default) or is_elementwise(target)):
             todo += node.all_input_nodes[::-1]
-    return None
+    return None, lead
 
 
 def _scaled(score, scale: float) -> tuple[object, float]:
@@ -318,17 +324,15 @@ def _scaled(score, scale: float) -> tuple[object, float]:
     return swapped(score), scale * float(number) ** SCALES[whole[0]]
 
 
-def _fit(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> bool:
-    """True for shapes [B, N, S, D], [B, Nkv, T, D] and [B, Nkv, T, Dv]; eager would broadcast others."""
-    return q[0] == k[0] and k[:3] == v[:3] and q[1] % k[1] == 0 and q[3] == k[3]
-
-
-def _shape_problem(shapes: list[tuple[int, ...]], place: str) -> Problem:
-    q, k, v = map(list, shapes)
-    what = f"attention over q {q}, k {k}, v {v} is not supported"
-    return Problem("attention-shape", what, place,
-                   "batch, heads and keys have to agree as they are; only key/value heads may be repeated",
-                   "expand k and v to the batch and the heads of q")  # fmt: skip
+def _groups_problem(shapes: list[list[int]], place: str) -> Problem:
+    q, k, v = shapes
+    return Problem(
+        "attention-shape",
+        f"grouped attention over q {q}, k {k}, v {v} is not supported",
+        place,
+        "with enable_gqa the operator is [batch, heads, sequence, head dim], with as many heads in k as in v",
+        "join the leading dims, or repeat the heads of k and v without enable_gqa",
+    )
 
 
 def _mask_problem(what: str, large: Node, place: str) -> Problem:

@@ -30,57 +30,72 @@ def made(graph: Graph, target, args: tuple, value, like: Node) -> Node:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of matrices in the letters of an einsum: left `lead i c`, right `lead c j`, in any order of dims."""
+    """A product of matrices in the letters of an einsum: left `lead i c`, right `lead c j`, in any order of dims.
+
+    `lead` are the leading dims in order, `letters` i, j and c. Right may lack leading dims: it is the same along them.
+    """
 
     node: Node
     left: Node
     right: Node
     words: tuple[str, str, str]
+    lead: str
+    letters: str
 
-    def operands(self, graph: Graph, lead: str) -> tuple[Node, Node]:
+    def operands(self, graph: Graph) -> tuple[Node, Node]:
         """Left as [*lead, i, c] and right as [*lead, c, j], made before the graph's insertion point if need be."""
         i, j, c = self.letters
-        return self._ordered(graph, self.left, self.words[0], lead + i + c), self._ordered(
-            graph, self.right, self.words[1], lead + c + j
-        )
+        left = self._ordered(graph, self.left, self.words[0], self.lead + i + c)
+        return left, self._ordered(graph, self.right, self.words[1], self.lead + c + j)
 
-    def result(self, graph: Graph, node: Node, lead: str) -> Node:
+    def result(self, graph: Graph, node: Node) -> Node:
         """A node [*lead, i, j] in the order of the product's result."""
         i, j, _ = self.letters
-        return self._ordered(graph, node, lead + i + j, self.words[2])
-
-    @property
-    def letters(self) -> tuple[str, str, str]:
-        """The letters of rows, of columns, and of what is summed over."""
-        a, b, out = map(set, self.words)
-        return (a & out - b).pop(), (b & out - a).pop(), (a & b - out).pop()
+        return self._ordered(graph, node, self.lead + i + j, self.words[2])
 
     def _ordered(self, graph: Graph, node: Node, word: str, wanted: str) -> Node:
-        if word == wanted:
-            return node
-        order = [word.index(letter) for letter in wanted]
-        return made(graph, aten.permute.default, (node, order), node.meta["val"].permute(order), self.node)
+        order = [word.index(letter) for letter in wanted if letter in word]
+        if order != sorted(order):
+            node = made(graph, aten.permute.default, (node, order), node.meta["val"].permute(order), self.node)
+        for at, letter in enumerate(wanted):
+            if letter not in word:
+                node = made(graph, aten.unsqueeze.default, (node, at), node.meta["val"].unsqueeze(at), self.node)
+        return node
 
 
-def product_of(node: Node) -> Product | None:
-    """The product that a node is; None for everything else, and where leading dims are broadcast by being left out."""
+def product_of(node: Node, rows: int) -> Product | None:
+    """The product that a node is, its rows being the last dim but one of the left operand (`rows` 0) or of the result
+    (2); None for everything else, and where the right operand has no batch."""
     if node.op != "call_function" or node.target not in PRODUCTS:
         return None
-    if node.target is aten.einsum.default:
-        text, (left, *rest) = node.args[0].replace(" ", ""), node.args[1]
-        words = (*text.partition("->")[0].split(","), text.partition("->")[2])
-        if "." in text or len(rest) != 1 or len(words) != 3 or any(len(set(word)) != len(word) for word in words):
-            return None
-        a, b, out = map(set, words)
-        if [len(a & out - b), len(b & out - a), len(a & b - out)] != [1, 1, 1] or a ^ b ^ out != a & b & out:
-            return None
-        return Product(node, left, rest[0], words)
-    left, right = node.args[-2:]
-    dims = node.meta["val"].dim()
-    if left.meta["val"].dim() != dims or right.meta["val"].dim() != dims or dims < 2:
+    left, right = node.args[1] if node.target is aten.einsum.default and len(node.args[1]) == 2 else node.args[-2:]
+    words = _words(node, left, right)
+    if words is None or min(map(len, words)) < 2 or any(len(set(word)) != len(word) for word in words):
         return None
-    lead = string.ascii_lowercase[: dims - 2]
-    return Product(node, left, right, (lead + "xz", lead + "zy", lead + "xy"))
+    a, b, out = map(set, words)
+    i, j, c = words[rows][-2], "".join(b & out - a), "".join(a & b - out)
+    lead = "".join(letter for letter in words[rows] if letter not in i + j + c)
+    if len(j + c) != 2 or a != {*lead, i, c} or out != {*lead, i, j} or i in b or not b <= {*lead, j, c}:
+        return None
+    if lead and not b & set(lead):
+        return None
+    return Product(node, left, right, words, lead, i + j + c)
+
+
+def _words(node: Node, left: Node, right: Node) -> tuple[str, str, str] | None:
+    """The letters of the dims of both operands and of the result."""
+    dims = [operand.meta["val"].dim() for operand in (left, right, node)]
+    if node.target is not aten.einsum.default:
+        lead = string.ascii_lowercase[: dims[0] - 2]
+        return (lead + "xz", lead + "zy", lead + "xy") if len(set(dims)) == 1 else None
+    given, arrow, result = node.args[0].replace(" ", "").partition("->")
+    words = [*given.split(","), result]
+    if not arrow or len(words) != 3:
+        return None
+    for at, word in enumerate(words):
+        more = dims[at] - len(word.replace("...", ""))
+        words[at] = word.replace("...", string.digits[10 - more :]) if "..." in word and more <= 10 else word
+    return tuple(words)
 
 
 def transposed(graph: Graph, node: Node) -> Node:
@@ -136,13 +151,13 @@ def _follow(chain: list[Node], source: Node) -> list[list] | None:
             if before != shape:
                 return None
         elif before != shape:
-            dims = _regroup([atom for dim in dims for atom in dim], sizes, shape)
+            dims = regroup([atom for dim in dims for atom in dim], sizes, shape)
             if dims is None:
                 return None
     return dims
 
 
-def _regroup(atoms: list, sizes: dict, shape: tuple[int, ...]) -> list[list] | None:
+def regroup(atoms: list, sizes: dict, shape: tuple[int, ...]) -> list[list] | None:
     """Deal the atoms out over the dims of a reshape; None where a dim would have to cut an atom."""
     dims, left = [], list(atoms)
     for size in shape:

@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from autosp_aot.export.constants import CASTS, Known, evaluate, functional, is_elementwise
-from autosp_aot.export.products import made
+from autosp_aot.export.products import made, regroup
 from autosp_aot.operators import DTYPE_NAMES as DTYPES
 from autosp_aot.scores import NODES
 
 aten = torch.ops.aten
 
 SAME = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default)
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+VIEWS = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+)  # fmt: skip
 # What a vector with rows and keys may take.
 MATRIX_BYTES = 2**28
 RUNS = 8  # of equal diagonals in a constant matrix
@@ -34,19 +36,20 @@ NEUTRAL = {
     "__and__": True, "bitwise_and": True, "logical_and": True,
     "__or__": False, "bitwise_or": False, "logical_or": False,
 }  # fmt: skip
-# Which of the attention's leading dims (0 batch, 1 heads, "both" as one) each leading dim of a node is.
-Slots = tuple
+# For each leading dim of a node, which of the attention's leading dims it is: several where they are joined to one.
+Slots = tuple[tuple[int, ...], ...]
 
 
 @dataclass
 class Scores:
     """Expressions over the scores [*lead, rows, keys] of one attention; `vectors` are the nodes they read.
 
-    `product` is the node of the products of queries and keys, where there is one, or None. What was computed without
-    gradients (`frozen`) from floating vectors stays a value, so that no gradient goes through it.
+    The first of the leading dims is the batch, all others together are the heads. `product` is the node of the
+    products of queries and keys, where there is one, or None. What was computed without gradients (`frozen`) from
+    floating vectors stays a value, so that no gradient goes through it.
     """
 
-    lead: tuple[int, int]
+    lead: tuple[int, ...]
     rows: int
     keys: int
     known: dict[Node, Known]
@@ -55,6 +58,11 @@ class Scores:
     product: Node | None = None
     vectors: list[tuple[Node, Slots]] = field(default_factory=list)
     parts: int = 0
+
+    @property
+    def slots(self) -> Slots:
+        """Those of a node with all leading dims, each by itself."""
+        return tuple((at,) for at in range(len(self.lead)))
 
     def of(self, node, slots: Slots):
         """The expression of a node whose leading dims are `slots`; ValueError where it cannot be followed."""
@@ -87,8 +95,8 @@ class Scores:
             return self.vector(node, slots)
 
     def products(self, slots: Slots):
-        if slots not in ((0, 1), ("both",), (1,)):
-            raise ValueError("the dims of the products are mixed")
+        if self.places(slots, self.product.meta["val"].shape[:-2]) != self.places(self.slots, self.lead):
+            raise ValueError("the dims of the products are mixed or repeated")
         if self.product.target is not aten.baddbmm.default:
             return "s"
         added = self.of(self.product.args[0], self.right(self.product.args[0], slots))
@@ -159,16 +167,20 @@ class Scores:
         return slots[len(slots) - lead :] if lead > 0 else ()
 
     def viewed(self, node: Node, slots: Slots):
+        """A view that joins or separates leading dims."""
         before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
-        if before[-2:] != after[-2:]:
-            return None
         if before == after:
             return self.of(node.args[0], slots)
-        if slots == (0, 1) and len(before) == 3:
-            return self.of(node.args[0], ("both",))
-        if slots == ("both",) and before[:-2] == self.lead:
-            return self.of(node.args[0], (0, 1))
-        return None
+        left = self.places(slots, after[:-2])
+        if before[-2:] != after[-2:] or left is None:
+            return None
+        found = regroup(left, dict(enumerate(self.lead)), before[:-2])
+        return None if found is None else self.of(node.args[0], tuple(map(tuple, found)))
+
+    def places(self, slots: Slots, sizes: tuple[int, ...]) -> list[int] | None:
+        """The leading dims of the attention along which leading dims of these sizes vary; None where one is cut."""
+        found = [at for slot, size in zip(slots, sizes, strict=True) if size > 1 for at in slot if self.lead[at] > 1]
+        return found if math.prod(self.lead[at] for at in found) == math.prod(sizes) else None
 
     def sliced(self, node: Node, slots: Slots):
         """The first rows, keys or everything: positions stay what they are."""
@@ -192,12 +204,15 @@ class Scores:
 
     def shaped(self, graph: Graph, node: Node, slots: Slots) -> Node:
         value = node.meta["val"]
+        full = set(self.places(slots, value.shape[: len(slots)]))
+        sizes = [size if at in full else 1 for at, size in enumerate(self.lead)]
         tail = (1, 1, *value.shape)[-2:]
-        sizes = dict(zip(slots, value.shape))
-        batch, heads = sizes.get(0, 1), sizes.get(1, 1)
-        if "both" in sizes:
-            batch, heads = self.lead if sizes["both"] > 1 else (1, 1)
-        shape = [batch, heads, *tail]
+        if math.prod(sizes[1:]) not in (1, math.prod(self.lead[1:])):
+            node = made(graph, aten.reshape.default, (node, [*sizes, *tail]), value.reshape(*sizes, *tail), node)
+            sizes[1:], value = self.lead[1:], node.meta["val"]
+            wide = [*sizes, *tail]
+            node = made(graph, aten.expand.default, (node, wide), value.expand(wide), node)
+        shape = [sizes[0], math.prod(sizes[1:]), *tail]
         node = made(graph, aten.reshape.default, (node, shape), node.meta["val"].reshape(shape), node)
         for dim, size in ((2, self.rows), (3, self.keys)):
             if shape[dim] > max(size, 1):

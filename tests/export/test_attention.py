@@ -119,21 +119,67 @@ def test_is_causal_is_kept(causal):
 class Refused(nn.Module):
     def forward(self, q, k, v):
         for _ in range(2):
-            q = scaled_dot_product_attention(q, k[:1], v[:1])
-        return scaled_dot_product_attention(q[None], k[None], v[None])
+            q = scaled_dot_product_attention(q, k, v[:, :1], enable_gqa=True)
+        return scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True)
 
 
 def test_every_attention_that_cannot_be_made_canonical_is_refused_at_once_and_each_line_once():
     with pytest.raises(BuildError) as caught:
         canonical(Refused(), HEADS)
-    first = Refused.forward.__code__.co_firstlineno
-    assert str(caught.value) == (
-        "error[attention-shape]: attention over q [2, 6, 5, 4], k [1, 6, 5, 4], v [1, 6, 5, 4] is not supported\n"
-        f"  where  test_attention.py:{first + 2}\n"
-        "  why    batch, heads and keys have to agree as they are; only key/value heads may be repeated\n"
-        "  fix    expand k and v to the batch and the heads of q\n"
-        "error[attention-shape]: attention over 5 dims is not supported\n"
-        f"  where  test_attention.py:{first + 3}\n"
-        "  why    the canonical operator is [batch, heads, sequence, head dim]\n"
-        "  fix    join the leading dims"
+    refusal = (
+        "error[attention-shape]: grouped attention over q {}, k {}, v {} is not supported\n"
+        "  where  test_attention.py:{}\n"
+        "  why    with enable_gqa the operator is [batch, heads, sequence, head dim], with as many heads in k as in v\n"
+        "  fix    join the leading dims, or repeat the heads of k and v without enable_gqa"
     )
+    first = Refused.forward.__code__.co_firstlineno
+    whole = [1, 2, 6, 5, 4]
+    assert str(caught.value) == "\n".join(
+        [
+            refusal.format([2, 6, 5, 4], [2, 6, 5, 4], [2, 1, 5, 4], first + 2),
+            refusal.format(whole, whole, whole, first + 3),
+        ]
+    )
+
+
+def test_a_batch_of_one_is_read_by_all():
+    attention = canonical(lambda q, k, v: scaled_dot_product_attention(q, k[:1], v[:1]), HEADS)
+    assert [list(node.meta["val"].shape[:2]) for node in attention.args[:3]] == [[2, HEADS]] * 3
+
+
+def test_dims_before_the_heads_become_heads():
+    attention = canonical(lambda q, k, v: scaled_dot_product_attention(*(x.unflatten(0, (1, 2)) for x in (q, k, v))), 6)
+    assert [list(node.meta["val"].shape) for node in attention.args[:3]] == [[1, 2 * HEADS, LENGTH, WIDTH]] * 3
+
+
+SPELLED = {
+    "einsum with an ellipsis": lambda q, k, v: softmaxed("...id,...jd->...ij", "...ij,...jd->...id", q, k, v),
+    "einsum without the keys' heads": lambda q, k, v: softmaxed(
+        "bhid,bjd->bhij", "bhij,bjd->bihd", q, k[:, 0], v[:, 0]
+    ),
+    "einsum over groups": lambda q, k, v: softmaxed(
+        "bkgid,bkjd->bkgij", "bkgij,bkjd->bikgd", q.unflatten(1, (2, 3)), k[:, :2], v[:, :2]
+    ),
+    "einsum over groups, rows before them": lambda q, k, v: softmaxed(
+        "bikgd,bjkd->bkgij", "bkgij,bjkd->bikgd",
+        q.unflatten(1, (2, 3)).permute(0, 3, 1, 2, 4), k[:, :2].transpose(1, 2), v[:, :2].transpose(1, 2),
+    ),
+    "groups by broadcasting": lambda q, k, v: (
+        (q.unflatten(1, (2, 3)) @ k[:, :2, None].mT).softmax(-1) @ v[:, :2, None]
+    ),
+    "heads joined with the batch": lambda q, k, v: (
+        (q.flatten(0, 1) @ k.flatten(0, 1).mT).view(2, HEADS, LENGTH, LENGTH).add(v[:, :1, :, :1]).flatten(0, 1)
+        .softmax(-1) @ v.flatten(0, 1)
+    ),
+}  # fmt: skip
+
+
+def softmaxed(scores: str, sums: str, q, k, v):
+    return torch.einsum(sums, torch.einsum(scores, q, k).softmax(-1), v)
+
+
+@pytest.mark.parametrize("spelling", SPELLED)
+def test_products_of_every_spelling_are_attention_over_the_heads_there_are(spelling):
+    attention = canonical(SPELLED[spelling], HEADS)
+    heads = 1 if "without" in spelling else 2 if "groups" in spelling else HEADS
+    assert [list(node.meta["val"].shape[:2]) for node in attention.args[:3]] == [[2, HEADS], [2, heads], [2, heads]]

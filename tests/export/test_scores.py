@@ -251,10 +251,11 @@ class Shared(nn.Module):
         return (q @ q[:1].transpose(-1, -2)).softmax(-1) @ q[:1]
 
 
-def test_keys_that_eager_broadcasts_over_joined_heads_are_left_as_they_are():
-    program = exported(Shared())
-    canonical_attention(program)
-    assert not [node for node in program.graph.nodes if node.target is ATTENTION]
+def test_keys_that_eager_broadcasts_over_joined_heads_are_one_head():
+    program, _, _ = canonical(Shared())
+    (attention,) = [node for node in program.graph.nodes if node.target is ATTENTION]
+    assert [node.meta["val"].shape[1] for node in attention.args[:3]] == [4, 1, 1]
+    assert_the_same(Shared(), program)
 
 
 class Fewer(nn.Module):

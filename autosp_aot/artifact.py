@@ -242,9 +242,9 @@ def _manifest(found: dict) -> Manifest:
     stored = {spec.name for spec in found["parameters"]}
     if not {*found["aliases"].values(), *found["trainable"]} <= stored:
         raise ValueError("an alias or a trainable name is no parameter")
-    shapes = {spec.name: spec.shape for spec in found["batch"]}
-    if len({shapes[name][dim] for name, dim in found["sequence_dims"].items()}) != 1:
-        raise ValueError("the sequence dims differ in length")
+    dims = {spec.name: len(spec.shape) for spec in found["batch"]}
+    if not all(dim in range(dims[name]) for name, dim in found["sequence_dims"].items()):
+        raise ValueError("a sequence dim is no dim of the input")
     for key in ("versions", "cuts", "decisions"):
         if not all(isinstance(text, str) for text in found[key].values()):
             raise ValueError(f"{key} are not texts")

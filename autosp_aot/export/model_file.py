@@ -161,16 +161,6 @@ def make_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> tuple[di
                     "give one sequence dim, and make the rest in forward",
                 )
             )
-        elif changed and (before[changed[0]], after[changed[0]]) != (seq_len, 2 * seq_len):
-            problems.append(
-                Problem(
-                    "sequence-length",
-                    f"dim {changed[0]} of input {name!r} is {before[changed[0]]} for length {seq_len}",
-                    place,
-                    "a sequence dim has the length that was asked for",
-                    "make it seq_len long, and shift or cut it in forward",
-                )
-            )
         elif changed:
             sequence_dims[name] = changed[0]
     if not problems and not sequence_dims:
@@ -189,9 +179,14 @@ def make_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> tuple[di
 
 
 def guess_sequence_dims(batch: Mapping[str, Tensor]) -> dict[str, int]:
-    """Dim 1 of every input with at least two dims. Raises BuildError unless all of those have one size."""
+    """Dim 1 of every input with at least two dims.
+
+    Integers [B, S] are tokens, whatever their length: a source's and a target's differ. Raises BuildError where dim 1
+    of another input has no such length, unless all inputs agree.
+    """
     sizes = {name: tensor.shape[1] for name, tensor in batch.items() if tensor.dim() >= 2}
-    if len(set(sizes.values())) != 1:
+    tokens = {t.shape[1] for t in batch.values() if t.dim() == 2 and not t.dtype.is_floating_point}
+    if not sizes or (len(set(sizes.values())) > 1 and not tokens.issuperset(sizes.values())):
         said_sizes = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise BuildError(
             Problem(

@@ -27,9 +27,12 @@ class Label:
 
 @dataclass(frozen=True)
 class Labels:
-    """The sequence labels of every value, and the shares of the sequence that make a value's home."""
+    """The sequence labels of every value, and the shares of the sequence that make a value's home.
 
-    length: int
+    `lengths` are those of the sequences: one, or a source's and a target's.
+    """
+
+    lengths: tuple[int, ...]
     ranks: int
     by_value: dict[str, tuple[Label, ...]]
 
@@ -42,12 +45,13 @@ class Labels:
         return Placement(Cut(label.dim, label.outer, scale(self.bounds(label.extent), label.inner)))
 
     def bounds(self, extent: int) -> Bounds:
-        """Even shares. Of a dim a little longer or shorter than the sequence the last rank has the difference."""
-        return _home_bounds(self.length, self.ranks, extent)
+        """Even shares. Of a dim a little longer or shorter than a sequence the last rank has the difference."""
+        return _home_bounds(self.lengths, self.ranks, extent)
 
 
 @lru_cache
-def _home_bounds(length: int, ranks: int, extent: int) -> Bounds:
+def _home_bounds(lengths: tuple[int, ...], ranks: int, extent: int) -> Bounds:
+    length = min(lengths, key=lambda length: abs(length - extent))
     if abs(extent - length) * ranks > length:
         return even_bounds(extent, ranks)
     clamped = [(min(lo, extent), min(hi, extent)) for lo, hi in even_bounds(length, ranks)]
@@ -59,9 +63,8 @@ def find_labels(program: Program, sequence_dims: dict[str, int], ranks: int) -> 
     """Follow `sequence_dims` (input name -> dim) through a whole program until nothing changes."""
     values = program.values()
     found: dict[str, set[Label]] = {name: set() for name in values}
-    lengths = set()
+    lengths = {values[name].shape[dim] for name, dim in sequence_dims.items()}
     for name, dim in sequence_dims.items():
-        lengths.add(values[name].shape[dim])
         found[name].add(Label(dim, 1, values[name].shape[dim], 1))
     calls = []
     for instr in program.instrs():
@@ -75,7 +78,16 @@ def find_labels(program: Program, sequence_dims: dict[str, int], ranks: int) -> 
         for order in (calls, calls[::-1]):
             for spec, tensors in order:
                 changed |= _spread(spec, tensors, found)
-    return Labels(max(lengths), ranks, {name: tuple(sorted(labels)) for name, labels in found.items() if labels})
+    return Labels(_apart(lengths), ranks, {name: tuple(sorted(labels)) for name, labels in found.items() if labels})
+
+
+def _apart(lengths: set[int]) -> tuple[int, ...]:
+    """The lengths, longest first, without those that are a longer one less up to an eighth: a part of the same."""
+    kept: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        if all(8 * (longer - length) > longer for longer in kept):
+            kept.append(length)
+    return tuple(kept)
 
 
 def _spread(spec: Spec, tensors: list[tuple[str, Dims]], found: dict[str, set[Label]]) -> bool:

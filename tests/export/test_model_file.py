@@ -230,15 +230,9 @@ def test_a_batch_that_does_not_change_with_the_length_is_refused(model_file):
     )
 
 
-def test_all_inputs_with_a_sequence_dim_that_cannot_be_cut_are_refused_at_once(model_file):
-    path = model_file(
-        ("seq_len, dtype", "seq_len + 1, dtype"), ("3, batch_size, seq_len", "seq_len, batch_size, seq_len")
-    )
+def test_an_input_with_two_dims_that_change_with_the_length_is_refused(model_file):
+    path = model_file(("3, batch_size, seq_len", "seq_len, batch_size, seq_len"))
     assert batch_refusal(path) == (
-        "error[sequence-length]: dim 1 of input 'tokens' is 5 for length 4\n"
-        "  where  model.py:9\n"
-        "  why    a sequence dim has the length that was asked for\n"
-        "  fix    make it seq_len long, and shift or cut it in forward\n"
         "error[sequence-dim-ambiguous]: dims [0, 2] of input 'table' change with the length\n"
         "  where  model.py:9\n"
         "  why    each input is cut along one sequence dim\n"
@@ -246,9 +240,21 @@ def test_all_inputs_with_a_sequence_dim_that_cannot_be_cut_are_refused_at_once(m
     )
 
 
+def test_an_input_may_have_another_length_than_was_asked_for(model_file):
+    batch, dims = make_batch(read_model_file(model_file(("seq_len, dtype", "seq_len + 1, dtype"))), 2, 4)
+    assert batch["tokens"].shape == (2, 5) and dims["tokens"] == 1
+
+
 def test_without_lengths_to_compare_dim_1_is_the_sequence():
     batch = {"tokens": torch.zeros(2, 4), "weights": torch.zeros(2), "table": torch.zeros(2, 4, 3)}
     assert guess_sequence_dims(batch) == {"tokens": 1, "table": 1}
+
+
+def test_tokens_of_two_lengths_are_a_source_and_a_target():
+    source, target = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long)
+    assert guess_sequence_dims({"source": source, "target": target, "hidden": torch.zeros(2, 6, 3)}) == {
+        "source": 1, "target": 1, "hidden": 1,
+    }  # fmt: skip
 
 
 def test_without_lengths_to_compare_unequal_dims_are_refused():

@@ -83,8 +83,8 @@ def build(
     """Compile a module for `sp` ranks; `batch` are the keyword inputs of its forward, of the shapes to train with.
 
     `sequence_dims` says which dim of which input is the sequence (default: dim 1 of every input with two dims or more,
-    where that is the length of some tokens [B, S] or they all agree). The module is left alone; its present weights are stored unless `weights` is False. With
-    `path` the artifact is written there. Raises BuildError.
+    where that is the length of some tokens [B, S] or they all agree). The module is left alone; its present weights are
+    stored unless `weights` is False. With `path` the artifact is written there. Raises BuildError.
     """
     dims = dict(sequence_dims) if sequence_dims is not None else guess_sequence_dims(batch)
     config = BuildConfig(sp, target or present_target(), recompute, strict)

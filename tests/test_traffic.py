@@ -108,7 +108,7 @@ def received_bytes(found: Program) -> int:
 
 
 def exchanged(heads: int, kv_heads: float, others: int, ranks: int) -> int:
-    """Elements the worst rank receives, a unit of width: its heads, all positions, and its positions of all that return.
+    """Elements the worst rank receives, a unit of width: its heads at all positions, and its positions of all heads.
 
     Ranks have equal shares of `heads` and of the `others` that come home, and `kv_heads` each.
     """
@@ -117,8 +117,9 @@ def exchanged(heads: int, kv_heads: float, others: int, ranks: int) -> int:
 
 
 @pytest.mark.parametrize("name", sorted(DECODERS))
-def test_nothing_that_has_an_element_for_every_token_is_whole_on_every_rank(name):
-    found = moves(program(name, 8), "all_gather", "all_reduce")
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_nothing_that_has_an_element_for_every_token_is_whole_on_every_rank(name, ranks):
+    found = moves(program(name, ranks), "all_gather", "all_reduce")
     assert [made.name for _, _, _, made in found if prod(made.whole_shape) >= LENGTH] == []
 
 

@@ -183,10 +183,10 @@ class _Partition:
     def choose(self, instr: Instr, spec: Spec) -> Choice:
         """The cheapest, or the one that was given; what cuts nothing but has to gather only where there is no other."""
         if self.replay is None:
-            return min(self.choices(instr, spec, self.candidates(instr, spec)), key=lambda choice: choice.price)
+            return min(self.choices(instr, spec), key=lambda choice: choice.price)
         name = instr.values()[0].name
         strategy = self.replay.get(name, Strategy())
-        found = list(self.choices(instr, spec, [strategy])) if _fits(strategy, spec, self.ranks) else []
+        found = list(self.allowed(instr, spec, [strategy])) if _fits(strategy, spec, self.ranks) else []
         if not found:
             raise decision_wrong(name, "the sharding rule does not allow it here")
         return found[0]
@@ -196,41 +196,40 @@ class _Partition:
         if spec is None:
             taken = self.fall_back(instr)
             return Weighed(None, False, (taken,), taken, self.labels)
-        found = self.choices(instr, spec, self.candidates(instr, spec))
-        return Weighed(
-            spec,
-            self.is_small(instr),
-            tuple(sorted(found, key=lambda choice: choice.price)),
-            self.choose(instr, spec),
-            self.labels,
-        )
+        found = sorted(self.choices(instr, spec), key=lambda choice: choice.price)
+        return Weighed(spec, self.is_small(instr), tuple(found), self.choose(instr, spec), self.labels)
 
-    def choices(self, instr: Instr, spec: Spec, strategies: list[Strategy]) -> Iterator[Choice]:
-        """Those of the strategies that are allowed, with what they cost."""
+    def choices(self, instr: Instr, spec: Spec) -> list[Choice]:
+        """All that is allowed of: home, where the operands are now, what the rule proposes, everything whole.
+
+        Each also for summands. Where home or what is now cannot be, or nothing is free, and the rule proposes nothing:
+        every factor in even shares too.
+        """
+        if self.ranks == 1 or self.is_small(instr):
+            return list(self.allowed(instr, spec, [Strategy()]))
+        names = [*instr.refs(), *(out.name for out in instr.values())]
+        tensors = list(zip(names, (*spec.operands, *spec.results)))
+        near = [spec.strategy_of(dims, home) for name, dims in tensors if (home := self.labels.home(name))]
+        held = ((dims, p) for name, dims in zip(names, spec.operands) for p in self.versions[name] if p.cut)
+        near += [spec.strategy_of(*cut) for cut in held]
+        proposed = [Strategy(factor, bounds) for factor, bounds in spec.splits]
+        cuts = dict.fromkeys(cut for cut in (*near, *proposed, Strategy()) if cut is not None)
+        partial = [at for at in spec.linear if all(self.is_partial(instr.refs()[i]) for i in at)]
+        found = list(self.allowed(instr, spec, [replace(cut, partial=at) for at in [(), *partial] for cut in cuts]))
+        cannot_be = any(cut is None or cut.factor in spec.whole for cut in near)
+        free = not near or any(not choice.received_bytes + choice.home_bytes for choice in found)
+        if not proposed and (cannot_be or not free):
+            splits = ((factor, even_split(extent, self.ranks)) for factor, extent in enumerate(spec.extents))
+            even = [Strategy(*split) for split in splits if split[1] and split[0] not in spec.whole]
+            found += self.allowed(instr, spec, [split for split in even if split not in cuts])
+        return found
+
+    def allowed(self, instr: Instr, spec: Spec, strategies: list[Strategy]) -> Iterator[Choice]:
+        """Those of the strategies that the rule allows and the operands can have, with what they cost."""
         for strategy in strategies:
             placed = spec.instantiate(strategy)
             if placed is not None and self.reachable(instr, placed[0]):
                 yield self.priced(instr, spec, strategy, *placed)
-
-    def candidates(self, instr: Instr, spec: Spec) -> list[Strategy]:
-        """Home, where the operands are now, what the rule proposes, everything whole; each also for summands.
-
-        Where home or what is now cannot be, and the rule proposes nothing, every factor in even shares.
-        """
-        if self.ranks == 1 or self.is_small(instr):
-            return [Strategy()]
-        names = [*instr.refs(), *(out.name for out in instr.values())]
-        tensors = list(zip(names, (*spec.operands, *spec.results)))
-        homes = [spec.strategy_of(dims, home) for name, dims in tensors if (home := self.labels.home(name))]
-        cuts = ((dims, p) for name, dims in zip(names, spec.operands) for p in self.versions[name] if p.cut)
-        held = [spec.strategy_of(*cut) for cut in cuts]
-        others = [Strategy(factor, bounds) for factor, bounds in spec.splits]
-        if not others and any(cut is None or cut.factor in spec.whole for cut in (*homes, *held)):
-            splits = ((factor, even_split(extent, self.ranks)) for factor, extent in enumerate(spec.extents))
-            others = [Strategy(*split) for split in splits if split[1] and split[0] not in spec.whole]
-        found = dict.fromkeys(cut for cut in (*homes, *held, *others, Strategy()) if cut is not None)
-        partial = [at for at in spec.linear if all(self.is_partial(instr.refs()[i]) for i in at)]
-        return [replace(cut, partial=at) for at in [(), *partial] for cut in found]
 
     def is_small(self, instr: Instr) -> bool:
         """Token ids, labels, positions and what follows from them alone: whole on every rank, whatever shifts them."""

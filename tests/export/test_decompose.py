@@ -50,6 +50,11 @@ def _convolution(x: Tensor) -> Tensor:
     return F.conv1d(x.transpose(1, 2), weight, _stat(x, 1).repeat(4), 1, 2, 1, H)
 
 
+def _zeros(x: Tensor) -> Tensor:
+    """Whatever was in the memory of x: 0 * x would be NaN for some of it."""
+    return torch.zeros_like(x)
+
+
 def _weighted(x: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(x, _targets(x), _stat(x, 1), pos_weight=_stat(x, 2))
 
@@ -92,7 +97,8 @@ CASES = {
     "min": lambda x: x.min(),
     "mse": lambda x: F.mse_loss(x, _targets(x)),
     "unsafe index": lambda x: aten._unsafe_index(x, [None, torch.tensor([3, 3, 0])]),
-    "new": lambda x: x * x.new_zeros(H) + x.new_ones(H) + x.new_empty(H) * 0 + x.new_empty_strided((H,), (1,)) * 0,
+    "new": lambda x: x * x.new_zeros(H) + x.new_ones(H),
+    "new, empty": lambda x: x + _zeros(x.new_empty(H)) + _zeros(x.new_empty_strided((H,), (1,))),
     "norm": lambda x: torch.linalg.vector_norm(x, dim=2),
     "norm of all": lambda x: x.norm(),
     "norm 1": lambda x: torch.norm(x, 1, dim=1),

@@ -96,7 +96,7 @@ class _Rewrite:
         score, is_bool = "s", mask is not None and mask.meta["val"].dtype is torch.bool
         if mask is not None:
             dims = max(mask.meta["val"].dim() - 2, 0)
-            said = scores.whole(mask, scores.slots[len(scores.lead) - dims :])
+            said = scores.whole(mask, scores.slots[len(scores.lead) - dims :], node)
             score = (*CAUSAL[:1], said, *CAUSAL[2:]) if is_bool else ("aten.add.Tensor", "s", said)
         elif given["is_causal"]:
             score = CAUSAL
@@ -124,7 +124,7 @@ class _Rewrite:
         try:
             joined = scores.places(scores.slots, scores.lead)
             slots = regroup(joined, dict(enumerate(scores.lead)), shape[:-2]) or ()
-            score = scores.of(made_of, tuple(map(tuple, slots)))
+            score = scores.of(made_of, tuple(map(tuple, slots)), softmax)
         except ValueError:
             return None
         large = scores.largest()
@@ -133,7 +133,7 @@ class _Rewrite:
         with self.graph.inserting_before(last.node):
             q, right = product.operands(self.graph)
             _, v = last.operands(self.graph)
-            rest = _Softmax(score, 1.0, False, dropout, sink)
+            rest = _Softmax(score, 1.0, sink is not None, dropout, sink)
             self.replace(last, q, transposed(self.graph, right), v, scores, rest, False)
         return None
 
@@ -152,9 +152,11 @@ class _Rewrite:
                 k, v = self.without_repetition(k, v)
             dtype = max((t.meta["val"].dtype for t in (q, k, v)), key=lambda dtype: dtype.itemsize)
             q, k, v = (self.cast(t, dtype) for t in (q, k, v))
-            score, scale = _scaled(softmax.score, softmax.scale)
-            dtypes = [vector.meta["val"].dtype for vector, _ in scores.vectors]
+            score, scale = _scaled(_unrounded(softmax.score), softmax.scale)
+            dtypes = [vector.meta["val"].dtype for vector, *_ in scores.vectors]
             band = band_of(score, scores.rows, scores.keys, dtypes, softmax.safe)
+            if not band.plain and _unrounded(softmax.score) != softmax.score:
+                score, scale = softmax.score, softmax.scale
             said = {"scale": scale, "causal": band.causal, "window": band.window, "score": score, "safe": softmax.safe}
             vectors = [] if band.plain else scores.emit(self.graph)
             if band.plain or score == "s":
@@ -298,6 +300,13 @@ def _product(node: Node, shape: tuple[int, ...]) -> tuple[Product | None, tuple[
         if target is not None and (target in (*SAME, *VIEWS, aten.type_as.default) or is_elementwise(target)):
             todo += node.all_input_nodes[::-1]
     return None, lead
+
+
+def _unrounded(score):
+    """The expression over products as they are computed, in fp32 or wider."""
+    if isinstance(score, tuple) and score[0] == "cast" and score[2] == "s":
+        return "s"
+    return tuple(map(_unrounded, score)) if isinstance(score, tuple) else score
 
 
 def _scaled(score, scale: float) -> tuple[object, float]:

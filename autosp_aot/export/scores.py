@@ -56,7 +56,7 @@ class Scores:
     written: set[Node]
     frozen: set[Node]
     product: Node | None = None
-    vectors: list[tuple[Node, Slots]] = field(default_factory=list)
+    vectors: list[tuple[Node, Slots, Node | None]] = field(default_factory=list)
     parts: int = 0
 
     @property
@@ -64,8 +64,11 @@ class Scores:
         """Those of a node with all leading dims, each by itself."""
         return tuple((at,) for at in range(len(self.lead)))
 
-    def of(self, node, slots: Slots):
-        """The expression of a node whose leading dims are `slots`; ValueError where it cannot be followed."""
+    def of(self, node, slots: Slots, reader: Node):
+        """The expression of a node whose leading dims are `slots`, as `reader` reads it.
+
+        ValueError where it cannot be followed.
+        """
         if not isinstance(node, Node):
             return node
         self.parts += 1
@@ -77,31 +80,37 @@ class Scores:
         if value is not None and (found := self.constant(node, value)) is not None:
             return found
         if self.is_vector(node):
-            return self.vector(node, slots)
+            return self.vector(node, slots, reader)
         count = len(self.vectors)
         found = self.operator(node, slots)
-        more = [vector.meta["val"].is_floating_point() for vector, _ in self.vectors[count:]]
+        more = [vector.meta["val"].is_floating_point() for vector, *_ in self.vectors[count:]]
         if found is None or (node in self.frozen and any(more)):
             del self.vectors[count:]
-            found = self.vector(node, slots)
+            found = self.vector(node, slots, reader)
         return found
 
-    def whole(self, node: Node, slots: Slots):
+    def whole(self, node: Node, slots: Slots, reader: Node):
         """The expression of a mask; one that is made by too many operators is a vector."""
         try:
-            return self.of(node, slots)
+            return self.of(node, slots, reader)
         except ValueError:
             self.vectors.clear()
-            return self.vector(node, slots)
+            return self.vector(node, slots, reader)
 
     def products(self, slots: Slots):
         if self.places(slots, self.product.meta["val"].shape[:-2]) != self.places(self.slots, self.lead):
             raise ValueError("the dims of the products are mixed or repeated")
+        # Half dtypes round the products before anything is made of them.
+        dtype = DTYPES[self.product.meta["val"].dtype]
+        products = ("cast", dtype, "s") if dtype in ("bf16", "f16") else "s"
         if self.product.target is not aten.baddbmm.default:
-            return "s"
-        added = self.of(self.product.args[0], self.right(self.product.args[0], slots))
+            return products
         beta, alpha = (self.product.kwargs.get(name, 1) for name in ("beta", "alpha"))
-        return ("aten.add.Tensor", ("aten.mul.Tensor", added, beta), ("aten.mul.Tensor", "s", alpha))
+        scaled = ("aten.mul.Tensor", products, alpha)
+        if beta == 0:
+            return scaled
+        added = self.of(self.product.args[0], self.right(self.product.args[0], slots), self.product)
+        return ("aten.add.Tensor", ("aten.mul.Tensor", added, beta), scaled)
 
     def constant(self, node: Node, value: Tensor):
         """A known value as an expression, where it has one: a number, positions, or bands of a matrix."""
@@ -120,11 +129,11 @@ class Scores:
         shape = (1, 1, *node.meta["val"].shape)[-2:]
         return 1 in shape
 
-    def vector(self, node: Node, slots: Slots) -> str:
-        """A leaf that stays a value of the graph."""
+    def vector(self, node: Node, slots: Slots, reader: Node) -> str:
+        """A leaf that stays a value of the graph; what is written in place is copied where it is read."""
         if self.product is not None and _depends(node, self.product):
             raise ValueError(f"{node.target} of the scores does not work element by element")
-        entry = (node, slots)
+        entry = (node, slots, reader if node in self.written else None)
         if entry not in self.vectors:
             self.vectors.append(entry)
         return f"v{self.vectors.index(entry)}"
@@ -138,12 +147,12 @@ class Scores:
             return None
         args, shape = node.args, node.meta["val"].shape
         if target in SAME:
-            return self.of(args[0], slots)
+            return self.of(args[0], slots, node)
         if target is aten.expand.default:
-            return self.of(args[0], self.right(args[0], slots))
+            return self.of(args[0], self.right(args[0], slots), node)
         if target is aten.unsqueeze.default:
             at = args[1] % len(shape)
-            return self.of(args[0], slots[:at] + slots[at + 1 :]) if at < len(shape) - 2 else None
+            return self.of(args[0], slots[:at] + slots[at + 1 :], node) if at < len(shape) - 2 else None
         if target in VIEWS:
             return self.viewed(node, slots)
         if target is aten.slice.Tensor:
@@ -152,14 +161,16 @@ class Scores:
             name = "aten.le.Tensor" if target is aten.tril.default else "aten.ge.Tensor"
             edge = ("aten.add.Tensor", "q", args[1] if len(args) > 1 else 0)
             zero = ("constant", DTYPES[node.meta["val"].dtype], 0)
-            return ("aten.where.self", (name, "k", edge), self.of(args[0], slots), zero)
+            return ("aten.where.self", (name, "k", edge), self.of(args[0], slots, node), zero)
         if target in CASTS or target is aten.type_as.default:
-            inner = self.of(args[0], slots)
+            inner = self.of(args[0], slots, node)
             same = args[0].meta["val"].dtype == node.meta["val"].dtype
             return inner if same else ("cast", DTYPES[node.meta["val"].dtype], inner)
         if not is_elementwise(target) or any(name != "alpha" or value != 1 for name, value in node.kwargs.items()):
             return None
-        return _simple(str(target), [self.of(arg, self.right(arg, slots)) for arg in args])
+        operands = [self.of(arg, self.right(arg, slots), node) for arg in args]
+        truths = all(isinstance(arg, Node) and arg.meta["val"].dtype is torch.bool for arg in args)
+        return _simple(str(target), operands) if truths else (str(target), *operands)
 
     def right(self, operand, slots: Slots) -> Slots:
         """The slots of an operand that broadcasts to a result with `slots`."""
@@ -170,12 +181,12 @@ class Scores:
         """A view that joins or separates leading dims."""
         before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
         if before == after:
-            return self.of(node.args[0], slots)
+            return self.of(node.args[0], slots, node)
         left = self.places(slots, after[:-2])
         if before[-2:] != after[-2:] or left is None:
             return None
         found = regroup(left, dict(enumerate(self.lead)), before[:-2])
-        return None if found is None else self.of(node.args[0], tuple(map(tuple, found)))
+        return None if found is None else self.of(node.args[0], tuple(map(tuple, found)), node)
 
     def places(self, slots: Slots, sizes: tuple[int, ...]) -> list[int] | None:
         """The leading dims of the attention along which leading dims of these sizes vary; None where one is cut."""
@@ -189,18 +200,24 @@ class Scores:
         dim %= len(before)
         if step != 1 or start not in (None, 0) or (dim < len(before) - 2 and before != after):
             return None
-        return self.of(node.args[0], slots)
+        return self.of(node.args[0], slots, node)
 
     def largest(self) -> Node | None:
         """A vector with rows and keys that takes more than MATRIX_BYTES."""
-        for node, _ in self.vectors:
+        for node, *_ in self.vectors:
             if not self.is_vector(node) and node.meta["val"].nbytes > MATRIX_BYTES:
                 return node
         return None
 
     def emit(self, graph: Graph) -> list[Node]:
         """The vectors as nodes of four dims each, made before the graph's insertion point."""
-        return [self.shaped(graph, node, slots) for node, slots in self.vectors]
+        found = []
+        for node, slots, reader in self.vectors:
+            if reader is not None:
+                with graph.inserting_before(reader):
+                    node = made(graph, aten.clone.default, (node,), node.meta["val"].clone(), node)
+            found.append(self.shaped(graph, node, slots))
+        return found
 
     def shaped(self, graph: Graph, node: Node, slots: Slots) -> Node:
         value = node.meta["val"]
@@ -222,7 +239,7 @@ class Scores:
 
 
 def _simple(name: str, operands: list):
-    """A call of an elementwise operator; True in `and` and False in `or` say nothing."""
+    """A call of an elementwise operator on truths; True in `and` and False in `or` say nothing."""
     neutral = NEUTRAL.get(name.split(".")[1])
     if neutral is not None:
         left = [operand for operand in operands if operand != ("constant", "b8", neutral)]

@@ -21,6 +21,8 @@ from autosp_aot.runtime.random import keep
 from autosp_aot.scores import evaluate
 
 HALF = (torch.bfloat16, torch.float16)
+# An lse beyond this has lost digits of the weights: they are divided by their sum.
+ROUNDED = 100.0
 # Rows and keys of a block: what caches hold, and on CUDA and ROCm what is worth a launch.
 BLOCKS = {"cpu": 256, "cuda": 1024}
 
@@ -106,7 +108,7 @@ def blockwise_vector_gradient(
     vectors: list[Tensor], which: int, scoring: Scoring,
 ) -> Tensor:  # fmt: skip
     """The gradient of one vector, of its shape, in the dtype of the computation."""
-    call = _Call(q, k, v, vectors, scoring)
+    call = _Call(q, k, v, vectors, scoring, shortcuts=False)
     gradient = torch.zeros(vectors[which].shape, dtype=call.dtype, device=q.device)
     for rows, keys, block, _, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
         _cut(gradient, rows, keys).add_(block.gradient(block.vectors[which], grad_scores))
@@ -131,21 +133,23 @@ class _Block:
         """The gradient of products or of a vector, from that of the scores."""
         if self.graph is leaf:
             return grad_scores
-        if self.graph is self.products:
-            return torch.zeros_like(leaf)
         (found,) = torch.autograd.grad(self.graph, leaf, grad_scores, allow_unused=True)
         return torch.zeros_like(leaf) if found is None else found
 
 
 class _Call:
-    """One call: the tensors, and any block of scores."""
+    """One call: the tensors, and any block of scores.
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring):
+    With `shortcuts` a block in which vectors happen to change no score is the products: right but for their gradients.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring, shortcuts=True):
         self.q, self.k, self.v, self.vectors, self.scoring = q, k, v, vectors, scoring
         self.dtype = torch.float32 if q.dtype in HALF else q.dtype
         self.size, self.blocks = BLOCKS[q.device.type], _blocks(k, k.shape[2])
         self.ends = [ends_of(vector, self.size) if vector.shape[2] == 1 else None for vector in vectors]
         self.plain: set[int] = set()
+        self.shortcuts = shortcuts
 
     def keys(self, rows: slice) -> tuple[list[slice], list[slice]]:
         """Blocks of keys that rows can see, and those of which no score is above HIDDEN."""
@@ -159,7 +163,7 @@ class _Call:
         known = [both or ends_of(_cut(v, rows, slice(None)), self.size) for both, v in zip(self.ends, self.vectors)]
         ends = [tuple(end if len(end) == 1 else end[start:stop] for end in both) for both in known]
         hidden, plain = blocks_of(scoring.score, (first, last), blocks, ends)
-        self.plain = {keys.start for keys, is_plain in zip(blocks, plain) if is_plain}
+        self.plain = {keys.start for keys, is_plain in zip(blocks, plain) if is_plain and self.shortcuts}
         return tuple([keys for keys, is_hidden in zip(blocks, hidden) if is_hidden is which] for which in (False, True))
 
     def block(self, rows: slice, keys: slice, differentiable: bool = False) -> _Block:
@@ -196,7 +200,7 @@ class _Call:
         return higher, total * shrink + weights.sum(-1), out
 
     def total(self, rows: slice, seen: list[slice], base: Tensor) -> Tensor:
-        """The sum of weights of each row: one, but for rows whose scores are so low that lse lost the log of it."""
+        """The sum of weights of each row: one, but for what lse lost of it in rounding."""
         blocks = (self.block(rows, keys).scores - base[:, :, rows].unsqueeze(-1) for keys in seen)
         return sum(torch.exp(scores).sum(-1) for scores in blocks)
 
@@ -210,10 +214,12 @@ class _Call:
         base = lse.masked_fill(lse == -INF, INF)
         for rows in _blocks(self.q, self.q.shape[2]):
             seen, hidden = self.keys(rows)
-            alone, total = lse[:, :, rows] <= HIDDEN, None
-            if self.scoring.score is not None and bool((alone & (lse[:, :, rows] > -INF)).any()):
+            mine, total = lse[:, :, rows], None
+            if hidden and bool(((mine <= HIDDEN) & (mine > -INF)).any()):
                 seen = seen + hidden
-                total = self.total(rows, seen, base).masked_fill(~alone, 1.0).unsqueeze(-1)
+            rounded = mine.isfinite() & (mine.abs() > ROUNDED)
+            if self.scoring.score is not None and bool(rounded.any()):
+                total = self.total(rows, seen, base).masked_fill(~rounded, 1.0).unsqueeze(-1)
             grad = grad_out[:, :, rows].to(self.dtype)
             for keys in seen:
                 block = self.block(rows, keys, differentiable=True)

@@ -25,7 +25,8 @@ from autosp_aot.runtime.simulate import simulate
 
 MEMORY_LIMIT_BYTES = 8 * 2**30
 EXACT, CASTS, SINGLE = 1e-12, 1e-6, 1e-5
-HALF = ("bf16", "f16")
+# What each dtype is replaced by to see past its rounding; half dtypes first, then fp32.
+WIDER = ({"bf16": "f32", "f16": "f32"}, {"f32": "f64"})
 GRAD_LOSS = 0.75  # not 1: a program that leaves it out is to be seen
 
 Results = dict[str, Tensor]
@@ -49,8 +50,8 @@ def check_numeric(path: str | Path) -> list[str]:
     """Run an artifact's programs against its whole step; what was compared, a line each. Raises ArtifactError.
 
     Parameters and the batch are made up; buffers are the artifact's. Programs with bf16 or fp16 run a second time with
-    fp32 in their place, where a small mistake is not taken for rounding. `numeric-too-large` where it would need more
-    than 8 GiB, `numbers-differ` with the results that differ.
+    fp32 in their place, those in fp32 with fp64, where a small mistake is not taken for rounding. `numeric-too-large`
+    where it would need more than 8 GiB, `numbers-differ` with the results that differ.
     """
     manifest = read_manifest(path)
     whole = read_whole(path)
@@ -63,8 +64,10 @@ def check_numeric(path: str | Path) -> list[str]:
         stored |= {name: weights[name] for name in read - set(stored)}
     inputs = stored | made_up(whole)
     found = {"numbers": difference(whole, programs, inputs)}
-    if _floats(whole) & set(HALF):
-        found["in fp32"] = difference(widened(whole), [*map(widened, programs)], _wide(inputs))
+    wider = _wider(whole)
+    if wider:
+        wide = [widened(program, wider) for program in (whole, *programs)]
+        found["in fp" + wider[min(wider)][1:]] = difference(wide[0], wide[1:], _wide(inputs, wider), SINGLE)
     for compared in found.values():
         if compared.beyond:
             raise _differ(compared)
@@ -75,30 +78,38 @@ def check_numeric(path: str | Path) -> list[str]:
     ]
 
 
-def difference(whole: Program, programs: list[Program], inputs: Mapping[str, Tensor]) -> Difference:
+def difference(whole: Program, programs: list[Program], inputs: Mapping[str, Tensor], single=0.0) -> Difference:
     """Run the whole step and all ranks (`programs[r]` is rank r's) on the same inputs.
 
-    The limit is 1e-12 where all is fp64, 1e-6 where an fp64 step casts to fp32 inside, 1e-5 in fp32; where a value is
-    bf16 or fp16, twice the whole step's own difference from itself in fp32, which then is the reference.
+    The limit is 1e-12 where all is fp64, and 1e-6 where an fp64 step casts to fp32 inside. Else it is twice the whole
+    step's own difference from itself in the next wider dtype, which then is the reference; in fp32 at least 1e-5, or
+    just `single` where that is given. (Gradients that are zero in exact arithmetic consist of rounding alone.)
     """
-    whole, inputs, floats = release(whole), dict(inputs), _floats(whole)
+    whole, inputs, floats, wider = release(whole), dict(inputs), _floats(whole), _wider(whole)
     results = _run(programs, inputs)
     reference = _run([whole], inputs)[0]
-    if floats & set(HALF):
-        exact = _run([widened(whole)], _wide(inputs))[0]
-        limit = 2 * max(_errors(exact, [reference]).values())
-        return Difference(_errors(exact, results), limit)
-    limit = EXACT if floats == {"f64"} else CASTS if "f64" in floats else SINGLE
-    return Difference(_errors(reference, results), limit)
+    if not wider:
+        return Difference(_errors(reference, results), EXACT if floats == {"f64"} else CASTS)
+    if single:
+        return Difference(_errors(reference, results), single)
+    exact = _run([widened(whole, wider)], _wide(inputs, wider))[0]
+    limit = 2 * max(_errors(exact, [reference]).values())
+    return Difference(_errors(exact, results), max(limit, SINGLE) if "f32" in wider else limit)
+
+
+def _wider(program: Program) -> dict[str, str]:
+    """What the narrowest floating dtype of a program is replaced by; nothing where some value is fp64."""
+    floats = _floats(program)
+    return next((wider for wider in WIDER if floats & set(wider) and "f64" not in floats), {})
 
 
 def _floats(program: Program) -> set[str]:
     return {value.dtype for value in program.values().values() if DTYPES[value.dtype].is_floating_point}
 
 
-def _wide(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    halves = [DTYPES[name] for name in HALF]
-    return {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in inputs.items()}
+def _wide(inputs: Mapping[str, Tensor], wider: Mapping[str, str]) -> dict[str, Tensor]:
+    dtypes = {DTYPES[narrow]: DTYPES[wide] for narrow, wide in wider.items()}
+    return {name: tensor.to(dtypes.get(tensor.dtype, tensor.dtype)) for name, tensor in inputs.items()}
 
 
 def _run(programs: list[Program], inputs: dict[str, Tensor]) -> list[Results]:
@@ -125,25 +136,25 @@ def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
     return worst
 
 
-def widened(program: Program) -> Program:
-    """The program with fp32 in place of bf16 and fp16; what is drawn is drawn as before and then widened."""
+def widened(program: Program, wider: Mapping[str, str]) -> Program:
+    """The program with wider dtypes in place of others; what is drawn is drawn as before and then widened."""
     seeds = {entry.value.name for entry in program.inputs if entry.kind == "seed"}
-    dtype = lambda name: "f32" if name in HALF else name  # noqa: E731
-    leaf = lambda arg: Dtype(dtype(arg.name)) if isinstance(arg, Dtype) else arg  # noqa: E731
+    dtype = lambda name: wider.get(name, name)  # noqa: E731
+    leaf = lambda arg: Dtype(dtype(arg.name)) if isinstance(arg, Dtype) else dtype(arg)  # noqa: E731
     value = lambda v: v and replace(v, dtype=dtype(v.dtype))  # noqa: E731
 
-    def wider(instr: Instr) -> list[Instr]:
+    def again(instr: Instr) -> list[Instr]:
         wide = tuple(map(value, instr.outs))
         if wide != instr.outs and seeds.intersection(instr.refs()):
             drawn = replace(instr.outs[0], name=f"{instr.outs[0].name}.drawn")
-            cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype("f32")),))
+            cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype(wide[0].dtype)),))
             return [replace(instr, outs=(drawn,)), cast]
         return [replace(instr, outs=wide, args=map_args(instr.args, leaf), kwargs=map_args(instr.kwargs, leaf))]
 
     return replace(
         program,
         inputs=tuple(replace(entry, value=value(entry.value)) for entry in program.inputs),
-        sections=tuple(replace(s, instrs=tuple(i for old in s.instrs for i in wider(old))) for s in program.sections),
+        sections=tuple(replace(s, instrs=tuple(i for old in s.instrs for i in again(old))) for s in program.sections),
     )
 
 
@@ -151,13 +162,13 @@ def _refuse_large(manifest: Manifest, whole: Program) -> None:
     """Raise ArtifactError where the inputs, and everybody's activations and gradients, do not fit."""
     inputs = sum(entry.value.nbytes() for entry in whole.inputs)
     alone, together = costs(release(whole)).peak_bytes, manifest.costs["peak_bytes"] * manifest.ranks
-    needed = (inputs + max(alone, together)) * (2 if _floats(whole) & set(HALF) else 1)
+    needed = (inputs + max(alone, together)) * (2 if _wider(whole) else 1)
     if needed > MEMORY_LIMIT_BYTES:
         gib = lambda count: f"{count / 2**30:.1f} GiB"  # noqa: E731
         raise ArtifactError(Problem(
             "numeric-too-large", f"running {manifest.ranks} ranks in one process takes {gib(needed)}",
             why=f"inputs {gib(inputs)}, all ranks together {gib(together)}, the whole step {gib(alone)}; "
-            f"twice that in fp32 for bf16 and fp16; the limit is {gib(MEMORY_LIMIT_BYTES)}",
+            f"twice that in wider dtypes where they are not fp64; the limit is {gib(MEMORY_LIMIT_BYTES)}",
             fix="build the model for the same --sp with a smaller --seq, narrower or with fewer layers, and check that;"
             " check without --numeric proves this artifact"))  # fmt: skip
 

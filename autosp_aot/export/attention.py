@@ -33,6 +33,8 @@ from autosp_aot.export.source import where
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+# What attention that is not recognised may take for its weights.
+SCORES_BYTES = 2**32
 SCALES = {"aten.mul.Tensor": 1, "aten.mul.Scalar": 1, "aten.div.Tensor": -1, "aten.div.Scalar": -1}
 CAUSAL = ("aten.where.ScalarOther", ("aten.le.Tensor", "k", "q"), "s", -math.inf)
 
@@ -50,10 +52,29 @@ def canonical_attention(exported: ExportedProgram) -> None:
             problems.append(rewrite.fused(node))
         elif node.target in SOFTMAX:
             problems.append(rewrite.spelled(node))
+    exported.graph.eliminate_dead_code(_has_effects)
+    problems += [_scores_problem(node) for node in exported.graph.nodes if _is_large(node)]
     found = [problem for problem in problems if problem]
     if found:
         raise BuildError(*dict.fromkeys(found))
-    exported.graph.eliminate_dead_code(_has_effects)
+
+
+def _is_large(node: Node) -> bool:
+    """True for a softmax of more than SCORES_BYTES over products of queries and keys, whatever is done with it."""
+    if node.target not in SOFTMAX or node.meta["val"].nbytes <= SCORES_BYTES:
+        return False
+    product, _ = _product(node.args[0], node.meta["val"].shape)
+    return product is not None and bool(product.lead) and set(product.lead) <= set(product.words[1])
+
+
+def _scores_problem(node: Node) -> Problem:
+    return Problem(
+        "attention-not-recognised",
+        f"the weights of an attention would need {node.meta['val'].nbytes / 2**30:.1f} GiB as a tensor",
+        where(node).source,
+        "they are used for more than a sum of values, or made in a way that is not known",
+        "use scaled_dot_product_attention, or weights = softmax(scores) and weights @ values alone, or a shorter --seq",
+    )
 
 
 def _has_effects(node: Node) -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from autosp_aot.errors import BuildError, Problem
+
 
 @contextlib.contextmanager
 def weightless() -> Iterator[None]:
@@ -32,8 +34,21 @@ def weightless() -> Iterator[None]:
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy with fake CPU parameters, tied ones still tied; the module itself is left alone.
 
+    Raises BuildError for a module that keeps a computed tensor.
+
     Never capture meta tensors themselves: their losses have no gradient kernel and yield zeros without a word.
     """
+    kept = [
+        f"{name}.{attribute}".removeprefix(".")
+        for name, child in module.named_modules()
+        for attribute, value in vars(child).items()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    ]
+    if kept:
+        raise BuildError(Problem(
+            "state-mutated", f"the model keeps what a step computed in {', '.join(kept)}", "build_model",
+            "state that outlives a step is not part of the program", "give a model that has not run, and keeps nothing",
+        ))  # fmt: skip
     return copy.deepcopy(module, {id(p): _fake(p, mode) for p in module.parameters()})
 
 

@@ -51,7 +51,11 @@ def refuse_hooks(model: nn.Module) -> None:
         for name, module in model.named_modules()
         if module._backward_hooks or module._backward_pre_hooks
     ]
-    parameters = [f"parameter {name!r}" for name, parameter in model.named_parameters() if parameter._backward_hooks]
+    parameters = [
+        f"parameter {name!r}"
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    ]
     if modules or parameters:
         raise BuildError(*(_hook(what, "build_model") for what in modules + parameters))
 

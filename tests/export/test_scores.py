@@ -298,6 +298,26 @@ def test_a_large_mask_of_unknown_make_is_refused_without_being_made(spelling):
     assert f"(test_scores.py:{line}); it is made at test_scores.py:{line}\n" in said
 
 
+class Regularised(nn.Module):
+    def forward(self, q, lengths):
+        weights = (q @ q.transpose(-1, -2)).softmax(-1)
+        return weights @ q + weights.square().sum()
+
+
+def test_large_weights_that_are_used_twice_are_refused():
+    canonical_attention(exported(Regularised()))
+    with pytest.raises(BuildError) as caught:
+        canonical_attention(exported(Regularised(), length=200_000))
+    line = Regularised.forward.__code__.co_firstlineno + 1
+    assert str(caught.value) == (
+        "error[attention-not-recognised]: the weights of an attention would need 596.0 GiB as a tensor\n"
+        f"  where  test_scores.py:{line}\n"
+        "  why    they are used for more than a sum of values, or made in a way that is not known\n"
+        "  fix    use scaled_dot_product_attention, or weights = softmax(scores) and weights @ values alone, "
+        "or a shorter --seq"
+    )
+
+
 def test_a_large_bias_of_scores_spelled_out_is_refused():
     make_scores = lambda _, x, n: x + torch.randn(x.shape[-1], x.shape[-1]).softmax(0)  # noqa: E731
     with pytest.raises(BuildError, match="an attention mask or bias would need 149.0 GiB"):

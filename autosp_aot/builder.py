@@ -20,7 +20,14 @@ from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical import DTYPES, canonical_program
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
-from autosp_aot.export.model_file import guess_sequence_dims, make_batch, make_model, read_model_file
+from autosp_aot.export.model_file import (
+    checked_sequence_dims,
+    guess_sequence_dims,
+    make_batch,
+    make_model,
+    read_model_file,
+)
+from autosp_aot.export.modules import refuse_modules
 from autosp_aot.export.watch import refuse_hooks
 from autosp_aot.inputs import vocabularies
 from autosp_aot.operators import FREE, MOVES, schema
@@ -86,7 +93,7 @@ def build(
     where that is the length of some tokens [B, S] or they all agree). The module is left alone; its present weights are
     stored unless `weights` is False. With `path` the artifact is written there. Raises BuildError.
     """
-    dims = dict(sequence_dims) if sequence_dims is not None else guess_sequence_dims(batch)
+    dims = guess_sequence_dims(batch) if sequence_dims is None else checked_sequence_dims(batch, sequence_dims)
     config = BuildConfig(sp, target or present_target(), recompute, strict)
     if path is not None:
         refuse_existing(Path(path))
@@ -102,6 +109,7 @@ def compile_model(
     model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str, watch: Watch = unwatched
 ) -> Artifact:
     """Capture, partition and schedule a model; no weights are allocated. `watch` is shown what each pass makes."""
+    refuse_modules(model)
     refuse_hooks(model)
     mode = FakeTensorMode()
     whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, config.target))

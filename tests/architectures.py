@@ -67,10 +67,22 @@ class Architecture:
 UNPACKED = MASKS[:4]
 PLAIN = ("all", "half", "first rank")
 ARCHITECTURES = {
+    "bart": Architecture(
+        hf.BartForConditionalGeneration, hf.BartConfig,
+        dict(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=128,
+             dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, use_cache=False),
+        UNPACKED, PLAIN,
+    ),
     "bert": Architecture(hf.BertForMaskedLM, hf.BertConfig, BERT, UNPACKED, PLAIN),
     "bloom": Architecture(
         hf.BloomForCausalLM, hf.BloomConfig, dict(vocab_size=64, hidden_size=32, n_layer=1, n_head=4, use_cache=False),
         UNPACKED, dtype=torch.float32,
+    ),
+    "convbert": Architecture(hf.ConvBertForMaskedLM, hf.ConvBertConfig, BERT | {"embedding_size": 32}, UNPACKED, PLAIN),
+    "deberta_v2": Architecture(
+        hf.DebertaV2ForMaskedLM, hf.DebertaV2Config,
+        BERT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 2}, UNPACKED, PLAIN,
     ),
     "gemma": Architecture(hf.GemmaForCausalLM, hf.GemmaConfig, SMALL),
     "gemma2": Architecture(
@@ -79,7 +91,9 @@ ARCHITECTURES = {
     ),
     "gemma3_text": Architecture(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, SMALL | TWO | GEMMA),
     "gpt2": Architecture(hf.GPT2LMHeadModel, hf.GPT2Config, GPT2),
+    "gpt_bigcode": Architecture(hf.GPTBigCodeForCausalLM, hf.GPTBigCodeConfig, GPT2, UNPACKED),
     "gpt_neox": Architecture(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, SMALL),
+    "gpt_oss": Architecture(hf.GptOssForCausalLM, hf.GptOssConfig, SMALL | TWO | ROUTED),
     "gptj": Architecture(hf.GPTJForCausalLM, hf.GPTJConfig, GPT2 | {"rotary_dim": 4}),
     "llama": Architecture(hf.LlamaForCausalLM, hf.LlamaConfig, SMALL),
     "mamba2": Architecture(

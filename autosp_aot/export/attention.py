@@ -267,7 +267,7 @@ def _without_sink(softmax: Node) -> tuple[Node, Node | None, Node]:
         cut = weights.target is aten.slice.Tensor and weights.args[1] in last and weights.args[2:] == (0, -1)
         if cut and joined.args[1] in last and sink.meta["val"].shape[-1] == 1:
             return scores, sink, weights
-    return softmax.args[0], None, softmax
+    return joined, None, softmax
 
 
 def _unshifted(scores: Node) -> Node:

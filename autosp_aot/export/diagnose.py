@@ -1,6 +1,7 @@
 """What cannot be captured exactly, found and said: data-dependent code, unknown operators, mutation, lost gradients."""
 
 import contextlib
+import inspect
 import operator
 from collections.abc import Iterator, Mapping
 
@@ -22,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.regions import MARKS
 from autosp_aot.export.routing_op import PRODUCTS
+from autosp_aot.export.settled import settled
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.user_code import FAILURES, raised_at, said
 
@@ -61,11 +63,22 @@ def diagnosed(place: str) -> Iterator[None]:
 
 
 def refuse_operators(exported: ExportedProgram) -> None:
-    """BuildError naming every custom operator, every control flow operator, and every value read past autograd."""
+    """BuildError naming every operator we cannot see into, every sparse tensor, and every value read past autograd."""
     problems = []
     for node in exported.graph.nodes:
         if node.op == "call_function" and not _known(node.target):
-            problems.append(_unknown(str(node.target), where(node).source))
+            name = node.target.__name__ if inspect.isroutine(node.target) else str(node.target)
+            problems.append(_unknown(name, where(node).source))
+        if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].layout is not torch.strided:
+            problems.append(
+                Problem(
+                    "layout-unsupported",
+                    f"{node.target} makes a tensor of layout {node.meta['val'].layout}",
+                    where(node).source,
+                    "programs have dense tensors only",
+                    "compute it with dense tensors",
+                )
+            )
     objects = exported.graph_signature.inputs_to_lifted_custom_objs
     for node in exported.graph.nodes:
         if any(operand.name in objects for operand in node.all_input_nodes):
@@ -119,7 +132,7 @@ def refuse_other_gradients(wrapped: nn.Module, batch: Mapping[str, Tensor], capt
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     parameters = {name: _fake_like(parameter, mode) for name, parameter in wrapped.named_parameters()}
     # torch.compiler.is_exporting() has to say the same as it did in capture.
-    with diagnosed(place), mode, _compiling_state_context(), torch.enable_grad():
+    with diagnosed(place), mode, _compiling_state_context(), settled(), torch.enable_grad():
         loss = functional_call(
             wrapped, parameters, (), {name: _fake_like(tensor, mode) for name, tensor in batch.items()}
         )

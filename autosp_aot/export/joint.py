@@ -29,6 +29,7 @@ from autosp_aot.export.functions import marked_functions, restore_functions
 from autosp_aot.export.randomness import refuse_random
 from autosp_aot.export.regions import Flat, flat_regions, spell_casts
 from autosp_aot.export.routing import canonical_routing
+from autosp_aot.export.settled import settled
 from autosp_aot.export.source import module_path
 from autosp_aot.export.user_code import defined_at
 from autosp_aot.export.watch import refuse_hooks, watched
@@ -93,7 +94,7 @@ def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode,
     wrapped = LossOnly(model)
     place = forward_at(model)
     refuse_hooks(model)
-    with watched(target, place), diagnosed(place), flat_regions(), marked_functions() as calls, mode:
+    with watched(target, place), diagnosed(place), flat_regions(), marked_functions() as calls, settled(), mode:
         exported = torch.export.export(wrapped, (), batch, strict=False)
     spell_casts(exported.graph)
     canonical_routing(exported)

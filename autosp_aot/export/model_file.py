@@ -200,6 +200,26 @@ def guess_sequence_dims(batch: Mapping[str, Tensor]) -> dict[str, int]:
     return dict.fromkeys(sizes, 1)
 
 
+def checked_sequence_dims(batch: Mapping[str, Tensor], dims: Mapping[str, int]) -> dict[str, int]:
+    """The dims that were given, counted from the front. Raises BuildError unless they are there and of one size."""
+    depth = {name: tensor.dim() for name, tensor in batch.items()}
+    wrong = [name for name, dim in dims.items() if name not in batch or not -depth[name] <= dim < depth[name]]
+    found = {name: dim % batch[name].dim() for name, dim in dims.items() if name not in wrong}
+    sizes = {name: batch[name].shape[dim] for name, dim in found.items()}
+    if wrong or len(set(sizes.values())) != 1:
+        said = f"the batch has no dim {dims[wrong[0]]} of {wrong[0]!r}" if wrong else f"the sequence is {sizes} long"
+        raise BuildError(
+            Problem(
+                "sequence-dim-unknown",
+                said if dims else "no input has a sequence dim",
+                "sequence_dims",
+                "the ranks share one sequence, which is a dim of at least one input",
+                'say which it is: sequence_dims={"input_ids": 1, ...}',
+            )
+        )
+    return found
+
+
 class _Text(ExecutionLoader):
     """Runs the very text whose hash is stored: a cached .pyc can be older."""
 

@@ -123,7 +123,8 @@ class _Canonical:
                                          "programs have no such dtype", "compute it in real floats or integers"))
         if any(isinstance(t, Tensor) and t.layout is not torch.strided for t in types):
             raise BuildError(Problem("layout-unsupported", f"{node.target} makes a sparse tensor", where(node).source,
-                                     "programs have dense tensors only", "use sparse=False"))  # fmt: skip
+                                     "programs have dense tensors only",
+                                     "compute it with dense tensors: sparse=False in an embedding"))  # fmt: skip
         if not all(isinstance(t, Tensor) for t in types if t is not None):
             raise BuildError(Problem("data-dependent", f"{node.target} makes a number from data", where(node).source,
                                      "the program would depend on the values of a batch", "keep it in tensors"))

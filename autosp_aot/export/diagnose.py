@@ -63,22 +63,12 @@ def diagnosed(place: str) -> Iterator[None]:
 
 
 def refuse_operators(exported: ExportedProgram) -> None:
-    """BuildError naming every operator we cannot see into, every sparse tensor, and every value read past autograd."""
+    """BuildError naming every operator we cannot see into, and every value read past autograd."""
     problems = []
     for node in exported.graph.nodes:
         if node.op == "call_function" and not _known(node.target):
             name = node.target.__name__ if inspect.isroutine(node.target) else str(node.target)
             problems.append(_unknown(name, where(node).source))
-        if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].layout is not torch.strided:
-            problems.append(
-                Problem(
-                    "layout-unsupported",
-                    f"{node.target} makes a tensor of layout {node.meta['val'].layout}",
-                    where(node).source,
-                    "programs have dense tensors only",
-                    "compute it with dense tensors",
-                )
-            )
     objects = exported.graph_signature.inputs_to_lifted_custom_objs
     for node in exported.graph.nodes:
         if any(operand.name in objects for operand in node.all_input_nodes):

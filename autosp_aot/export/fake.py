@@ -47,7 +47,8 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     if kept:
         raise BuildError(Problem(
             "state-mutated", f"the model keeps what a step computed in {', '.join(kept)}", "build_model",
-            "state that outlives a step is not part of the program", "give a model that has not run, and keeps nothing",
+            "state that outlives a step is not part of the program", "give a model that has not run, and keeps nothing;"
+            " for torch.nn.utils.weight_norm take torch.nn.utils.parametrizations.weight_norm",
         ))  # fmt: skip
     return copy.deepcopy(module, {id(p): _fake(p, mode) for p in module.parameters()})
 

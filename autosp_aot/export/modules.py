@@ -1,6 +1,6 @@
 """Modules that cannot be captured, found before forward runs."""
 
-from torch import Tensor, nn
+from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import UninitializedTensorMixin
 
@@ -23,8 +23,6 @@ def refuse_modules(model: nn.Module) -> None:
             continue
         lazy = [key for key, value in module._parameters.items() if isinstance(value, UninitializedTensorMixin)]
         problems += [_lazy(f"parameter {key!r} of {said}") for key in lazy]
-        computed = [key for key, value in vars(module).items() if isinstance(value, Tensor) and not value.is_leaf]
-        problems += [_computed(f"attribute {key!r} of {said}") for key in computed]
     if problems:
         raise BuildError(*dict.fromkeys(problems))
 
@@ -56,14 +54,4 @@ def _lazy(said: str) -> Problem:
         "build_model",
         "it gets one when the model runs for the first time",
         "give the shape, or run the model once in build_model",
-    )
-
-
-def _computed(said: str) -> Problem:
-    return Problem(
-        "computed-attribute",
-        f"{said} is computed from parameters",
-        "build_model",
-        "what is computed outside of forward is not part of the step",
-        "compute it in forward; for torch.nn.utils.weight_norm that is torch.nn.utils.parametrizations.weight_norm",
     )

@@ -60,20 +60,26 @@ def test_foreign_attention_kernels_are_refused_by_name_all_at_once():
     assert refusal(TwoAttentions(*names)) == "\n".join(map(block.format, names))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_modules_that_are_scripted_computed_or_not_finished_are_refused_all_at_once():
-    parts = torch.jit.script(nn.Linear(H, H)), nn.utils.weight_norm(nn.Linear(H, H)), nn.LazyLinear(H, bias=False)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_outside_of_forward_is_refused():
+    assert refusal(Model(nn.utils.weight_norm(nn.Linear(H, H)))) == (
+        "error[state-mutated]: the model keeps what a step computed in inner.weight\n"
+        "  where  build_model\n"
+        "  why    state that outlives a step is not part of the program\n"
+        "  fix    give a model that has not run, and keeps nothing; for torch.nn.utils.weight_norm take "
+        "torch.nn.utils.parametrizations.weight_norm"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_modules_that_are_scripted_or_not_finished_are_refused_all_at_once():
+    parts = torch.jit.script(nn.Linear(H, H)), nn.LazyLinear(H, bias=False)
     assert refusal(nn.Sequential(*parts)) == (
         "error[scripted-module]: module '0' is compiled by torch.jit\n"
         "  where  build_model\n"
         "  why    its code is no Python that could be captured\n"
         "  fix    give the module that it was made of\n"
-        "error[computed-attribute]: attribute 'weight' of module '1' is computed from parameters\n"
-        "  where  build_model\n"
-        "  why    what is computed outside of forward is not part of the step\n"
-        "  fix    compute it in forward; for torch.nn.utils.weight_norm that is "
-        "torch.nn.utils.parametrizations.weight_norm\n"
-        "error[lazy-parameter]: parameter 'weight' of module '2' has no shape yet\n"
+        "error[lazy-parameter]: parameter 'weight' of module '1' has no shape yet\n"
         "  where  build_model\n"
         "  why    it gets one when the model runs for the first time\n"
         "  fix    give the shape, or run the model once in build_model"
@@ -103,10 +109,10 @@ def test_function_transforms_are_refused_by_name():
 
 def test_sparse_tensors_are_refused():
     assert refusal(Model(Lambda(sparse))) == (
-        "error[layout-unsupported]: aten.to_sparse.default makes a tensor of layout torch.sparse_coo\n"
+        "error[layout-unsupported]: aten._to_sparse.default makes a sparse tensor\n"
         f"  where  {CALL}\n"
         "  why    programs have dense tensors only\n"
-        "  fix    compute it with dense tensors"
+        "  fix    compute it with dense tensors: sparse=False in an embedding"
     )
 
 

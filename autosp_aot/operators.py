@@ -12,6 +12,7 @@ DTYPES = {
     "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "b8": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HALF = (torch.bfloat16, torch.float16)
 FACTORIES = frozenset({
     "aten.arange.start_step", "aten.full.default", "aten.ones.default", "aten.scalar_tensor.default",
     "aten.zeros.default",
@@ -39,6 +40,11 @@ OURS = {
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 COLLECTIVES = MOVES[1:]
 FREE = "free"
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of a floating dtype are added up: fp32 for half dtypes, else their own."""
+    return torch.float32 if dtype in HALF else dtype
 
 
 def overload(name: str) -> torch._ops.OpOverload | None:

@@ -18,6 +18,14 @@ from autosp_aot.runtime.simulate import simulate
 from tests.exactness import difference, eager
 
 
+def half_labelled(length: int) -> dict[str, Tensor]:
+    """Two rows of tokens 3..63; the first half of the first row has no labels."""
+    draw = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(3, 64, (2, length), generator=draw) for _ in range(2))
+    labels[0, : length // 2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
 def equal_to_eager(
     model: nn.Module, batch: dict[str, Tensor], ranks: int, limit: float = 1e-12, dims: dict[str, int] | None = None
 ) -> Compiled:

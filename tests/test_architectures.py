@@ -6,15 +6,12 @@ import torch
 from examples import llama
 from tests.architectures import ARCHITECTURES, pairwise
 from tests.exactness import difference, eager
-from tests.steps import sharded, worst
+from tests.steps import half_labelled, sharded, worst
 
 
 @pytest.fixture
 def batch():
-    draw = torch.Generator().manual_seed(0)
-    ids, labels = (torch.randint(3, 64, (2, 13), generator=draw) for _ in range(2))
-    labels[0, :6] = -100
-    return {"input_ids": ids, "labels": labels}
+    return half_labelled(13)
 
 
 @pytest.mark.parametrize("case", pairwise(), ids=lambda c: f"{c.name}-{c.mask}-{c.loss}-{c.length}-sp{c.ranks}")

@@ -17,7 +17,7 @@ from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.runtime.groups import Group
 from tests.architectures import SMALL
 from tests.exactness import eager
-from tests.steps import sharded, worst
+from tests.steps import half_labelled, sharded, worst
 
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
 LOCAL = dict(num_local_experts=6, num_experts_per_tok=2)
@@ -51,10 +51,7 @@ def by_looping(model, batch):
 
 @pytest.fixture
 def batch():
-    draw = torch.Generator().manual_seed(0)
-    ids, labels = (torch.randint(3, 64, (2, 13), generator=draw) for _ in range(2))
-    labels[0, :6] = -100
-    return {"input_ids": ids, "labels": labels}
+    return half_labelled(13)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

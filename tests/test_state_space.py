@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from tests.steps import equal_to_eager
+from tests.steps import equal_to_eager, half_labelled
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, use_cache=False, bos_token_id=1, eos_token_id=2,
              pad_token_id=0)  # fmt: skip
@@ -35,13 +35,6 @@ MODELS = {
 }  # fmt: skip
 
 
-def batch(length: int) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    ids, labels = (torch.randint(3, 64, (2, length), generator=draw) for _ in range(2))
-    labels[0, : length // 2] = -100
-    return {"input_ids": ids, "labels": labels}
-
-
 def model(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     return MODELS[name]().double().train()
@@ -49,10 +42,10 @@ def model(name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_loss_and_gradients_equal_eager_s(name):
-    compiled = equal_to_eager(model(name), batch(13), 3, 1e-6)
+    compiled = equal_to_eager(model(name), half_labelled(13), 3, 1e-6)
     assert not compiled.fallbacks
 
 
 @pytest.mark.parametrize("length, ranks", [(33, 2), (33, 4), (33, 8), (64, 3), (64, 4), (64, 8)])
 def test_chunks_that_do_not_fit_the_ranks_are_exact(length, ranks):
-    assert not equal_to_eager(model("mamba2"), batch(length), ranks, 1e-6).fallbacks
+    assert not equal_to_eager(model("mamba2"), half_labelled(length), ranks, 1e-6).fallbacks

@@ -24,11 +24,12 @@ from torch.fx import Graph, Node
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export import attention_op  # noqa: F401  (defines torch.ops.autosp)
 from autosp_aot.export.bands import band_of
-from autosp_aot.export.constants import CASTS, constants_of, functional, is_elementwise, written
+from autosp_aot.export.constants import CASTS, arguments, constants_of, functional, is_elementwise, written
 from autosp_aot.export.products import Product, before_repetition, made, product_of, regroup, transposed
 from autosp_aot.export.regions import without_gradients
 from autosp_aot.export.scores import SAME, VIEWS, Scores
 from autosp_aot.export.source import where
+from autosp_aot.operators import wide
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -106,9 +107,7 @@ class _Rewrite:
 
     def fused(self, node: Node) -> Problem | None:
         """Rewrite a call of scaled_dot_product_attention, or say why that cannot be."""
-        arguments = SDPA._schema.arguments
-        given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-        given |= dict(zip([argument.name for argument in arguments], node.args)) | node.kwargs
+        given = arguments(node)
         q, k, v, mask = given["query"], given["key"], given["value"], given["attn_mask"]
         place, shape = where(node).source, q.meta["val"].shape
         if given["enable_gqa"] and (len(shape) != 4 or k.meta["val"].shape[1] != v.meta["val"].shape[1]):
@@ -204,10 +203,10 @@ class _Rewrite:
         """The output where a part of the weights goes to a sink: out * sigmoid(lse - sink)."""
         like, shape = out, out.meta["val"].shape
         q = pair.args[0].meta["val"]
-        wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-        lse = made(self.graph, operator.getitem, (pair, 1), q.new_empty(shape[:3], dtype=wide), like)
+        dtype = wide(q.dtype)
+        lse = made(self.graph, operator.getitem, (pair, 1), q.new_empty(shape[:3], dtype=dtype), like)
         lse = made(self.graph, aten.unsqueeze.default, (lse, -1), lse.meta["val"].unsqueeze(-1), like)
-        sink = self.cast(self.dims(sink, lead), wide)
+        sink = self.cast(self.dims(sink, lead), dtype)
         more = made(self.graph, aten.sub.Tensor, (lse, sink), lse.meta["val"] - sink.meta["val"], like)
         share = made(self.graph, aten.sigmoid.default, (more,), more.meta["val"].sigmoid(), like)
         kept = made(self.graph, aten.mul.Tensor, (out, share), out.meta["val"] * share.meta["val"], like)

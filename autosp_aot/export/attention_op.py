@@ -13,6 +13,8 @@ JSON of what `runtime.blockwise.Scoring` holds: from the products of queries and
 import torch
 from torch import Tensor
 
+from autosp_aot.operators import wide
+
 
 @torch.library.custom_op("autosp::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: str) -> tuple[Tensor, Tensor]:
@@ -21,8 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: s
 
 @attention.register_fake
 def _(q, k, v, vectors, scoring):
-    lse_dtype = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
 @torch.library.custom_op("autosp::attention_backward", mutates_args=())

@@ -65,7 +65,7 @@ def written(graph: Graph) -> set[Node]:
             if node.target is operator.getitem:
                 source[node] = source.get(node.args[0], node.args[0])
             continue
-        given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args)) | node.kwargs
+        given = arguments(node)
         for argument in node.target._schema.arguments:
             operand = given.get(argument.name)
             if argument.alias_info is None or not isinstance(operand, Node) or node.target is aten.detach_.default:
@@ -76,6 +76,13 @@ def written(graph: Graph) -> set[Node]:
             if argument.alias_info.is_write:
                 dirty.add(source[node])
     return {node for node in graph.nodes if source.get(node, node) in dirty}
+
+
+def arguments(node: Node) -> dict:
+    """The arguments of a call by name, defaults filled in."""
+    named = node.target._schema.arguments
+    given = {argument.name: argument.default_value for argument in named if argument.has_default_value()}
+    return given | dict(zip((argument.name for argument in named), node.args)) | node.kwargs
 
 
 def functional(target: object) -> torch._ops.OpOverload | None:

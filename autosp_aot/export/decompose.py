@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
+from autosp_aot.operators import wide
+
 aten = torch.ops.aten
-HALF = (torch.float16, torch.bfloat16)
 
 
 def mean(x: Tensor, dim=None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     dims, dtype = _dims(x, dim), dtype or x.dtype
-    total = aten.sum.dim_IntList(x, dims, keepdim, dtype=_wide(dtype))
+    total = aten.sum.dim_IntList(x, dims, keepdim, dtype=wide(dtype))
     return aten.div.Scalar(total, _count(x, dims)).to(dtype)
 
 
@@ -34,9 +35,9 @@ def mean_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 def var_mean(x: Tensor, dim=None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """In two passes, as Welford's method has no sum over ranks."""
-    dims, wide = _dims(x, dim), x.to(_wide(x.dtype))
-    center = mean(wide, dims, True)
-    squares = aten.sum.dim_IntList((wide - center).square(), dims, keepdim)
+    dims, values = _dims(x, dim), x.to(wide(x.dtype))
+    center = mean(values, dims, True)
+    squares = aten.sum.dim_IntList((values - center).square(), dims, keepdim)
     freedom = max(_count(x, dims) - (1 if correction is None else correction), 0)
     center = center if keepdim else center.reshape(squares.shape)
     return aten.div.Scalar(squares, freedom).to(x.dtype), center.to(x.dtype)
@@ -51,10 +52,10 @@ def std(x: Tensor, dim=None, *, correction: float | None = None, keepdim: bool =
 
 
 def group_norm(x: Tensor, weight, bias, batch: int, channels: int, length: int, groups: int, eps: float):
-    wide = x.to(_wide(x.dtype)).reshape(batch, groups, channels // groups, length)
-    variance, center = var_mean(wide, (2, 3), correction=0, keepdim=True)
+    values = x.to(wide(x.dtype)).reshape(batch, groups, channels // groups, length)
+    variance, center = var_mean(values, (2, 3), correction=0, keepdim=True)
     rstd = (variance + eps).rsqrt()
-    out = ((wide - center) * rstd).reshape(x.shape)
+    out = ((values - center) * rstd).reshape(x.shape)
     by_channel = (channels, *[1] * (x.dim() - 2))
     out = out if weight is None else out * weight.reshape(by_channel)
     out = out if bias is None else out + bias.reshape(by_channel)
@@ -102,8 +103,8 @@ def convolution(x: Tensor, weight, bias, stride, padding, dilation, transposed: 
 def convolution_backward(grad, x, weight, sizes, stride, padding, dilation, transposed: bool, more, groups: int, mask):
     if transposed or not any(padding):
         return NotImplemented
-    wide, none = _padded(x, padding), [0] * len(padding)
-    grads = aten.convolution_backward(grad, wide, weight, sizes, stride, none, dilation, False, more, groups, mask)
+    padded, none = _padded(x, padding), [0] * len(padding)
+    grads = aten.convolution_backward(grad, padded, weight, sizes, stride, none, dilation, False, more, groups, mask)
     back = grads[0]
     for at, pad in enumerate(padding if mask[0] else []):
         back = back.narrow(2 + at, pad, x.shape[2 + at])
@@ -201,10 +202,6 @@ def _dims(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
 
 def _count(x: Tensor, dims: Sequence[int]) -> int:
     return prod(x.shape[d] for d in dims) if x.dim() else 1
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in HALF else dtype
 
 
 def _like_any(found: Tensor, x: Tensor) -> Tensor:

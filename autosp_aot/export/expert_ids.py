@@ -4,7 +4,7 @@
     counts = histc(ids, 8, 0, 7)                how many rows each expert has: tried on every id there can be
     ends = cumsum(counts)                       where they end
 
-Also small facts about calls of a captured graph: their arguments by name, the dims they name, what storage they share.
+Also small facts about calls of a captured graph: the dims they name, what storage they share.
 """
 
 import operator
@@ -12,6 +12,7 @@ import operator
 import torch
 from torch.fx import Node
 
+from autosp_aot.export.constants import CASTS, arguments
 from autosp_aot.program import flatten
 
 aten = torch.ops.aten
@@ -22,7 +23,6 @@ RESHAPES = (
 )  # fmt: skip
 EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 PARTS = (aten.select.int, aten.slice.Tensor)
-CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 CHOOSING = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim)
 JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
 
@@ -88,13 +88,6 @@ def _counts_each(counts: Node, casts: list[Node], many: int, experts: int) -> bo
             ids = cast.target(ids, *cast.args[1:], **cast.kwargs)
     found = [counts.target(one, *counts.args[1:], **counts.kwargs) for one in ids.split(1)]
     return torch.equal(torch.stack(found).double(), torch.eye(many, experts, dtype=torch.float64))
-
-
-def arguments(node: Node) -> dict:
-    """The arguments of a call by name, defaults filled in."""
-    named = node.target._schema.arguments
-    given = {argument.name: argument.default_value for argument in named if argument.has_default_value()}
-    return given | dict(zip((argument.name for argument in named), node.args)) | node.kwargs
 
 
 def given_dims(node: Node) -> list[int]:

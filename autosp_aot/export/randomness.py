@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.constants import arguments
 from autosp_aot.export.source import where
 from autosp_aot.program import Ref, map_args
 
@@ -40,13 +41,7 @@ def refuse_random(graph: Graph) -> None:
 def _draws(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    return _given(node).get("dropout_p") != 0
-
-
-def _given(node: Node) -> dict[str, object]:
-    """The arguments of a node by name, defaults included."""
-    arguments = {argument.name: argument.default_value for argument in node.target._schema.arguments}
-    return arguments | dict(zip(arguments, node.args)) | node.kwargs
+    return arguments(node).get("dropout_p") != 0
 
 
 def lower(node: Node, canonical) -> tuple[str, ...]:
@@ -59,7 +54,7 @@ class _Draw:
     """A drawing node: its arguments by name (tensors as Refs), and calls that emit what stands for it."""
 
     def __init__(self, node: Node, canonical):
-        self.node, self.canonical, self.given = node, canonical, _given(node)
+        self.node, self.canonical, self.given = node, canonical, arguments(node)
         result = node.meta["val"]
         self.result = result[0] if isinstance(result, (tuple, list)) else result
 

@@ -19,6 +19,8 @@ import torch
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch.fx import Graph, Interpreter, Node
 
+from autosp_aot.export.products import made
+
 aten = torch.ops.aten
 SET_GRAD = torch._C._set_grad_enabled
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
@@ -65,8 +67,7 @@ def spell_casts(graph: Graph) -> None:
                 value = operand.meta["val"]
                 if value.dtype in (torch.float32, torch.float16, torch.bfloat16) and value.dtype is not dtype:
                     with graph.inserting_before(node):
-                        cast = graph.call_function(aten.to.dtype, (operand, dtype))
-                    cast.meta = {**node.meta, "val": value.to(dtype)}
+                        cast = made(graph, aten.to.dtype, (operand, dtype), value.to(dtype), node)
                     node.replace_input_with(operand, cast)
 
 

@@ -20,7 +20,8 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from autosp_aot.export.expert_ids import CASTS, arguments, choices, given_dims, says_ends, shares, written
+from autosp_aot.export.constants import CASTS, arguments
+from autosp_aot.export.expert_ids import choices, given_dims, says_ends, shares, written
 from autosp_aot.export.regions import MARKS
 from autosp_aot.export.routing_op import PRODUCTS
 

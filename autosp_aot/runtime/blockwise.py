@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from autosp_aot.intervals import HIDDEN, INF
+from autosp_aot.operators import wide
 from autosp_aot.runtime.bounds import blocks_of, ends_of
 from autosp_aot.runtime.random import keep
 from autosp_aot.scores import evaluate
 
-HALF = (torch.bfloat16, torch.float16)
 # An lse beyond this has lost digits of the weights: they are divided by their sum.
 ROUNDED = 100.0
 # Rows and keys of a block: what caches hold, and on CUDA and ROCm what is worth a launch.
@@ -145,7 +145,7 @@ class _Call:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring, shortcuts=True):
         self.q, self.k, self.v, self.vectors, self.scoring = q, k, v, vectors, scoring
-        self.dtype = torch.float32 if q.dtype in HALF else q.dtype
+        self.dtype = wide(q.dtype)
         self.size, self.blocks = BLOCKS[q.device.type], _blocks(k, k.shape[2])
         self.ends = [ends_of(vector, self.size) if vector.shape[2] == 1 else None for vector in vectors]
         self.plain: set[int] = set()

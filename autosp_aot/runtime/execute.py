@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from autosp_aot import operators
-from autosp_aot.operators import DTYPES
+from autosp_aot.operators import DTYPES, wide
 from autosp_aot.placement import transfers
 from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args
 from autosp_aot.runtime import kernels, random
 
-HALF = (torch.bfloat16, torch.float16)
 OURS = kernels.OURS | {"autosp.uniform": random.uniform}
 
 
@@ -107,7 +106,7 @@ class Executor:
 
         def step(values: dict[str, Tensor]) -> Generator[Meeting, Tensor, None]:
             tensors = [values[name] for name in sources]
-            buffer = torch.cat([t.reshape(-1).to(_summing(t.dtype)) for t in tensors])
+            buffer = torch.cat([t.reshape(-1).to(wide(t.dtype)) for t in tensors])
             total = yield Sum(buffer)
             parts = total.split([t.numel() for t in tensors])
             for name, part, tensor in zip(targets, parts, tensors):
@@ -156,7 +155,7 @@ class _Plan:
     def unpack(self, received: Tensor) -> Tensor:
         dtype = received.dtype
         if self.summing:
-            result = torch.zeros(self.target.shape, dtype=_summing(dtype), device=received.device)
+            result = torch.zeros(self.target.shape, dtype=wide(dtype), device=received.device)
         else:
             result = torch.empty(self.target.shape, dtype=dtype, device=received.device)
         at = 0
@@ -188,11 +187,6 @@ def _narrowed(tensor: Tensor, box: tuple[tuple[int, int, int], ...]) -> Tensor:
     for dim, start, stop in box:
         tensor = tensor.narrow(dim, start, stop - start)
     return tensor
-
-
-def _summing(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which summands are added: fp32 for half dtypes."""
-    return torch.float32 if dtype in HALF else dtype
 
 
 def _free(names: list[str]) -> Step:

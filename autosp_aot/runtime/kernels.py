@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from autosp_aot.operators import HALF, wide
 from autosp_aot.runtime import experts
 from autosp_aot.runtime.blockwise import Dropout, Scoring, blockwise, blockwise_backward, blockwise_vector_gradient
 
 aten = torch.ops.aten
-HALF = (torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -29,7 +29,7 @@ def attention(
 ):  # fmt: skip
     """Forward: out and the log of the sum of exponentials of each row's scores."""
     if q.numel() == 0:
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32 if q.dtype in HALF else q.dtype)
+        lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
         return q.new_empty((*q.shape[:3], v.shape[3])), lse
     parts = []
     for heads, kv in _runs(q.shape[1], group, first_head):
@@ -82,7 +82,7 @@ def attention_rows(
     Vectors are whole, [B or 1, N or 1, S or 1, T or 1], or cut as q is, [B or 1, L, T or 1].
     """
     if q.numel() == 0:
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32 if q.dtype in HALF else q.dtype)
+        lse = q.new_empty(q.shape[:2], dtype=wide(q.dtype))
         return q.new_empty((*q.shape[:2], v.shape[3])), lse
     outs, lses = [], []
     for run in _row_runs(q.shape[1], group, rows, start):

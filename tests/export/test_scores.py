@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -165,9 +164,6 @@ SCORES = {
     "softcap": lambda _, x, n: (torch.tanh(x / 50) * 50).masked_fill(columns(5) > rows(5), -INF),
     "scaled twice": lambda _, x, n: torch.where(causal(5), x * 0.5 / 3, LOWEST),
     "alibi in place": lambda _, x, n: x.mul_(0.5).add_(alibi(5)),
-    "joined batch and heads": lambda _, x, n: torch.baddbmm(
-        alibi(5).repeat(2, 1, 1).flatten(0, 1)[:, :1], x.flatten(0, 1), torch.eye(5).expand(4, 5, 5)
-    ).view(2, 2, 5, 5),
 }
 
 
@@ -271,21 +267,22 @@ def test_queries_that_see_nothing_are_nan_where_softmax_makes_them_so():
     assert_the_same(Fewer(), program)
 
 
-@pytest.mark.parametrize("spelling", list(SCORES)[:3])
+@pytest.mark.parametrize("spelling", SCORES)
 def test_attention_spelled_out_is_recognised(spelling):
     program, _, scoring = canonical(Spelled(SCORES[spelling]))
     assert scoring["safe"] is False
     assert_the_same(Spelled(SCORES[spelling]), program)
 
 
-@pytest.mark.parametrize("spelling", [*CAUSAL, *WINDOWS, *POSITIONS])
+ANY_LENGTH = {**CAUSAL, **WINDOWS, **POSITIONS}
+del ANY_LENGTH["a buffer, cut"]  # it has eight positions
+
+
+@pytest.mark.parametrize("spelling", ANY_LENGTH)
 def test_a_mask_of_any_length_is_recognised_without_being_made(spelling):
-    if spelling == "a buffer, cut":
-        return
-    make_mask = {**CAUSAL, **WINDOWS, **POSITIONS}[spelling]
-    started = time.perf_counter()
-    _, vectors, _ = canonical(Attention(make_mask), length=200_000)
-    assert vectors == 0 and time.perf_counter() - started < 5
+    """Made, it would take 40 GB at this length, or more."""
+    _, vectors, _ = canonical(Attention(ANY_LENGTH[spelling]), length=200_000)
+    assert vectors == 0
 
 
 @pytest.mark.parametrize("spelling", ["sums along both", "written through a row"])

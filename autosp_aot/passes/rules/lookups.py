@@ -7,7 +7,7 @@
 The dim that is looked up is whole; what is looked up is parallel, what is written is whole.
 """
 
-from autosp_aot.passes.rules.spec import Axis, Dims, Spec
+from autosp_aot.passes.rules.spec import Axis, Dims, Spec, identity
 
 
 def gather(call) -> Spec:
@@ -44,7 +44,7 @@ def _along_index(call, written: bool, linear) -> Spec:
         return seen[at, size]
 
     others = tuple(tuple((axis(at, size),) for at, size in enumerate(other)) for other in _shapes(call)[1:])
-    first, follows = _identity(shape), tuple((dim, axis.factor) for (at, _), axis in seen.items() if at == dim)
+    first, follows = identity(shape), tuple((dim, axis.factor) for (at, _), axis in seen.items() if at == dim)
     return Spec(tuple(extents), frozenset(whole), (first, *others), (first if written else others[0],), linear=linear,
                 follows=follows)  # fmt: skip
 
@@ -82,14 +82,14 @@ def _indexed(call, indices, looked_up: tuple[int, ...], written) -> Spec:
     new = range(len(shape), len(shape) + spread)
     extents = (*shape, *looked_up[lead : lead + spread])
     factors = (*rest[:lead], *new, *rest[lead:])
-    operands = [_identity(shape), *(_broadcast(value.shape, new, extents) for value in indices)]
+    operands = [identity(shape), *(_broadcast(value.shape, new, extents) for value in indices)]
     whole, follows = frozenset(named), ((named[0], new[0]),) if len(named) == len(new) == 1 else ()
     if written is None:
         result = _broadcast(looked_up, factors, extents)
         return Spec(extents, whole, tuple(operands), (result,), linear=((0,),), follows=follows)
     operands.append(_broadcast(written.shape, factors, extents))
     linear = ((0, len(operands) - 1),)
-    return Spec(extents, whole | set(new), tuple(operands), (_identity(shape),), linear=linear, follows=follows)
+    return Spec(extents, whole | set(new), tuple(operands), (identity(shape),), linear=linear, follows=follows)
 
 
 def _lead(slots) -> int:
@@ -113,9 +113,5 @@ def among(call) -> Spec | None:
         return None
     other = tuple((Axis(len(shape) + dim),) for dim in range(len(others[0])))
     extents, whole = (*shape, *others[0]), frozenset(range(len(shape), len(shape) + len(other)))
-    operands = (other, _identity(shape)) if kept == 1 else (_identity(shape), other)
-    return Spec(extents, whole, operands, (_identity(shape),))
-
-
-def _identity(shape: tuple[int, ...]) -> Dims:
-    return tuple((Axis(dim),) for dim in range(len(shape)))
+    operands = (other, identity(shape)) if kept == 1 else (identity(shape), other)
+    return Spec(extents, whole, operands, (identity(shape),))

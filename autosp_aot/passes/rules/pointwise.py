@@ -3,16 +3,16 @@
 import torch
 
 from autosp_aot.passes.rules.spec import Axis, Spec
+from autosp_aot.scores import UNTAGGED as SCORES
 
 # Elementwise operators that torch does not tag so.
 UNTAGGED = (
-    "aten._prelu_kernel.default", "aten._prelu_kernel_backward.default", "aten._to_copy.default",
+    *SCORES, "aten._prelu_kernel.default", "aten._prelu_kernel_backward.default", "aten._to_copy.default",
     "aten.elu_backward.default", "aten.empty_like.default", "aten.fill.Scalar", "aten.floor_divide.default",
-    "aten.floor_divide.Scalar", "aten.full_like.default",
-    "aten.hardsigmoid_backward.default", "aten.hardswish.default", "aten.hardswish_backward.default",
-    "aten.hardtanh_backward.default", "aten.leaky_relu_backward.default", "aten.masked_fill.Tensor",
-    "aten.mish_backward.default", "aten.ones_like.default", "aten.softplus_backward.default",
-    "aten.where.Scalar", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.zeros_like.default",
+    "aten.floor_divide.Scalar", "aten.full_like.default", "aten.hardsigmoid_backward.default", "aten.hardswish.default",
+    "aten.hardswish_backward.default", "aten.hardtanh_backward.default", "aten.leaky_relu_backward.default",
+    "aten.masked_fill.Tensor", "aten.mish_backward.default", "aten.ones_like.default", "aten.softplus_backward.default",
+    "aten.zeros_like.default",
 )  # fmt: skip
 
 # Sets of operands that may be summands together: the operator is linear in them.

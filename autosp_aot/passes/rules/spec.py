@@ -208,3 +208,8 @@ def from_notation(text: str, operands: list[tuple[int, ...]], results: list[tupl
 def even_split(extent: int, ranks: int) -> Bounds | None:
     """Even bounds, where every rank gets something."""
     return even_bounds(extent, ranks) if extent >= ranks else None
+
+
+def identity(shape: tuple[int, ...]) -> Dims:
+    """Every dim a factor of its own, in order."""
+    return tuple((Axis(dim),) for dim in range(len(shape)))

@@ -1,6 +1,6 @@
 """Operators that move elements: reshape, permute, expand, slice, pad, cat, and constant tensors."""
 
-from autosp_aot.passes.rules.spec import Axis, Dims, Spec
+from autosp_aot.passes.rules.spec import Axis, Dims, Spec, identity
 from autosp_aot.program import per_rank
 
 LINEAR_IN_FIRST = ((0,),)
@@ -99,7 +99,7 @@ def _sizes(position: int):
 def permute(call) -> Spec:
     shape, order = call.operands[0].shape, call.instr.args[1]
     result = tuple((Axis(dim),) for dim in order)
-    return Spec(shape, frozenset(), (_identity(shape),), (result,), LINEAR_IN_FIRST)
+    return Spec(shape, frozenset(), (identity(shape),), (result,), LINEAR_IN_FIRST)
 
 
 def expand(call) -> Spec:
@@ -107,7 +107,7 @@ def expand(call) -> Spec:
     source = call.operands[0].shape
     skipped = len(shape) - len(source)
     operand = tuple(() if size != shape[dim + skipped] else (Axis(dim + skipped),) for dim, size in enumerate(source))
-    return Spec(shape, frozenset(), (operand,), (_identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
+    return Spec(shape, frozenset(), (operand,), (identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
 
 
 def slice_(call) -> Spec:
@@ -119,12 +119,12 @@ def slice_(call) -> Spec:
     result = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:
         extents, result = _own_dim(shape, dim, size, result)
-        return Spec(extents, frozenset({dim, len(shape)}), (_identity(shape),), (result,), LINEAR_IN_FIRST)
+        return Spec(extents, frozenset({dim, len(shape)}), (identity(shape),), (result,), LINEAR_IN_FIRST)
 
     def localize(args, local):
         return (args[0], dim, local.start(seen), local.start(seen, local.result_shapes[0][dim]), 1)
 
-    return Spec(shape, frozenset(), (_identity(shape),), (result,), LINEAR_IN_FIRST, localize=localize)
+    return Spec(shape, frozenset(), (identity(shape),), (result,), LINEAR_IN_FIRST, localize=localize)
 
 
 def _span(shape: tuple[int, ...], dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1):
@@ -143,13 +143,13 @@ def slice_backward(call) -> Spec:
     if step != 1:
         extents, operand = _own_dim(shape, dim, size, operand)
         whole = frozenset({dim, len(shape)})
-        return Spec(extents, whole, (operand,), (_identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
+        return Spec(extents, whole, (operand,), (identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
 
     def localize(args, local):
         start = local.start(seen)
         return (args[0], local.result_shapes[0], dim, start, local.start(seen, local.operand_shapes[0][dim]), 1)
 
-    return Spec(shape, frozenset(), (operand,), (_identity(shape),), LINEAR_IN_FIRST, localize=localize)
+    return Spec(shape, frozenset(), (operand,), (identity(shape),), LINEAR_IN_FIRST, localize=localize)
 
 
 def _own_dim(shape, dim: int, size: int, dims: Dims):
@@ -176,7 +176,7 @@ def pad(call) -> Spec | None:
         return (args[0], tuple(sizes), *args[2:])
 
     linear = LINEAR_IN_FIRST if value == 0 else ()
-    return Spec(shape, frozenset(), (tuple((a,) for a in axes),), (_identity(shape),), linear, localize=localize)
+    return Spec(shape, frozenset(), (tuple((a,) for a in axes),), (identity(shape),), linear, localize=localize)
 
 
 def cat(call) -> Spec:
@@ -187,7 +187,7 @@ def cat(call) -> Spec:
         seen = Axis(dim, offset=start, size=value.shape[dim])
         operands.append(tuple((seen if d == dim else Axis(d),) for d in range(len(shape))))
         start += value.shape[dim]
-    return Spec(shape, frozenset(), tuple(operands), (_identity(shape),), (tuple(range(len(operands))),))
+    return Spec(shape, frozenset(), tuple(operands), (identity(shape),), (tuple(range(len(operands))),))
 
 
 def slice_scatter(call) -> Spec:
@@ -198,13 +198,13 @@ def slice_scatter(call) -> Spec:
     operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:
         extents, operand = _own_dim(shape, dim, part[dim], operand)
-        return Spec(extents, frozenset({dim, len(shape)}), (_identity(shape), operand), (_identity(shape),), ((0, 1),))
+        return Spec(extents, frozenset({dim, len(shape)}), (identity(shape), operand), (identity(shape),), ((0, 1),))
 
     def localize(args, local):
         start = local.start(seen)
         return (*args[:2], dim, start, local.start(seen, local.operand_shapes[1][dim]), 1)
 
-    return Spec(shape, frozenset(), (_identity(shape), operand), (_identity(shape),), ((0, 1),), localize=localize)
+    return Spec(shape, frozenset(), (identity(shape), operand), (identity(shape),), ((0, 1),), localize=localize)
 
 
 def triangle(call) -> Spec:
@@ -216,7 +216,7 @@ def triangle(call) -> Spec:
         sign = {row: 1, column: -1}.get(local.factor, 0)
         return args[0], per_rank(tuple(diagonal + sign * lo for lo, _ in local.bounds))
 
-    dims = _identity(shape)
+    dims = identity(shape)
     return Spec(shape, frozenset(), (dims,), (dims,), LINEAR_IN_FIRST, localize=localize, flat=frozenset({row, column}))
 
 
@@ -230,7 +230,7 @@ def arange(call) -> Spec | None:
         end = per_rank(tuple(start + hi * step for _, hi in local.bounds))
         return first, end, step
 
-    return Spec(call.results[0].shape, frozenset(), (), (_identity(call.results[0].shape),), localize=localize,
+    return Spec(call.results[0].shape, frozenset(), (), (identity(call.results[0].shape),), localize=localize,
                 flat=frozenset({0}))  # fmt: skip
 
 
@@ -242,10 +242,6 @@ def factory(position: int):
         operands = tuple(tuple((Axis(len(shape) + at),) for at in range(len(v.shape))) for v in call.operands)
         extents = (*shape, *(n for v in call.operands for n in v.shape))
         whole = frozenset(range(len(shape), len(extents)))
-        return Spec(extents, whole, operands, (_identity(shape),), localize=_sizes(position))
+        return Spec(extents, whole, operands, (identity(shape),), localize=_sizes(position))
 
     return rule
-
-
-def _identity(shape: tuple[int, ...]) -> Dims:
-    return tuple((Axis(dim),) for dim in range(len(shape)))

@@ -9,7 +9,12 @@ class BuildConfig:
 
     ranks       how many ranks share a sequence
     target      the device the program is for: cpu, cuda or rocm
-    recompute   `sac` computes all but attention again in backward, `none` keeps everything: the numbers are the same
+    recompute   what is computed again in backward: `none`; `sac`, all but attention and collectives; `full`, attention
+                too; `auto`, what the budget needs. The numbers are the same
+    memory_budget_bytes
+                what parameters, gradients, activations and workspace of a rank may take together
+    tile        how many slices of the sequence loss and MLP are computed in: a number, `auto` (by size) or `off`
+    offload     which kept values wait in host memory: `off`, `host` (all), `auto` (what the budget needs)
     strict      refuse operators without a rule instead of computing them on every rank
     """
 
@@ -17,3 +22,6 @@ class BuildConfig:
     target: str = "cpu"
     recompute: str = "sac"
     strict: bool = False
+    memory_budget_bytes: int | None = None
+    tile: str | int = "auto"
+    offload: str = "off"

@@ -76,13 +76,17 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Instr:
-    """One operator call. `outs` has an entry for each result of the operator, None where nobody uses it."""
+    """One operator call. `outs` has an entry for each result of the operator, None where nobody uses it.
+
+    A `tiles` instruction has a `body`, and as `args` every outer value that the body reads.
+    """
 
     outs: tuple[Value | None, ...]
     op: str
     args: tuple = ()
     kwargs: tuple[tuple[str, object], ...] = ()
     where: Where = Where()
+    body: "Body | None" = None
 
     def refs(self) -> list[str]:
         """Names of the tensor operands in the order they appear, repeats included."""
@@ -90,6 +94,20 @@ class Instr:
 
     def values(self) -> list[Value]:
         return [out for out in self.outs if out is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a `tiles` instruction does once for each of its tiles, one after the other.
+
+    `gives` names, for each result of the instruction, what a tile makes of it: a part, or a summand of it. Tiles are
+    further ranks in time: boxes and `PerRank` numbers are those of ranks x tiles, rank r's tile t at r * tiles + t.
+    Values made in a body are known in it alone.
+    """
+
+    tiles: int
+    instrs: tuple[Instr, ...]
+    gives: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

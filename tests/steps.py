@@ -27,10 +27,18 @@ def half_labelled(length: int) -> dict[str, Tensor]:
 
 
 def equal_to_eager(
-    model: nn.Module, batch: dict[str, Tensor], ranks: int, limit: float = 1e-12, dims: dict[str, int] | None = None
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    ranks: int,
+    limit: float = 1e-12,
+    dims: dict[str, int] | None = None,
+    **options,
 ) -> Compiled:
-    """Build for `ranks` ranks; loss and every gradient of every rank are eager's, infinities and nan included."""
-    compiled, results = sharded(model, batch, ranks, dims)
+    """Build for `ranks` ranks; loss and every gradient of every rank are eager's, infinities and nan included.
+
+    `options` are BuildConfig's.
+    """
+    compiled, results = sharded(model, batch, ranks, dims, **options)
     reference = eager(model, batch)
     for result in results:
         gradients = {name.removeprefix("grad."): g for name, g in result.items() if name != "loss"}
@@ -42,13 +50,16 @@ def equal_to_eager(
 
 
 def sharded(
-    model: nn.Module, batch: dict[str, Tensor], ranks: int, dims: dict[str, int] | None = None
+    model: nn.Module, batch: dict[str, Tensor], ranks: int, dims: dict[str, int] | None = None, **options
 ) -> tuple[Compiled, list[dict[str, Tensor]]]:
-    """What a model is built to, and every rank's results. `dims` are the inputs' sequence dims, by default 1 of all."""
+    """What a model is built to, and every rank's results.
+
+    `dims` are the inputs' sequence dims, by default 1 of all; `options` are BuildConfig's.
+    """
     mode = FakeTensorMode()
     whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
     dims = dims or {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
-    compiled = compile_program(whole, dims, BuildConfig(ranks))
+    compiled = compile_program(whole, dims, BuildConfig(ranks, **options))
     inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
     programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
     grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])

@@ -5,20 +5,16 @@ Storage is counted, not names: a view shares its operand's storage, which lives 
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 
-import torch
+from torch import Tensor
 
+from autosp_aot.layouts import Layouts
 from autosp_aot.operators import COLLECTIVES, FREE
 from autosp_aot.placement import received_bytes
-from autosp_aot.program import ITEMSIZE, RECOMPUTED, Instr, PerRank, Program, Section, Value, map_ints
+from autosp_aot.program import ITEMSIZE, RECOMPUTED, Instr, Program, Value, map_ints
 
-VIEWS = {
-    "aten.permute.default": lambda tensor, instr: tensor.permute(instr.args[1]),
-    "aten.expand.default": lambda tensor, instr: tensor.expand(instr.args[1]),
-    "aten.reshape.default": lambda tensor, instr: tensor.reshape(instr.args[1]),
-    "aten.slice.Tensor": lambda tensor, instr: torch.ops.aten.slice.Tensor(tensor, *instr.args[1:]),
-}
 CONTRACTIONS = (
     "aten.mm.default", "aten.bmm.default", "aten.addmm.default", "autosp.expert_mm", "autosp.expert_mm_weight_grad",
 )  # fmt: skip
@@ -28,6 +24,19 @@ ATTENTION_PRODUCTS = {
     "autosp.attention_backward": 5, "autosp.attention_rows_backward": 5,
     "autosp.attention_vector_gradient": 2, "autosp.attention_rows_vector_gradient": 2,
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One instruction, by its section and first result (or operator): bytes alive after it, and the most meanwhile.
+
+    Counted are storages of values that are no inputs, each once; `peak_bytes` also buffers and kernels' workspace.
+    """
+
+    section: str
+    name: str
+    alive_bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the rank with the largest boxes. Parameters, optimizer state and kernels' workspace are not in it."""
+    """Of the rank whose values have the most bytes. Parameters and optimizer state are not in it."""
 
     peak_bytes: int
     peak_at: str
@@ -53,12 +62,42 @@ class Costs:
 
 
 def costs(program: Program) -> Costs:
-    """The costs of a program of all ranks (or of one, `Program.for_rank`)."""
-    largest = map_ints(program, lambda n: max(n.values) if isinstance(n, PerRank) else n)
-    peak, peak_at, kept = _memory(largest)
+    """The costs of a program of all ranks, or of one (`Program.for_rank`)."""
+    rank = heaviest(program)
+    largest = program.for_rank(rank)
+    moments = curve(program, rank)
+    worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
+    kept = next((moment.alive_bytes for moment in reversed(moments) if moment.section == "forward"), 0)
     values = largest.values()
     flops = {again: sum(_flops(instr, values) for instr in _calls(largest, again)) for again in (False, True)}
-    return Costs(peak, peak_at, kept, flops[False] + flops[True], flops[True], tuple(moved(program)))
+    peak_at = f"{worst.section}: {worst.name}"
+    return Costs(worst.peak_bytes, peak_at, kept, flops[False] + flops[True], flops[True], tuple(moved(program)))
+
+
+def heaviest(program: Program) -> int:
+    """The rank whose values have the most bytes in all."""
+    shapes = Counter((value.shape, value.dtype) for value in program.values().values())
+    kinds = [(Value("", dtype, shape), count) for (shape, dtype), count in shapes.items()]
+    return max(range(program.ranks), key=lambda rank: sum(value.nbytes(rank) * count for value, count in kinds))
+
+
+def curve(program: Program, rank: int) -> list[Moment]:
+    """The memory of rank `rank` at each instruction, in order."""
+    storages = _Storages(program, rank)
+    return [storages.step(instr, section.name) for section in program.sections for instr in section.instrs]
+
+
+def alive(program: Program, rank: int, at: int) -> list[tuple[Value, int]]:
+    """The values alive after instruction `at` of rank `rank` and the bytes of their storages, the largest first.
+
+    Values that share a storage are one entry, the first of them. Inputs are not in it.
+    """
+    storages = _Storages(program, rank)
+    for section, instr in islice(((s, i) for s in program.sections for i in s.instrs), at + 1):
+        storages.step(instr, section.name)
+    values = program.values()
+    found = [(values[name], count) for name, count in storages.bytes.items()]
+    return sorted(found, key=lambda entry: -entry[1])
 
 
 def moved(program: Program) -> list[Moved]:
@@ -80,55 +119,36 @@ def _received(source: Value, target: Value, ranks: int) -> int:
     return received_bytes(source.placement, target.placement, source.whole_shape, ITEMSIZE[source.dtype], ranks)
 
 
-def _memory(program: Program) -> tuple[int, str, int]:
-    """Peak bytes, the instruction at which it is reached, and bytes that cross from forward to backward."""
-    alive = _Storages(program)
-    kept = 0
-    for section in program.sections:
-        if section.name == "backward":
-            kept = alive.total
-        for instr in section.instrs:
-            alive.step(instr, section)
-    return alive.peak, alive.peak_at, kept
-
-
 class _Storages:
-    """Live storages: each name holds a meta tensor, names that share storage share its bytes."""
+    """The storages that are alive, each under the name of the value it was made for, and the names that lie in it."""
 
-    def __init__(self, program: Program):
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.owner: dict[str, str] = {}
+    def __init__(self, program: Program, rank: int):
+        self.layouts = Layouts(rank)
+        self.tensors = {entry.value.name: self.layouts.of(entry.value) for entry in program.inputs}
+        self.owner = dict.fromkeys(self.tensors, "")
         self.users: Counter[str] = Counter()
         self.bytes: dict[str, int] = {}
-        self.total, self.peak, self.peak_at = 0, 0, ""
-        for entry in program.inputs:
-            self.tensors[entry.value.name] = _meta(entry.value)
-            self.owner[entry.value.name] = ""
+        self.total = 0
 
-    def step(self, instr: Instr, section: Section) -> None:
+    def step(self, instr: Instr, section: str) -> Moment:
         if instr.op == FREE:
+            before = self.total
             for name in instr.refs():
                 self.release(name)
-            return
-        for out in instr.values():
-            self.make(out, instr)
-        if self.total > self.peak:
-            what = instr.values()[0].name if instr.values() else instr.op
-            self.peak, self.peak_at = self.total, f"{section.name}: {what}"
+            return Moment(section, instr.op, self.total, before)
+        made = self.layouts.made(instr, self.tensors)
+        owners = [self.owner[name] for name in instr.refs()] + [out and out.name for out in instr.outs]
+        for out, result, owner in zip(instr.outs, made.results, made.owners):
+            if out is not None:
+                self.add(out.name, result, owners[owner])
+        return Moment(section, instr.values()[0].name, self.total, self.total + made.workspace_bytes)
 
-    def make(self, out: Value, instr: Instr) -> None:
-        view = VIEWS.get(instr.op)
-        if view is not None:
-            operand = instr.refs()[0]
-            tensor = view(self.tensors[operand], instr)
-            if tensor.untyped_storage()._cdata == self.tensors[operand].untyped_storage()._cdata:
-                self.tensors[out.name], self.owner[out.name] = tensor, self.owner[operand]
-                self.users[self.owner[operand]] += 1
-                return
-        self.tensors[out.name], self.owner[out.name] = _meta(out), out.name
-        self.bytes[out.name] = prod(out.shape) * ITEMSIZE[out.dtype]
-        self.users[out.name] = 1
-        self.total += self.bytes[out.name]
+    def add(self, name: str, tensor: Tensor, owner: str) -> None:
+        self.tensors[name], self.owner[name] = tensor, owner
+        self.users[owner] += 1
+        if owner == name:
+            self.bytes[name] = tensor.untyped_storage().nbytes()
+            self.total += self.bytes[name]
 
     def release(self, name: str) -> None:
         owner = self.owner.pop(name)
@@ -136,10 +156,6 @@ class _Storages:
         self.users[owner] -= 1
         if owner and not self.users[owner]:
             self.total -= self.bytes.pop(owner)
-
-
-def _meta(value: Value) -> torch.Tensor:
-    return torch.empty(value.shape, dtype=torch.uint8, device="meta")
 
 
 def _calls(program: Program, recomputed: bool) -> list[Instr]:

@@ -65,7 +65,7 @@ def test_kept_is_what_crosses_from_forward_to_backward_the_storage_of_a_view_who
     found = costs(program("""
         %a: f32[4, 4] @ Replicate = aten.neg.default(%x)
         %v: f32[1, 4] @ Replicate = aten.slice.Tensor(%a, 0, 0, 1)
-        %h: bf16[4] @ Replicate = aten.sum.dim_IntList(%a, [0])
+        %h: bf16[4] @ Replicate = aten.sum.dim_IntList(%a, [0], dtype=dtype:bf16)
         free(%a)
     """, takes="%v, %h"))  # fmt: skip
     assert found.kept_bytes == 64 + 8

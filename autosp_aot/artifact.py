@@ -158,11 +158,12 @@ def _put(made: Path, path: Path, old: Path) -> None:
 def _write_files(artifact: Artifact, path: Path) -> None:
     body, constants = print_program(artifact.program)
     whole, _ = print_program(artifact.whole)
-    ranks = [
-        {"body": "body.0.program", "constants": {name: values[rank] for name, values in constants.items()}}
-        for rank in range(artifact.manifest.ranks)
+    ranks = artifact.manifest.ranks
+    entries = [
+        {"body": "body.0.program", "constants": {name: _own(values, rank, ranks) for name, values in constants.items()}}
+        for rank in range(ranks)
     ]
-    texts = {WHOLE: whole, "body.0.program": body, RANKS: _ranks_text(ranks), REPORT: artifact.report}
+    texts = {WHOLE: whole, "body.0.program": body, RANKS: _ranks_text(entries), REPORT: artifact.report}
     for name, text in texts.items():
         (path / name).write_text(text, encoding="utf-8")
     _write_tensors(artifact.buffers, path / BUFFERS)
@@ -178,6 +179,12 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     apart = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     safetensors.torch.save_file(apart, path)
     path.chmod(0o644)  # safetensors makes it readable for its owner only
+
+
+def _own(values: tuple[int, ...], rank: int, ranks: int) -> int | tuple[int, ...]:
+    """A rank's number of a constant, or its numbers of all tiles."""
+    tiles = len(values) // ranks
+    return values[rank] if tiles == 1 else values[rank * tiles : (rank + 1) * tiles]
 
 
 def _ranks_text(ranks: list[dict]) -> str:
@@ -305,11 +312,16 @@ def read_bodies(path: str | Path) -> list[tuple[tuple[int, ...], Program]]:
         if any(set(entries[rank]["constants"]) != set(names) for rank in ranks):
             raise _damaged("ranks-damaged", f"ranks of {body} have different constants", "they share its names")
         spread = [entries[rank if rank in ranks else ranks[0]]["constants"] for rank in range(len(entries))]
-        constants = {name: tuple(constant[name] for constant in spread) for name in names}
+        constants = {name: _of_all([constant[name] for constant in spread]) for name in names}
         program = _parsed(Path(path) / body, constants, len(entries))
         _verify_rank(program)
         found.append((tuple(ranks), program))
     return found
+
+
+def _of_all(numbers: list[int | tuple[int, ...]]) -> tuple[int, ...]:
+    """A constant's numbers of all ranks, or of all their tiles."""
+    return tuple(n for own in numbers for n in (own if isinstance(own, tuple) else (own,)))
 
 
 def _verify_rank(program: Program) -> None:
@@ -332,14 +344,22 @@ def _ranks(path: Path) -> list[dict]:
         if not isinstance(entries, list):
             raise ValueError("it is no list of ranks")
         for entry in entries:
-            numbers = entry["constants"].values()
-            if set(entry) != {"body", "constants"} or not all(type(n) is int for n in numbers):
-                raise ValueError("a rank has a body and constants that are whole numbers")
+            if set(entry) != {"body", "constants"}:
+                raise ValueError("a rank has a body and constants")
+            entry["constants"] = {name: _number(n) for name, n in entry["constants"].items()}
             if not BODY.fullmatch(entry["body"]) or not (path / entry["body"]).is_file():
                 raise ValueError(f"no body {entry['body']!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged("ranks-damaged", f"{path / RANKS} cannot be read", str(error)) from error
     return entries
+
+
+def _number(number: object) -> int | tuple[int, ...]:
+    """A constant as it is read: a number, or one for each tile."""
+    numbers = number if isinstance(number, list) else [number]
+    if not numbers or not all(type(n) is int for n in numbers):
+        raise ValueError("a constant is a whole number, or one for each tile")
+    return tuple(numbers) if isinstance(number, list) else number
 
 
 def _parsed(path: Path, constants: Mapping, ranks: int) -> Program:

@@ -30,7 +30,7 @@ from autosp_aot.export.model_file import (
 from autosp_aot.export.modules import refuse_modules
 from autosp_aot.export.watch import refuse_hooks
 from autosp_aot.inputs import vocabularies
-from autosp_aot.operators import FREE, MOVES, schema
+from autosp_aot.operators import STRUCTURE, schema
 from autosp_aot.passes.decisions import written
 from autosp_aot.passes.pipeline import Watch, compile_program, unwatched
 from autosp_aot.program import Program, Value
@@ -135,7 +135,7 @@ def compile_model(
         buffers=specs(kept),
         aliases=_aliases(model),
         trainable=tuple(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss"),
-        operators={op: schema(op) for op in sorted(operators) if _foreign(op)},
+        operators={op: schema(op) for op in sorted(operators - set(STRUCTURE))},
         costs=asdict(costs(compiled.program)),
         fallbacks=tuple(asdict(fallback) for fallback in compiled.fallbacks),
         cuts=cuts,
@@ -163,10 +163,6 @@ def _refuse_operators(whole: Program) -> None:
                                          "use another operator")  # fmt: skip
     if problems:
         raise BuildError(*problems.values())
-
-
-def _foreign(op: str) -> bool:
-    return op not in MOVES and op != FREE
 
 
 def _state_names(model: nn.Module) -> list[str]:

@@ -11,16 +11,17 @@ No numbers are computed: a missing or doubled sum, a swapped dim, a shifted posi
 """
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import FREE, MOVES
+from autosp_aot.operators import FREE, MOVES, TILES
 from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy
 from autosp_aot.passes.rules.table import spec_of
-from autosp_aot.placement import PARTIAL, REPLICATE, Placement, disjoint, local_shape
-from autosp_aot.program import RECOMPUTED, Instr, Int, PerRank, Program, Ref, Value, at_rank, map_args, per_rank
+from autosp_aot.placement import PARTIAL, REPLICATE, Placement, disjoint, inside, joined, local_shape
+from autosp_aot.program import Instr, Int, PerRank, Program, Ref, Value, at_rank, map_args, per_rank, stands_for
 
 
 def derive(program: Program, whole: Program, ranks: Iterable[int] | None = None) -> None:
@@ -33,7 +34,7 @@ def derive(program: Program, whole: Program, ranks: Iterable[int] | None = None)
 
 class _Derivation:
     def __init__(self, program: Program, whole: Program, ranks: tuple[int, ...]):
-        self.program, self.ranks = program, ranks
+        self.program, self.ranks, self.boxes = program, ranks, program.ranks
         self.whole_values = whole.values()
         self.calls = {out.name: instr for instr in whole.instrs() for out in instr.values()}
         self.whole_gives = dict(whole.sections[0].gives)
@@ -48,24 +49,48 @@ class _Derivation:
             if entry != self.whole_inputs[entry.value.name]:
                 raise _wrong(f"input {entry.value.name} is not the whole program's")
             self.know(entry.value, entry.value.name)
-        for instr in self.program.instrs():
-            if instr.op == FREE:
-                continue
-            if instr.op in MOVES:
-                self.move(instr)
-            else:
-                self.call(instr)
+        for section in self.program.sections:
+            for instr in section.instrs:
+                self.instr(instr)
         self.results()
 
-    def know(self, value: Value, stands_for: str) -> None:
-        self.stands_for[value.name] = stands_for
+    def instr(self, instr: Instr) -> None:
+        if instr.op == TILES:
+            self.tiles(instr)
+        elif instr.op in MOVES:
+            self.move(instr)
+        elif instr.op != FREE:
+            self.call(instr)
+
+    def know(self, value: Value, meaning: str) -> None:
+        self.stands_for[value.name] = meaning
         self.placements[value.name] = value.placement
+
+    def tiles(self, instr: Instr) -> None:
+        """A body is derived as the program is, with tiles for ranks; its parts and summands make up the results."""
+        scope, tiles = copy(self), instr.body.tiles
+        scope.stands_for = {name: self.stands_for[name] for name in instr.refs()}
+        scope.placements = {name: self.placements[name] for name in instr.refs()}
+        scope.ranks = tuple(rank * tiles + tile for rank in self.ranks for tile in range(tiles))
+        scope.boxes = self.boxes * tiles
+        for inner in instr.body.instrs:
+            scope.instr(inner)
+        for name, out in zip(instr.body.gives, instr.values()):
+            if scope.placements[name] == PARTIAL:
+                made = PARTIAL if self.boxes > 1 else REPLICATE
+            else:
+                made = joined(scope.placements[name], self.boxes)
+            if made != out.placement:
+                what = f"the tiles' {name}, {_said(scope.placements[name])}, does not make up {out.name}"
+                raise _wrong(what, instr, f"which is {_said(out.placement)}")
+            self.check_value(out, self.whole_values[scope.stands_for[name]], instr)
+            self.know(out, scope.stands_for[name])
 
     def move(self, instr: Instr) -> None:
         for name, out in zip(instr.refs(), instr.values()):
             source, target = self.placements[name], out.placement
             fits = {
-                "shard": not source.partial and not target.partial and _inside(source, target, self.program.ranks),
+                "shard": not source.partial and not target.partial and inside(source, target),
                 "all_to_all": None not in (source.cut, target.cut) and not source.partial and not target.partial,
                 "all_gather": source.cut is not None and not source.partial and target == REPLICATE,
                 "reduce_scatter": source.partial and not target.partial and (source, target) != (PARTIAL, REPLICATE),
@@ -77,7 +102,7 @@ class _Derivation:
             self.know(out, self.stands_for[name])
 
     def call(self, instr: Instr) -> None:
-        first = instr.values()[0].name.removeprefix(RECOMPUTED)
+        first = stands_for(instr.values()[0].name)
         origin = self.calls.get(first)
         if origin is None or origin.op != instr.op:
             raise _wrong(f"the whole program has no {instr.op} that makes {first}", instr)
@@ -85,15 +110,15 @@ class _Derivation:
         if means != origin.refs():
             why = f"in the whole program from {', '.join(origin.refs())}"
             raise _wrong(f"{first} is computed from {', '.join(means)}", instr, why)
-        outs = [out and out.name.removeprefix(RECOMPUTED) for out in instr.outs]
+        outs = [out and stands_for(out.name) for out in instr.outs]
         if outs != [out and out.name for out in origin.outs]:
             raise _wrong(f"the results of {instr.op} are {outs}", instr)
         operands = tuple(self.placements[name] for name in instr.refs())
         results = tuple(out.placement for out in instr.values())
         strategy, spec = self.strategy(origin, operands, results, instr)
         for out in instr.values():
-            self.check_value(out, self.whole_values[out.name.removeprefix(RECOMPUTED)], instr)
-            self.know(out, out.name.removeprefix(RECOMPUTED))
+            self.check_value(out, self.whole_values[stands_for(out.name)], instr)
+            self.know(out, stands_for(out.name))
         self.check_arguments(instr, origin, spec, strategy, operands, results)
 
     def strategy(self, origin: Instr, operands, results, instr: Instr) -> tuple[Strategy, Spec | None]:
@@ -139,7 +164,7 @@ class _Derivation:
             raise _wrong(what, instr, "it does not follow from the placements")
 
     def local(self, name: str, placement: Placement):
-        return Local.shape(self.whole_values[name].shape, placement, self.program.ranks)
+        return Local.shape(self.whole_values[name].shape, placement, self.boxes)
 
     def results(self) -> None:
         """Loss and gradients are the whole program's, whole on every rank at the end."""
@@ -164,7 +189,10 @@ class _Derivation:
 
 @lru_cache(maxsize=4096)
 def _misfit(shape: tuple[Int, ...], whole: tuple[int, ...], placement: Placement, ranks: tuple[int, ...]) -> int | None:
-    """The first rank whose box has another shape."""
+    """The first rank whose box has another shape; the first of all where the boxes are not those of the whole."""
+    cut = placement.cut
+    if cut is not None and cut.outer * max(hi for _, hi in cut.bounds) != whole[cut.dim]:
+        return ranks[0]
     boxes = ((rank, local_shape(whole, placement, rank)) for rank in ranks)
     return next((rank for rank, box in boxes if tuple(at_rank(n, rank) for n in shape) != box), None)
 
@@ -178,16 +206,6 @@ def _plain(args: tuple, ranks: tuple[int, ...]):
         return type(leaf), "" if isinstance(leaf, Ref) else repr(leaf)
 
     return map_args(args, plain)
-
-
-def _inside(source: Placement, target: Placement, ranks: int) -> bool:
-    """Each rank already has what it is to keep."""
-    if source.cut is None:
-        return target.cut is not None
-    if target.cut is None or (source.cut.dim, source.cut.outer) != (target.cut.dim, target.cut.outer):
-        return False
-    boxes = zip(source.cut.bounds, target.cut.bounds)
-    return all(lo >= hi or (a <= lo and hi <= b) for (a, b), (lo, hi) in boxes)
 
 
 def _said(placement: Placement) -> str:

@@ -149,6 +149,8 @@ def widened(program: Program, wider: Mapping[str, str]) -> Program:
             drawn = replace(instr.outs[0], name=f"{instr.outs[0].name}.drawn")
             cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype(wide[0].dtype)),))
             return [replace(instr, outs=(drawn,)), cast]
+        body = instr.body and replace(instr.body, instrs=tuple(i for inner in instr.body.instrs for i in again(inner)))
+        instr = replace(instr, body=body)
         return [replace(instr, outs=wide, args=map_args(instr.args, leaf), kwargs=map_args(instr.kwargs, leaf))]
 
     return replace(

@@ -40,6 +40,9 @@ OURS = {
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 COLLECTIVES = MOVES[1:]
 FREE = "free"
+TILES = "tiles"
+# What a program may name beside operators.
+STRUCTURE = (*MOVES, FREE, TILES)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

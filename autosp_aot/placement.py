@@ -92,6 +92,34 @@ def local_shape(shape: tuple[int, ...], placement: Placement, rank: int) -> tupl
     return (*shape[:dim], placement.cut.local_size(rank), *shape[dim + 1 :])
 
 
+def inside(source: Placement, target: Placement) -> bool:
+    """Each rank, for each of its tiles where there are more boxes than ranks, already has what it is to keep."""
+    if source.cut is None:
+        return target.cut is not None
+    if target.cut is None or (source.cut.dim, source.cut.outer) != (target.cut.dim, target.cut.outer):
+        return False
+    tiles = len(target.cut.bounds) // len(source.cut.bounds)
+    boxes = ((source.cut.bounds[at // tiles], box) for at, box in enumerate(target.cut.bounds))
+    return all(lo >= hi or (a <= lo and hi <= b) for (a, b), (lo, hi) in boxes)
+
+
+def joined(placement: Placement, ranks: int) -> Placement | None:
+    """Where a value is whose tiles are placed so, a rank's one after the other; None where they leave gaps or overlap.
+
+    Of one rank the tiles make up the whole.
+    """
+    if placement.cut is None or placement.partial or not disjoint(placement.cut.bounds):
+        return None
+    cut, tiles = placement.cut, len(placement.cut.bounds) // ranks
+    boxes = [cut.bounds[rank * tiles : (rank + 1) * tiles] for rank in range(ranks)]
+    if any(a[1] != b[0] for own in boxes for a, b in zip(own, own[1:])):
+        return None
+    bounds = tuple((own[0][0], own[-1][1]) for own in boxes)
+    if not covers(bounds, max(hi for _, hi in bounds)):
+        return None
+    return REPLICATE if ranks == 1 else Placement(Cut(cut.dim, cut.outer, bounds))
+
+
 # --- moving a value from one placement to another -----------------------------------------------------------------
 
 
@@ -143,6 +171,17 @@ def transfers(source: Placement, target: Placement, shape: tuple[int, ...], send
         return [Piece(((a.dim, *box),)) for box in given]
     wanted = _intervals(b, shape, receiver)
     return [Piece(((a.dim, *mine), (b.dim, *theirs))) for mine in given for theirs in wanted]
+
+
+def common(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Piece]:
+    """What box `sender` of one placement and box `receiver` of another have in common, where at most one dim is cut."""
+    cuts = [(p.cut, box) for p, box in ((source, sender), (target, receiver)) if p.cut is not None]
+    if not cuts:
+        return [Piece(())]
+    boxes = _intervals(cuts[0][0], shape, cuts[0][1])
+    for cut, box in cuts[1:]:
+        boxes = _meet(boxes, _intervals(cut, shape, box))
+    return [Piece(((cuts[0][0].dim, *box),)) for box in boxes]
 
 
 @lru_cache(maxsize=4096)

@@ -4,7 +4,7 @@ A program describes all ranks at once. Where the ranks differ (a local size, a s
 `Program.for_rank` fills in one rank's numbers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -17,6 +17,8 @@ ITEMSIZE = {
 
 # What the name of a recomputed value begins with; the rest is the name of the value it is again.
 RECOMPUTED = "recompute."
+# The same for a value of a tile; the rest is the name of the value it is a part or a summand of.
+TILE = "tile."
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +139,18 @@ class Program:
     sections: tuple[Section, ...]
 
     def instrs(self) -> Iterator[Instr]:
+        """Every instruction in order, those of a body after the instruction it belongs to."""
         for section in self.sections:
-            yield from section.instrs
+            for instr in section.instrs:
+                yield instr
+                if instr.body is not None:
+                    yield from instr.body.instrs
 
     def values(self) -> dict[str, Value]:
-        """Every value by name."""
+        """Every value by name, those of bodies left out."""
         table = {entry.value.name: entry.value for entry in self.inputs}
-        for instr in self.instrs():
-            table.update((out.name, out) for out in instr.values())
+        for section in self.sections:
+            table.update(values_of(section.instrs))
         return table
 
     def section(self, name: str) -> Section:
@@ -155,8 +161,23 @@ class Program:
         return replace(self, sections=tuple(section if s.name == section.name else s for s in self.sections))
 
     def for_rank(self, rank: int) -> "Program":
-        """The program of one rank: every `PerRank` is its number."""
-        return map_ints(self, lambda n: at_rank(n, rank))
+        """The program of one rank: every `PerRank` is its number; in bodies, its numbers of all tiles."""
+
+        def own(n: PerRank) -> Int:
+            tiles = len(n.values) // self.ranks
+            return per_rank(n.values[rank * tiles : (rank + 1) * tiles])
+
+        return map_ints(self, own)
+
+
+def values_of(instrs: Iterable[Instr]) -> dict[str, Value]:
+    """The values that instructions make, by name."""
+    return {out.name: out for instr in instrs for out in instr.values()}
+
+
+def stands_for(name: str) -> str:
+    """The name of the value that a value of a tile, or a recomputed one, stands for."""
+    return name.removeprefix(TILE).removeprefix(RECOMPUTED)
 
 
 def at_rank(n: Int, rank: int) -> int:
@@ -184,24 +205,35 @@ def map_args(arg, change: Callable):
     return change(arg)
 
 
+def with_refs(instr: Instr, names: list[str]) -> Instr:
+    """The instruction with its operands, in order of appearance, replaced by these names."""
+    left = iter(names)
+    change = lambda leaf: Ref(next(left)) if isinstance(leaf, Ref) else leaf  # noqa: E731
+    return replace(instr, args=map_args(instr.args, change), kwargs=map_args(instr.kwargs, change))
+
+
 def rename(instr: Instr, names: dict[str, str]) -> Instr:
     """The instruction with operands replaced by name; names that are not in the table stay."""
     change = lambda leaf: Ref(names.get(leaf.name, leaf.name)) if isinstance(leaf, Ref) else leaf  # noqa: E731
     return replace(instr, args=map_args(instr.args, change), kwargs=map_args(instr.kwargs, change))
 
 
-def map_ints(program: Program, change: Callable) -> Program:
+def map_ints(program: Program, change: Callable[[PerRank], Int]) -> Program:
     """The program with `change` applied to every `PerRank` of a shape or an argument."""
-    leaf = lambda arg: change(arg) if isinstance(arg, PerRank) else arg  # noqa: E731
-
-    def value(v: Value | None) -> Value | None:
-        return v and replace(v, shape=tuple(map(leaf, v.shape)))
-
-    def instr(i: Instr) -> Instr:
-        return replace(i, outs=tuple(map(value, i.outs)), args=map_args(i.args, leaf), kwargs=map_args(i.kwargs, leaf))
-
     return replace(
         program,
-        inputs=tuple(replace(entry, value=value(entry.value)) for entry in program.inputs),
-        sections=tuple(replace(s, instrs=tuple(map(instr, s.instrs))) for s in program.sections),
+        inputs=tuple(replace(entry, value=_map_value(entry.value, change)) for entry in program.inputs),
+        sections=tuple(replace(s, instrs=tuple(map_instr(i, change) for i in s.instrs)) for s in program.sections),
     )
+
+
+def map_instr(instr: Instr, change: Callable[[PerRank], Int]) -> Instr:
+    """The instruction with `change` applied to every `PerRank` of a shape or an argument."""
+    leaf = lambda arg: change(arg) if isinstance(arg, PerRank) else arg  # noqa: E731
+    outs = tuple(out and _map_value(out, change) for out in instr.outs)
+    body = instr.body and replace(instr.body, instrs=tuple(map_instr(i, change) for i in instr.body.instrs))
+    return replace(instr, outs=outs, args=map_args(instr.args, leaf), kwargs=map_args(instr.kwargs, leaf), body=body)
+
+
+def _map_value(value: Value, change: Callable[[PerRank], Int]) -> Value:
+    return replace(value, shape=tuple(change(n) if isinstance(n, PerRank) else n for n in value.shape))

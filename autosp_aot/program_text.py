@@ -10,16 +10,25 @@
       free %ids
     gives (loss=%loss)
 
-A layout names the intervals of all ranks. A constant is a number that differs between ranks; its values are not part of
-the text (they stand in `ranks.json`), so that ranks of one structure share one text.
+`tiles` and what a tile gives enclose a body:
+
+      %y: f32[65, 64] @ Shard(0, cut65) = tiles(%x, %w) in 4
+        %tile.x: f32[$1, 64] @ Shard(0, cut65') = shard(%x)
+      gives (%tile.y)
+
+A layout names the intervals of all ranks, in a body of all ranks' tiles. A constant is a number that differs between
+ranks or tiles; its values are not part of the text (they stand in `ranks.json`), so that ranks of one structure share
+one text.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.operators import TILES
 from autosp_aot.placement import PARTIAL, REPLICATE, Bounds, Cut, Placement
-from autosp_aot.program import ITEMSIZE, Dtype, Input, Instr, Int, PerRank, Program, Ref, Section, Value, Where
+from autosp_aot.program import ITEMSIZE, Body, Dtype, Input, Instr, Int, PerRank, Program, Ref, Section, Value, Where
 
 HEADER = "autosp program 1"
 KINDS = ("parameter", "buffer", "batch", "tangent", "seed")
@@ -45,7 +54,8 @@ class _Printer:
         lines = [f"{entry.kind} {self.value(entry.value)}" for entry in self.program.inputs]
         for section in self.program.sections:
             lines.append(f"section {section.name} takes ({', '.join('%' + n for n in section.takes)})")
-            lines.extend("  " + self.instr(instr) for instr in section.instrs)
+            for instr in section.instrs:
+                lines.extend("  " + line for line in self.lines(instr))
             lines.append(f"gives ({', '.join(f'{label}=%{name}' for label, name in section.gives)})")
         head = [HEADER, f"ranks {self.program.ranks}"]
         head += [f"layout {name} = {' '.join(f'{a}:{b}' for a, b in bounds)}" for bounds, name in self.layouts.items()]
@@ -53,9 +63,15 @@ class _Printer:
             head.append("constants " + " ".join(self.constants.values()))
         return "\n".join(head + lines) + "\n", {name: n.values for n, name in self.constants.items()}
 
+    def lines(self, instr: Instr) -> list[str]:
+        if instr.body is None:
+            return [self.instr(instr)]
+        inside = ["  " + self.instr(inner) for inner in instr.body.instrs]
+        return [self.instr(instr), *inside, f"gives ({', '.join('%' + name for name in instr.body.gives)})"]
+
     def instr(self, instr: Instr) -> str:
         args = [self.arg(a) for a in instr.args] + [f"{k}={self.arg(v)}" for k, v in instr.kwargs]
-        call = f"{instr.op}({', '.join(args)})"
+        call = f"{instr.op}({', '.join(args)})" + (f" in {instr.body.tiles}" if instr.body else "")
         outs = "; ".join("_" if out is None else self.value(out) for out in instr.outs)
         note = " ".join(p for p in (instr.where.source or "-", instr.where.module) if p)
         return (f"{outs} = {call}" if outs else call) + ("" if note == "-" else f"  # {note}")
@@ -105,7 +121,7 @@ _INPUT = re.compile(rf"({'|'.join(KINDS)}) (.+)")
 _SECTION = re.compile(r"section (\w+) takes \((.*)\)")
 _VALUE = re.compile(rf"%({NAME}): (\w+)\[([^\]]*)\] @ (.+)")
 _SHARD = re.compile(rf"Shard\((\d+), ({NAME})(?:, outer=(\d+))?(, partial)?\)")
-_CALL = re.compile(r"([a-z_]+(?:\.\w+)*)\((.*)\)")
+_CALL = re.compile(r"([a-z_]+(?:\.\w+)*)\((.*)\)(?: in (\d+))?")
 _TOKEN = re.compile(
     rf"\s*(?:%(?P<ref>{NAME})|(?P<constant>\$\d+)|dtype:(?P<dtype>\w+)|\"(?P<text>[^\"]*)\""
     r"|(?P<number>-?(?:inf|nan|\d+(?:\.\d+)?(?:e[+-]?\d+)?))(?![\w.])"
@@ -140,8 +156,8 @@ class _Parser:
             ranks = int(self.expect(r"ranks (\d+)")[1])
             while match := self.take(rf"layout ({NAME}) = (.+)"):
                 self.layouts[match[1]] = tuple(_box(box) for box in match[2].split(" "))
-                if len(self.layouts[match[1]]) != ranks:
-                    raise ValueError("a layout has one interval a rank")
+                if len(self.layouts[match[1]]) % ranks:
+                    raise ValueError("a layout has one interval a rank, or one a tile of every rank")
             if (match := self.take(r"constants (.+)")) and sorted(match[1].split(" ")) != sorted(self.ints):
                 raise ValueError("the constants are not those of the ranks table")
             inputs = []
@@ -184,10 +200,21 @@ class _Parser:
         instrs = []
         while self.at < len(self.lines) and self.lines[self.at].startswith("  "):
             instrs.append(self.instr(self.next()[2:]))
+            if instrs[-1].body is not None:
+                instrs[-1] = replace(instrs[-1], body=self.body(instrs[-1].body.tiles))
         gives = self.expect(r"gives \((.*)\)")[1]
         pairs = tuple(tuple(pair.split("=%")) for pair in gives.split(", ")) if gives else ()
         takes = tuple(name.removeprefix("%") for name in head[2].split(", ")) if head[2] else ()
         return Section(head[1], takes, tuple(instrs), pairs)
+
+    def body(self, tiles: int) -> Body:
+        instrs = []
+        while self.at < len(self.lines) and self.lines[self.at].startswith("    "):
+            instrs.append(self.instr(self.next()[4:]))
+            if instrs[-1].body is not None:
+                raise ValueError("a body within a body")
+        gives = self.expect(r"  gives \((.*)\)")[1]
+        return Body(tiles, tuple(instrs), tuple(name.removeprefix("%") for name in gives.split(", ")) if gives else ())
 
     def instr(self, line: str) -> Instr:
         code, _, note = line.partition("  # ")
@@ -199,7 +226,10 @@ class _Parser:
         source, _, module = note.partition(" ")
         where = Where("" if source == "-" else source, module)
         values = tuple(None if out == "_" else self.value(out) for out in outs.split("; ")) if outs else ()
-        return Instr(values, match[1], args, kwargs, where)
+        body = Body(int(match[3]), (), ()) if match[3] else None
+        if (match[1] == TILES) != (body is not None):
+            raise ValueError(f"{TILES}, and nothing else, is done in a number of tiles")
+        return Instr(values, match[1], args, kwargs, where, body)
 
     def value(self, text: str) -> Value:
         match = _VALUE.fullmatch(text)

@@ -1,7 +1,7 @@
 """What is legal in any program: names, lifetimes, operators, and boxes that fit their placements."""
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import FREE, MOVES
+from autosp_aot.operators import COLLECTIVES, FREE, MOVES, TILES
 from autosp_aot.placement import covers
 from autosp_aot.program import Instr, Program, Section, Value
 
@@ -10,7 +10,7 @@ SECTIONS = (("step",), ("forward", "backward", "sum_gradients"))
 
 def verify(program: Program) -> None:
     """Raise ArtifactError (`program-illegal`) naming the first line that is not legal."""
-    _Verifier(program).run()
+    _Verifier(program, program.ranks).run()
 
 
 def illegal(what: str, instr: Instr | None = None, why: str = "") -> ArtifactError:
@@ -23,8 +23,8 @@ def illegal(what: str, instr: Instr | None = None, why: str = "") -> ArtifactErr
 
 
 class _Verifier:
-    def __init__(self, program: Program):
-        self.program = program
+    def __init__(self, program: Program, boxes: int):
+        self.program, self.boxes = program, boxes
         self.alive: dict[str, Value] = {}
         self.made: set[str] = set()
 
@@ -63,7 +63,9 @@ class _Verifier:
             for name in refs:
                 del self.alive[name]
             return
-        if instr.op.partition(".")[0] not in ("aten", "autosp") and instr.op not in MOVES:
+        if instr.op == TILES:
+            self.tiles(instr)
+        elif instr.op.partition(".")[0] not in ("aten", "autosp") and instr.op not in MOVES:
             raise illegal(f"{instr.op} is not an operator", instr)
         if instr.op in MOVES and instr.op != "all_reduce" and (len(refs) != 1 or len(instr.values()) != 1):
             raise illegal(f"{instr.op} moves one value", instr)
@@ -73,6 +75,26 @@ class _Verifier:
             self.define(out, instr)
             visible.add(out.name)
 
+    def tiles(self, instr: Instr) -> None:
+        """A body reads what the instruction lists and what it makes itself, meets no rank and gives what it made."""
+        body = instr.body
+        if body.tiles < 2 or len(body.gives) != len(instr.outs) or None in instr.outs:
+            raise illegal("a body has two tiles or more, and gives something for each result", instr)
+        inside = _Verifier(self.program, self.boxes * body.tiles)
+        read = {name: self.alive[name] for name in instr.refs()}
+        inside.alive = dict(read)
+        inside.made = set(self.made)
+        visible = set(read)
+        for inner in body.instrs:
+            if inner.op in COLLECTIVES or inner.op == TILES:
+                raise illegal(f"{inner.op} in a body", inner, "ranks meet outside, and tiles have no tiles")
+            if inner.op == FREE and read.keys() & set(inner.refs()):
+                raise illegal("a body releases a value that is not its own", inner)
+            inside.instr(inner, visible)
+        for name in body.gives:
+            if name not in inside.alive or name in read:
+                raise illegal(f"a body gives {name}, which it did not make or has released", instr)
+
     def define(self, value: Value, instr: Instr | None) -> None:
         if value.name in self.made:
             raise illegal(f"{value.name} is made twice", instr)
@@ -81,7 +103,7 @@ class _Verifier:
         cut = value.placement.cut
         if cut is None:
             return
-        if cut.dim >= len(value.shape) or len(cut.bounds) != self.program.ranks:
+        if cut.dim >= len(value.shape) or len(cut.bounds) != self.boxes:
             raise illegal(f"{value.name} has a placement for another shape or number of ranks", instr)
         if any(not 0 <= lo <= hi for lo, hi in cut.bounds):
             raise illegal(f"{value.name} has a box that ends before it begins", instr)

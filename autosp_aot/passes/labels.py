@@ -29,12 +29,14 @@ class Label:
 class Labels:
     """The sequence labels of every value, and the shares of the sequence that make a value's home.
 
-    `lengths` are those of the sequences: one, or a source's and a target's.
+    `lengths` are those of the sequences: one, or a source's and a target's. With `tiles` every rank's share is cut into
+    so many again.
     """
 
     lengths: tuple[int, ...]
     ranks: int
     by_value: dict[str, tuple[Label, ...]]
+    tiles: int = 1
 
     def home(self, name: str) -> Placement | None:
         """A value's sequence shard; None where it does not carry the sequence."""
@@ -46,17 +48,21 @@ class Labels:
 
     def bounds(self, extent: int) -> Bounds:
         """Even shares. Of a dim a little longer or shorter than a sequence the last rank has the difference."""
-        return _home_bounds(self.lengths, self.ranks, extent)
+        return _home_bounds(self.lengths, self.ranks, self.tiles, extent)
 
 
 @lru_cache
-def _home_bounds(lengths: tuple[int, ...], ranks: int, extent: int) -> Bounds:
+def _home_bounds(lengths: tuple[int, ...], ranks: int, tiles: int, extent: int) -> Bounds:
     length = min(lengths, key=lambda length: abs(length - extent))
     if abs(extent - length) * ranks > length:
-        return even_bounds(extent, ranks)
-    clamped = [(min(lo, extent), min(hi, extent)) for lo, hi in even_bounds(length, ranks)]
+        return _cut_again(even_bounds(extent, ranks), tiles)
+    clamped = [(min(lo, extent), min(hi, extent)) for lo, hi in _cut_again(even_bounds(length, ranks), tiles)]
     clamped[-1] = (clamped[-1][0], extent)
     return tuple(clamped)
+
+
+def _cut_again(bounds: Bounds, tiles: int) -> Bounds:
+    return tuple((lo + a, lo + b) for lo, hi in bounds for a, b in even_bounds(hi - lo, tiles))
 
 
 def find_labels(program: Program, sequence_dims: dict[str, int], ranks: int) -> Labels:

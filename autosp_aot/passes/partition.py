@@ -29,7 +29,7 @@ from autosp_aot.placement import (
     local_shape,
     received_bytes,
 )
-from autosp_aot.program import ITEMSIZE, Input, Instr, Program, Ref, Value, map_args
+from autosp_aot.program import ITEMSIZE, Input, Instr, Program, Ref, Value, with_refs
 
 # What a byte that stays on the device, and a floating operation, cost in received bytes. They only break near ties:
 # links are at least this much slower than memory and arithmetic on every device since the A100.
@@ -157,7 +157,7 @@ class _Partition:
         strategy, operands = choice.strategy, choice.operands
         brought = [self.bring(name, placement, instr) for name, placement in zip(instr.refs(), operands)]
         outs = self.local_outs(instr, choice.results)
-        args = _with_refs(instr, brought)
+        args = with_refs(instr, brought)
         if spec is not None and spec.localize is not None and strategy.factor is not None:
             shapes = [self.local(self.whole[n], p).shape for n, p in zip(instr.refs(), operands)]
             local = Local(strategy, shapes, [out.shape for out in outs if out is not None])
@@ -308,13 +308,6 @@ class _Partition:
 
     def local(self, value: Value, placement: Placement) -> Value:
         return replace(value, shape=Local.shape(value.shape, placement, self.ranks), placement=placement)
-
-
-def _with_refs(instr: Instr, names: list[str]) -> Instr:
-    """The instruction with its operands, in order of appearance, replaced by these names."""
-    left = iter(names)
-    change = lambda leaf: Ref(next(left)) if isinstance(leaf, Ref) else leaf  # noqa: E731
-    return replace(instr, args=map_args(instr.args, change), kwargs=map_args(instr.kwargs, change))
 
 
 def _fits(strategy: Strategy, spec: Spec, ranks: int) -> bool:

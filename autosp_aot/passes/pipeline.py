@@ -12,6 +12,7 @@ from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
 from autosp_aot.passes.rules.spec import Strategy
 from autosp_aot.passes.sections import split_sections
+from autosp_aot.passes.tile import tile
 from autosp_aot.program import Program
 from autosp_aot.verify import verify
 
@@ -65,11 +66,16 @@ def _partition(step: Compiled, task: Task) -> Compiled:
     return Compiled(step.whole, found.program, found.decisions, found.fallbacks)
 
 
+def _tile(step: Compiled, task: Task) -> Compiled:
+    return replace(step, program=tile(step.program, step.whole, task.sequence_dims, task.config.tile))
+
+
 PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("query-rows", _on_whole(lambda whole, task: split_query_rows(whole, task.config.ranks))),
     ("partition", _partition),
     ("sections", _on_ranks(lambda program, task: split_sections(program))),
     ("recompute", _on_ranks(lambda program, task: recompute(program, task.config.recompute))),
+    ("tile", _tile),
     ("release", _on_ranks(lambda program, task: release(program))),
 )
 

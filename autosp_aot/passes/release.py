@@ -21,8 +21,18 @@ def release(program: Program) -> Program:
 
 
 def _released(section: Section, lasting: set[str]) -> Section:
-    last_use: dict[str, int] = {name: -1 for name in section.takes}
-    for at, instr in enumerate(section.instrs):
+    instrs = tuple(instr if instr.body is None else _released_inside(instr) for instr in section.instrs)
+    return replace(section, instrs=_with_frees(instrs, section.takes, lasting))
+
+
+def _released_inside(instr: Instr) -> Instr:
+    body = instr.body
+    return replace(instr, body=replace(body, instrs=_with_frees(body.instrs, (), {*instr.refs(), *body.gives})))
+
+
+def _with_frees(given: tuple[Instr, ...], takes: tuple[str, ...], lasting: set[str]) -> tuple[Instr, ...]:
+    last_use: dict[str, int] = {name: -1 for name in takes}
+    for at, instr in enumerate(given):
         for name in (*instr.refs(), *(out.name for out in instr.values())):
             last_use[name] = at
     dead: dict[int, list[str]] = {}
@@ -30,9 +40,9 @@ def _released(section: Section, lasting: set[str]) -> Section:
         if name not in lasting:
             dead.setdefault(at, []).append(name)
     instrs: list[Instr] = []
-    for at, instr in enumerate((None, *section.instrs), start=-1):
+    for at, instr in enumerate((None, *given), start=-1):
         if instr is not None:
             instrs.append(instr)
         if at in dead:
             instrs.append(Instr((), "free", tuple(map(Ref, dead[at]))))
-    return replace(section, instrs=tuple(instrs))
+    return tuple(instrs)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from autosp_aot import operators
 from autosp_aot.operators import DTYPES, wide
-from autosp_aot.placement import transfers
-from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args
+from autosp_aot.placement import PARTIAL, common, transfers
+from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
 from autosp_aot.runtime import kernels, random
 
 OURS = kernels.OURS | {"autosp.uniform": random.uniform}
@@ -68,6 +68,8 @@ class Executor:
                 steps.append((False, _free([ref.name for ref in instr.args])))
             elif instr.op == "all_reduce":
                 steps.append((True, self._all_reduce(instr)))
+            elif instr.op == operators.TILES:
+                steps.append((False, self._tiles(instr)))
             elif instr.op in operators.MOVES:
                 steps.append((instr.op != "shard", self._move(instr)))
             else:
@@ -101,6 +103,51 @@ class Executor:
 
         return step
 
+    def _tiles(self, instr: Instr) -> Step:
+        """The body of one tile after the other; what they make is copied into the results, or added up."""
+        names, outs, gives = instr.refs(), instr.values(), instr.body.gives
+        inside = {name: self.values[name] for name in names} | values_of(instr.body.instrs)
+        summed = [inside[name].placement == PARTIAL for name in gives]
+        tiles = range(instr.body.tiles)
+        steps = list(zip(*(self._inner(inner, inside, tiles) for inner in instr.body.instrs)))
+        places = [[self._place(inside[name], out, tile, tiles) for name, out in zip(gives, outs)] for tile in tiles]
+
+        def step(values: dict[str, Tensor]) -> None:
+            results = [_room(out, add, self.device) for out, add in zip(outs, summed)]
+            outer = {name: values[name] for name in names}
+            for tile in tiles:
+                own = dict(outer)
+                for inner in steps[tile]:
+                    inner(own)
+                for result, name, add, boxes in zip(results, gives, summed, places[tile]):
+                    if add:
+                        result.add_(own[name])
+                        continue
+                    for source, target in boxes:
+                        _narrowed(result, target).copy_(_narrowed(own[name], source))
+                del own
+            while results:
+                out = outs[-len(results)]
+                values[out.name] = results.pop(0).to(DTYPES[out.dtype])
+
+        return step
+
+    def _inner(self, instr: Instr, values: dict[str, Value], tiles: range) -> list[Step]:
+        """An instruction of a body, for each tile."""
+        if instr.op == operators.FREE:
+            return [_free(instr.refs())] * len(tiles)
+        if instr.op == "shard":
+            source, target = values[instr.refs()[0]], instr.values()[0]
+            return [_shard(source, target, self.rank, self.rank * len(tiles) + tile) for tile in tiles]
+        own = [map_instr(instr, lambda n: n.values[tile]) for tile in tiles]
+        return [self._call(own[0])] * len(tiles) if own[0] == own[-1] == instr else [self._call(i) for i in own]
+
+    def _place(self, part: Value, out: Value, tile: int, tiles: range):
+        """Where in a tile's part, and where in the result, the boxes are that the rank has of it."""
+        box, a, b, whole = self.rank * len(tiles) + tile, part.placement, out.placement, out.whole_shape
+        pieces = common(a, b, whole, box, self.rank) if a != PARTIAL else ()
+        return [(piece.local(a, whole, box), piece.local(b, whole, self.rank)) for piece in pieces]
+
     def _all_reduce(self, instr: Instr) -> Step:
         sources, targets = [ref.name for ref in instr.args], [out.name for out in instr.values()]
 
@@ -118,7 +165,7 @@ class Executor:
         (ref,), out = instr.args, instr.values()[0]
         source, target = self.values[ref.name], out
         if instr.op == "shard":
-            return _shard(source, target, self.rank)
+            return _shard(source, target, self.rank, self.rank)
         plan = _Plan(source, target, self.rank, self.program.ranks)
 
         def step(values: dict[str, Tensor]) -> Generator[Meeting, Tensor, None]:
@@ -167,10 +214,13 @@ class _Plan:
         return result.to(dtype)
 
 
-def _shard(source: Value, target: Value, rank: int) -> Step:
-    """A copy of the rank's part: kernels rely on what another kernel made (mean and rstd of a norm) having no gaps."""
+def _shard(source: Value, target: Value, rank: int, box: int) -> Step:
+    """What box number `box` of the target is of what the rank has.
+
+    As a copy: kernels rely on what another kernel made (mean and rstd of a norm) having no gaps.
+    """
     a, b, whole = source.placement, target.placement, source.whole_shape
-    boxes = [piece.local(a, whole, rank) for piece in transfers(a, b, whole, rank, rank)]
+    boxes = [piece.local(a, whole, rank) for piece in common(a, b, whole, rank, box)]
     dim = b.cut.dim
 
     def step(values: dict[str, Tensor]) -> None:
@@ -180,6 +230,13 @@ def _shard(source: Value, target: Value, rank: int) -> Step:
         values[target.name] = joined.contiguous()
 
     return step
+
+
+def _room(out: Value, add: bool, device: torch.device) -> Tensor:
+    """Room for a result of all tiles: zeros in a wide dtype to add summands to, or what parts are written into."""
+    if add:
+        return torch.zeros(out.shape, dtype=wide(DTYPES[out.dtype]), device=device)
+    return torch.empty(out.shape, dtype=DTYPES[out.dtype], device=device)
 
 
 def _narrowed(tensor: Tensor, box: tuple[tuple[int, int, int], ...]) -> Tensor:

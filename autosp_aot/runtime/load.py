@@ -7,7 +7,7 @@ from torch import nn
 
 from autosp_aot.artifact import BUFFERS, Manifest, read_manifest, read_rank, read_tensors
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import FREE, MOVES, schema
+from autosp_aot.operators import STRUCTURE, schema
 from autosp_aot.program import Program
 from autosp_aot.runtime.checkpoint import read_weights
 from autosp_aot.runtime.execute import Executor
@@ -55,7 +55,7 @@ def check_size(path: Path, manifest: Manifest, size: int) -> None:
 def check_operators(program: Program, manifest: Manifest) -> None:
     """Raise ArtifactError unless every operator is allowed and is, in this torch, what it was at the build."""
     problems = []
-    for op in sorted({instr.op for instr in program.instrs()} - {*MOVES, FREE}):
+    for op in sorted({instr.op for instr in program.instrs()} - set(STRUCTURE)):
         here = schema(op)
         if here is None:
             problems.append(Problem("operator-refused", f"{op} is not allowed in a program",

@@ -1,0 +1,245 @@
+"""What is local along the sequence and too large is computed in slices of the sequence, one after the other.
+
+    h [S, H], gate = silu(h @ Wg)           y, grad_W = tiles(h, Wg, Wd, grad) in 8
+    y = gate @ Wd                    ->       tile.h = shard(h)                       a tile's rows
+    ...                                       tile.gate = silu(tile.h @ Wg)           [S/8, I]
+    grad_W = grad^T @ gate                    tile.grad_W = tile.grad^T @ tile.gate   a summand
+                                            gives (tile.y, tile.grad_W)               joined, added up
+
+Tiles are ranks in time: an instruction is local where its sharding rule, cut at every tile's home, needs of operands
+the tile alone (or the whole of what is no sequence) and makes parts or summands of its results. Method: tiled MLP and
+loss (Arctic Long Sequence Training, arXiv:2506.13996), found by the rules for whatever is local.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from autosp_aot.cost import costs
+from autosp_aot.operators import DTYPES, STRUCTURE, TILES, wide
+from autosp_aot.passes.labels import Labels, find_labels
+from autosp_aot.passes.release import release
+from autosp_aot.passes.rules.local import Local
+from autosp_aot.passes.rules.spec import Strategy
+from autosp_aot.passes.rules.table import spec_of
+from autosp_aot.placement import PARTIAL, REPLICATE, Placement, inside, joined
+from autosp_aot.program import (
+    TILE,
+    Body,
+    Input,
+    Instr,
+    Program,
+    Ref,
+    Section,
+    Value,
+    stands_for,
+    with_refs,
+)
+
+# What a region may hold beside what it reads and gives before `auto` slices it. As much as the summands it adds up may
+# always be held: smaller tiles would spend more time on adding up than they save room.
+LIMIT_BYTES = 2**30
+
+
+def tile(program: Program, whole: Program, sequence_dims: Mapping[str, int], tiles: str | int) -> Program:
+    """Slice regions of forward and backward: each into `tiles` slices, or (`auto`) those that hold too much."""
+    if tiles == "off":
+        return program
+    rules = _Rules(program, whole, find_labels(whole, dict(sequence_dims), program.ranks))
+    for name in ("forward", "backward"):
+        section = program.section(name)
+        lasting = {n for other in program.sections for n in other.takes} | {n for _, n in section.gives}
+        regions = _regions(section, rules, tiles == "auto")
+        needed = [lasting]
+        for region in reversed(regions):
+            needed.append(needed[-1].union(*(instr.refs() for instr in region.instrs)))
+        instrs = [i for region, later in zip(regions, reversed(needed[:-1])) for i in region.cut(rules, later, tiles)]
+        program = program.with_section(replace(section, instrs=tuple(instrs)))
+    return program
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A call of the whole step as tiles do it: its strategy, and where operands and results are."""
+
+    origin: Instr
+    strategy: Strategy
+    operands: tuple[Placement, ...]
+    results: tuple[Placement, ...]
+
+
+class _Rules:
+    """Which calls can be done in tiles, and how."""
+
+    def __init__(self, program: Program, whole: Program, labels: Labels):
+        self.ranks, self.labels, self.values = program.ranks, labels, program.values()
+        self.whole = whole.values()
+        self.calls = {out.name: instr for instr in whole.instrs() for out in instr.values()}
+        self.means = {entry.value.name: entry.value.name for entry in program.inputs}
+        for instr in program.instrs():
+            moved = instr.op in STRUCTURE
+            names = [self.means[n] for n in instr.refs()] if moved else [stands_for(out.name) for out in instr.values()]
+            self.means.update(zip((out.name for out in instr.values()), names))
+
+    def home(self, name: str, tiles: int) -> Placement | None:
+        """A value's tiles, where it is a sequence and at home."""
+        home = self.labels.home(self.means[name])
+        placement = self.values[name].placement
+        if home is None or (placement != home and (self.ranks > 1 or placement != REPLICATE)):
+            return None
+        return replace(self.labels, tiles=tiles).home(self.means[name])
+
+    def placed(self, instr: Instr, made: Mapping[str, Placement], tiles: int) -> _Placed | None:
+        """How tiles do a call, `made` being what they have made before; None where it is not local."""
+        if instr.op in STRUCTURE:
+            return None
+        origin = self.calls[stands_for(instr.values()[0].name)]
+        operands = [self.whole[name] for name in origin.refs()]
+        spec = spec_of(origin, operands, self.ranks)
+        if spec is None:
+            return None
+        names = [*instr.refs(), *(out.name for out in instr.values())]
+        tensors = zip(names, (*spec.operands, *spec.results))
+        homes = ((dims, home) for name, dims in tensors if (home := self.home(name, tiles)))
+        for strategy in dict.fromkeys(spec.strategy_of(dims, home) for dims, home in homes):
+            found = spec.instantiate(strategy) if strategy and strategy.factor is not None else None
+            if found is not None and self.reads(instr, found[0], made) and self.gives(instr, found[1]):
+                return _Placed(origin, strategy, *found)
+        return None
+
+    def reads(self, instr: Instr, wanted: Iterable[Placement], made: Mapping[str, Placement]) -> bool:
+        """Every operand is there: as the tiles made it, a part of what the rank has, or whole."""
+        for name, placement in zip(instr.refs(), wanted):
+            held = self.values[name].placement
+            if name in made:
+                fits = placement == made[name] and not placement.partial
+            else:
+                fits = not placement.partial and not held.partial
+                fits = fits and (held == placement == REPLICATE or inside(held, placement))
+            if not fits:
+                return False
+        return True
+
+    def gives(self, instr: Instr, results: Iterable[Placement]) -> bool:
+        """What the tiles make are parts or summands of what the rank made."""
+        summed = PARTIAL if self.ranks > 1 else REPLICATE
+        return all(
+            out.placement == (summed if placement == PARTIAL else joined(placement, self.ranks))
+            for out, placement in zip(instr.values(), results)
+        )
+
+    def grows(self, instr: Instr, placed: _Placed) -> bool:
+        """It makes summands larger than what they are made of: an embedding's gradient."""
+        read = sum(self.values[n].nbytes() for n, placement in zip(instr.refs(), placed.operands) if placement.cut)
+        return any(p == PARTIAL and out.nbytes() > read for out, p in zip(instr.values(), placed.results))
+
+
+@dataclass
+class _Region:
+    """Instructions in order: those that can be done in tiles, what comes before them, and what after."""
+
+    instrs: list[Instr] = field(default_factory=list)
+    before: list[Instr] = field(default_factory=list)
+    members: list[Instr] = field(default_factory=list)
+    after: list[Instr] = field(default_factory=list)
+
+    def cut(self, rules: _Rules, later: set[str], tiles: str | int) -> list[Instr]:
+        """The instructions, the members as one loop over tiles where that pays; `later` is what is read after."""
+        later = later.union(*(instr.refs() for instr in self.after))
+        outs = [out for instr in self.members for out in instr.values() if out.name in later]
+        count = self.tiles(rules, outs) if tiles == "auto" else tiles
+        count = min(count, self.longest(rules))
+        return [*self.before, self.loop(rules, outs, count), *self.after] if count > 1 else self.instrs
+
+    def tiles(self, rules: _Rules, outs: list[Value]) -> int:
+        """How many tiles keep what they hold within the limit; 1 where adding up summands would take as much."""
+        inputs = dict.fromkeys(name for instr in self.members for name in instr.refs())
+        own = {out.name for instr in self.members for out in instr.values()}
+        given = tuple(("", out.name) for out in outs)
+        section = Section("step", (), tuple(self.members), given)
+        entries = tuple(Input("batch", rules.values[name]) for name in inputs if name not in own)
+        held = costs(release(Program(rules.ranks, entries, (section,)))).peak_bytes - sum(out.nbytes() for out in outs)
+        summed = (out for out in outs if rules.home(out.name, 1) is None)
+        sums = sum(prod(out.shape) * wide(DTYPES[out.dtype]).itemsize for out in summed)
+        count = -(-held // max(LIMIT_BYTES, sums))
+        return count if held - held // max(count, 1) > sums else 1
+
+    def longest(self, rules: _Rules) -> int:
+        """The most tiles there can be: one a position of the rank with the fewest."""
+        names = (name for instr in self.members for name in (*instr.refs(), *(out.name for out in instr.values())))
+        homes = (home for name in names if (home := rules.home(name, 1)))
+        return min((min(hi - lo for lo, hi in home.cut.bounds) for home in homes), default=0)
+
+    def loop(self, rules: _Rules, outs: list[Value], tiles: int) -> Instr:
+        """The members as one instruction with a body."""
+        boxes = rules.ranks * tiles
+        made: dict[str, Placement] = {}
+        slices: dict[tuple[str, Placement], str] = {}
+        read: dict[str, None] = {}
+        body: list[Instr] = []
+
+        def part(name: str, placement: Placement, instr: Instr) -> str:
+            """What a tile reads of a value: its own, the whole, or a slice, made where it is first read."""
+            if name in made:
+                return TILE + name
+            read[name] = None
+            if placement.cut is None:
+                return name
+            if (name, placement) not in slices:
+                again = sum(1 for other, _ in slices if other == name)
+                slices[name, placement] = f"{TILE}{name}.{again}" if again else TILE + name
+                out = local(name, placement, slices[name, placement])
+                body.append(Instr((out,), "shard", (Ref(name),), (), instr.where))
+            return slices[name, placement]
+
+        def local(name: str, placement: Placement, called: str) -> Value:
+            whole = rules.whole[rules.means[name]]
+            return Value(called, whole.dtype, Local.shape(whole.shape, placement, boxes), placement)
+
+        for instr in self.members:
+            placed = rules.placed(instr, made, tiles)
+            assert placed is not None, f"{instr.values()[0].name} is local in two tiles and not in {tiles}"
+            operands = [part(*pair, instr) for pair in zip(instr.refs(), placed.operands)]
+            pairs = iter(placed.results)
+            results = tuple(out and local(out.name, next(pairs), TILE + out.name) for out in instr.outs)
+            call = with_refs(placed.origin, operands)
+            body.append(replace(call, outs=results, args=self.arguments(rules, placed, call, boxes)))
+            made.update((out.name, placement) for out, placement in zip(instr.values(), placed.results))
+        gives = tuple(TILE + out.name for out in outs)
+        return Instr(tuple(outs), TILES, tuple(map(Ref, read)), body=Body(tiles, tuple(body), gives))
+
+    def arguments(self, rules: _Rules, placed: _Placed, call: Instr, boxes: int) -> tuple:
+        """The arguments of the whole step's call, sizes and positions being a tile's."""
+        spec = spec_of(placed.origin, [rules.whole[name] for name in placed.origin.refs()], rules.ranks)
+        if spec.localize is None:
+            return call.args
+        shape = lambda name, p: Local.shape(rules.whole[name].shape, p, boxes)  # noqa: E731
+        shapes = [shape(name, p) for name, p in zip(placed.origin.refs(), placed.operands)]
+        results = [shape(out.name, p) for out, p in zip(placed.origin.values(), placed.results)]
+        return spec.localize(call.args, Local(placed.strategy, shapes, results))
+
+
+def _regions(section: Section, rules: _Rules, sparing: bool) -> list[_Region]:
+    """A section's instructions in runs: a run ends before a local one that needs what must come after the run's.
+
+    What is not local and needs nothing of the run comes before it, however late it stands; all other comes after.
+    """
+    regions, made, after = [_Region()], {}, set()
+    for instr in section.instrs:
+        refs = set(instr.refs())
+        placed = None if refs & after else rules.placed(instr, made, 2)
+        if placed is None and refs & after and rules.placed(instr, {}, 2):
+            regions.append(_Region())
+            made, after = {}, set()
+            placed = rules.placed(instr, made, 2)
+        region, names = regions[-1], [out.name for out in instr.values()]
+        region.instrs.append(instr)
+        if placed is not None and not (sparing and rules.grows(instr, placed)):
+            region.members.append(instr)
+            made.update(zip(names, placed.results))
+        elif refs & (made.keys() | after):
+            region.after.append(instr)
+            after.update(names)
+        else:
+            region.before.append(instr)
+    return regions

@@ -81,7 +81,7 @@ def _check_inputs(manifest: Manifest, whole: Program) -> None:
 
 
 def _check_decisions(manifest: Manifest, whole: Program, programs: list[Program]) -> None:
-    """The decisions, taken again, place every value of the whole step as the programs do, and fall back alike."""
+    """The decisions, taken again, place every value as the programs do (tiles' own left out), and fall back alike."""
     taken = decisions.read(manifest.cuts, manifest.decisions)
     replayed = partition(whole, manifest.sequence_dims, manifest.ranks, taken)
     fallbacks = [asdict(fallback) for fallback in replayed.fallbacks]
@@ -89,7 +89,7 @@ def _check_decisions(manifest: Manifest, whole: Program, programs: list[Program]
         raise _wrong("fallbacks", list(manifest.fallbacks), fallbacks)
     placed = replayed.program.values()
     for values in map(Program.values, programs):
-        for name in whole.values():
+        for name in whole.values().keys() & values.keys():
             if placed[name].placement != values[name].placement:
                 raise _wrong(f"the decision of {name}", placed[name].placement, values[name].placement)
 

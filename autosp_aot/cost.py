@@ -3,17 +3,18 @@
 Storage is counted, not names: a view shares its operand's storage, which lives until the last of its names is released.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import ChainMap, Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 
 from torch import Tensor
 
 from autosp_aot.layouts import Layouts
-from autosp_aot.operators import COLLECTIVES, FREE
+from autosp_aot.operators import COLLECTIVES, DTYPES, FREE, TILES, wide
 from autosp_aot.placement import received_bytes
-from autosp_aot.program import ITEMSIZE, RECOMPUTED, Instr, Program, Value, map_ints
+from autosp_aot.program import ITEMSIZE, RECOMPUTED, TILE, Instr, Program, Value, map_instr, map_ints, values_of
 
 CONTRACTIONS = (
     "aten.mm.default", "aten.bmm.default", "aten.addmm.default", "autosp.expert_mm", "autosp.expert_mm_weight_grad",
@@ -68,8 +69,9 @@ def costs(program: Program) -> Costs:
     moments = curve(program, rank)
     worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
     kept = next((moment.alive_bytes for moment in reversed(moments) if moment.section == "forward"), 0)
-    values = largest.values()
-    flops = {again: sum(_flops(instr, values) for instr in _calls(largest, again)) for again in (False, True)}
+    flops = Counter()
+    for again, count in _products(largest):
+        flops[again] += count
     peak_at = f"{worst.section}: {worst.name}"
     return Costs(worst.peak_bytes, peak_at, kept, flops[False] + flops[True], flops[True], tuple(moved(program)))
 
@@ -123,7 +125,7 @@ class _Storages:
     """The storages that are alive, each under the name of the value it was made for, and the names that lie in it."""
 
     def __init__(self, program: Program, rank: int):
-        self.layouts = Layouts(rank)
+        self.program, self.layouts = program, Layouts(rank)
         self.tensors = {entry.value.name: self.layouts.of(entry.value) for entry in program.inputs}
         self.owner = dict.fromkeys(self.tensors, "")
         self.users: Counter[str] = Counter()
@@ -136,12 +138,30 @@ class _Storages:
             for name in instr.refs():
                 self.release(name)
             return Moment(section, instr.op, self.total, before)
+        if instr.op == TILES:
+            return self.tiles(instr, section)
         made = self.layouts.made(instr, self.tensors)
         owners = [self.owner[name] for name in instr.refs()] + [out and out.name for out in instr.outs]
         for out, result, owner in zip(instr.outs, made.results, made.owners):
             if out is not None:
                 self.add(out.name, result, owners[owner])
         return Moment(section, instr.values()[0].name, self.total, self.total + made.workspace_bytes)
+
+    def tiles(self, instr: Instr, section: str) -> Moment:
+        """Room for all results, summands in a wide dtype; then a tile after the other, the first being the largest."""
+        body, before = instr.body, self.total
+        inside = _Storages(replace(self.program, inputs=()), self.layouts.rank * body.tiles)
+        inside.tensors |= {name: self.tensors[name] for name in instr.refs()}
+        inside.owner |= dict.fromkeys(instr.refs(), "")
+        most = max((inside.step(inner, section).peak_bytes for inner in body.instrs), default=0)
+        made = {out.name: out for inner in body.instrs for out in inner.values()}
+        room = 0
+        for out, name in zip(instr.values(), body.gives):
+            self.add(out.name, self.layouts.of(out), out.name)
+            summed = made[name].placement.partial
+            room += self.bytes[out.name] // ITEMSIZE[out.dtype] * (wide(DTYPES[out.dtype]).itemsize if summed else 0)
+            room += 0 if summed else self.bytes[out.name]
+        return Moment(section, instr.values()[0].name, self.total, before + room + most)
 
     def add(self, name: str, tensor: Tensor, owner: str) -> None:
         self.tensors[name], self.owner[name] = tensor, owner
@@ -158,15 +178,20 @@ class _Storages:
             self.total -= self.bytes.pop(owner)
 
 
-def _calls(program: Program, recomputed: bool) -> list[Instr]:
-    found = []
-    for instr in program.instrs():
-        if instr.values() and instr.values()[0].name.startswith(RECOMPUTED) == recomputed:
-            found.append(instr)
-    return found
+def _products(program: Program) -> Iterator[tuple[bool, int]]:
+    """Whether a call is a recomputation, and its FLOPs on a rank."""
+    values = program.values()
+    for section in program.sections:
+        for instr in section.instrs:
+            inner = [map_instr(i, lambda n: max(n.values)) for i in instr.body.instrs] if instr.body else [instr]
+            known = ChainMap(values_of(inner), values) if instr.body else values
+            for call in inner:
+                if call.values():
+                    again = call.values()[0].name.removeprefix(TILE).startswith(RECOMPUTED)
+                    yield again, _flops(call, known) * (instr.body.tiles if instr.body else 1)
 
 
-def _flops(instr: Instr, values: dict[str, Value]) -> int:
+def _flops(instr: Instr, values: Mapping[str, Value]) -> int:
     """Multiplications and additions of the products in a call; all else is linear and small beside them."""
     shapes = [values[name].shape for name in instr.refs()]
     if instr.op in ATTENTION_PRODUCTS:

@@ -18,12 +18,14 @@ from autosp_aot.verify import verify
 from examples import llama
 from tests.steps import equal_to_eager, half_labelled
 
-SMALL = dict(vocab_size=64, num_hidden_layers=1, hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=48)
+SIZES = dict(
+    vocab_size=64, num_hidden_layers=1, hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=40
+)
 
 
 def small(dtype: str = "float64"):
     torch.manual_seed(0)
-    return llama.build_model(dtype=dtype, **SMALL)
+    return llama.build_model(dtype=dtype, **SIZES)
 
 
 def built(ranks: int = 2, length: int = 13, **options):
@@ -144,7 +146,7 @@ def whole(instr: Instr) -> list[Instr]:
     ("shard", whole, "has no aten.clone"),
     ("aten.mm.default", lambda i: [replace(i, op="aten.addmm.default")], "has no aten.addmm"),
     ("aten.sum.dim_IntList", lambda i: [replace(i, args=(i.args[0], (0,), *i.args[2:]))], "is wrong"),
-    ("free", lambda i: [replace(i, args=(*i.args, Ref("model.embed_tokens.weight")))], "not alive"),
+    ("free", lambda i: [replace(i, args=(*i.args, Ref("model.embed_tokens.weight")))], "not its own"),
     ("free", lambda i: [i, i], "not alive"),
     ("shard", lambda i: [replace(i, op="all_gather")], "in a body"),
 ])  # fmt: skip

@@ -24,12 +24,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from autosp_aot.config import checked_config
 from autosp_aot.errors import ArtifactError, BuildError, Problem
 from autosp_aot.program import ITEMSIZE, Program, Value
 from autosp_aot.program_text import parse_program, print_program
 from autosp_aot.verify import verify
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 BUFFERS = "buffers.safetensors"
@@ -39,7 +40,6 @@ REPORT = "report.html"
 REQUIRED = frozenset({WHOLE, RANKS, BUFFERS, REPORT})
 BODY = re.compile(r"body\.\d+\.program")
 TARGETS = ("cpu", "cuda", "rocm")
-POLICIES = ("sac", "none")
 RANK_SECTIONS = ("forward", "backward", "sum_gradients")
 TEXT_LIMIT_BYTES = 512 * 2**20
 
@@ -73,6 +73,9 @@ class Manifest:
     ranks: int
     target: str
     recompute: str
+    memory_budget_bytes: int | None
+    tile: str | int
+    offload: str
     sequence_dims: dict[str, int]
     batch: tuple[TensorSpec, ...]
     parameters: tuple[TensorSpec, ...]
@@ -225,7 +228,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if found.get("format") != FORMAT:
             raise ValueError(f"format {found.get('format')}, this version reads {FORMAT}")
         manifest = _manifest(found)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, BuildError) as error:
         raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
     _check_files(path, manifest)
     if len(_ranks(path)) != manifest.ranks:
@@ -244,8 +247,10 @@ def _manifest(found: dict) -> Manifest:
     found["costs"]["moved"] = tuple(found["costs"]["moved"])
     if not isinstance(found["ranks"], int) or found["ranks"] < 1:
         raise ValueError("ranks is not a positive number")
-    if found["target"] not in TARGETS or found["recompute"] not in POLICIES:
-        raise ValueError("no such target or recompute policy")
+    if found["target"] not in TARGETS:
+        raise ValueError("no such target")
+    options = (found[key] for key in ("recompute", "memory_budget_bytes", "tile", "offload"))
+    checked_config(found["ranks"], found["target"], *options)
     stored = {spec.name for spec in found["parameters"]}
     if not {*found["aliases"].values(), *found["trainable"]} <= stored:
         raise ValueError("an alias or a trainable name is no parameter")

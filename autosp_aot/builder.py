@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot import __version__
 from autosp_aot.artifact import FORMAT, Artifact, Manifest, refuse_existing, specs
-from autosp_aot.config import BuildConfig
+from autosp_aot.config import BuildConfig, checked_config
 from autosp_aot.cost import costs
 from autosp_aot.dump import Dump
 from autosp_aot.errors import BuildError, Problem
@@ -36,22 +37,20 @@ from autosp_aot.passes.pipeline import Watch, compile_program, unwatched
 from autosp_aot.program import Program, Value
 from autosp_aot.report import html_report
 from autosp_aot.runtime.groups import present_target
+from autosp_aot.units import bytes_of
 
 WEIGHTS_LIMIT_BYTES = 10**9
 
 
 def build_file(
     model_path: str | Path,
-    ranks: int,
+    config: BuildConfig,
     seq: int,
-    batch_size: int,
-    options: Mapping[str, object],
-    out: Path | None,
-    target: str | None,
-    recompute: str,
-    strict: bool,
-    seed: int,
-    weights: bool,
+    batch_size: int = 1,
+    options: Mapping[str, object] = MappingProxyType({}),
+    out: Path | None = None,
+    seed: int = 0,
+    weights: bool = True,
     dump: Path | None = None,
 ) -> Path:
     """`autosp-aot build`: compile MODEL.py and write the artifact to `out` (default `./<model file stem>.sp<ranks>`).
@@ -60,11 +59,10 @@ def build_file(
     nothing; only what passes made is in `dump` also when a later one fails.
     """
     model_file = read_model_file(model_path)
-    out = Path(f"{model_file.stem}.sp{ranks}") if out is None else out
+    out = Path(f"{model_file.stem}.sp{config.ranks}") if out is None else out
     refuse_existing(out)
     watch = unwatched if dump is None else Dump(dump, out)
     batch, sequence_dims = make_batch(model_file, batch_size, seq)
-    config = BuildConfig(ranks, target or present_target(), recompute, strict)
     said = json.dumps([model_file.sha256, sorted(options.items()), seq, batch_size, asdict(config)], default=str)
     source = hashlib.sha256(said.encode()).hexdigest()
     artifact = compile_model(make_model(model_file, options), batch, sequence_dims, config, source, watch)
@@ -83,18 +81,26 @@ def build(
     *,
     sequence_dims: Mapping[str, int] | None = None,
     target: str | None = None,
-    recompute: str = "sac",
+    recompute: str | None = None,
+    memory_budget: int | str | None = None,
+    tile: str | int = "auto",
+    offload: str = "off",
     strict: bool = False,
     weights: bool = True,
 ) -> Artifact:
     """Compile a module for `sp` ranks; `batch` are the keyword inputs of its forward, of the shapes to train with.
 
     `sequence_dims` says which dim of which input is the sequence (default: dim 1 of every input with two dims or more,
-    where that is the length of some tokens [B, S] or they all agree). The module is left alone; its present weights are
-    stored unless `weights` is False. With `path` the artifact is written there. Raises BuildError.
+    where that is the length of some tokens [B, S] or they all agree). `memory_budget` is in bytes or text as "70GiB", for
+    what parameters, gradients, activations and workspace of a rank take together. `recompute` is auto, sac, full or none
+    (default: auto with a budget, else sac), `tile` a number of slices, auto or off, `offload` off, auto or host.
+
+    The module is left alone; its present weights are stored unless `weights` is False. With `path` the artifact is
+    written there. Raises BuildError, and ValueError for text that is no size.
     """
+    budget = bytes_of(memory_budget) if isinstance(memory_budget, str) else memory_budget
+    config = checked_config(sp, target or present_target(), recompute, budget, tile, offload, strict)
     dims = guess_sequence_dims(batch) if sequence_dims is None else checked_sequence_dims(batch, sequence_dims)
-    config = BuildConfig(sp, target or present_target(), recompute, strict)
     if path is not None:
         refuse_existing(Path(path))
     artifact = compile_model(module, batch, dims, config, "")
@@ -109,11 +115,7 @@ def compile_model(
     model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str, watch: Watch = unwatched
 ) -> Artifact:
     """Capture, partition and schedule a model; no weights are allocated. `watch` is shown what each pass makes."""
-    refuse_modules(model)
-    refuse_hooks(model)
-    mode = FakeTensorMode()
-    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, config.target))
-    _refuse_operators(whole)
+    whole, constants = capture_model(model, batch, config.target)
     compiled = compile_program(whole, sequence_dims, config, watch=watch)
     cuts, decisions = written(compiled.decisions)
     persistent = set(_state_names(model))
@@ -129,6 +131,9 @@ def compile_model(
         ranks=config.ranks,
         target=config.target,
         recompute=config.recompute,
+        memory_budget_bytes=config.memory_budget_bytes,
+        tile=config.tile,
+        offload=config.offload,
         sequence_dims=sequence_dims,
         batch=specs(inputs["batch"], vocabularies(whole)),
         parameters=specs([*inputs["parameter"], *stored, *_unused(model, inputs)]),
@@ -144,6 +149,16 @@ def compile_model(
     )
     report = html_report(manifest)
     return Artifact(manifest, compiled.whole, compiled.program, {v.name: buffers[v.name] for v in kept}, None, report)
+
+
+def capture_model(model: nn.Module, batch, target: str) -> tuple[Program, dict[str, Tensor]]:
+    """The unsharded step of a model, and the constants it reads by name. Raises BuildError."""
+    refuse_modules(model)
+    refuse_hooks(model)
+    mode = FakeTensorMode()
+    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, target))
+    _refuse_operators(whole)
+    return whole, constants
 
 
 def model_values(model: nn.Module) -> dict[str, Tensor]:

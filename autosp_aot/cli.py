@@ -4,17 +4,43 @@ Commands import what needs torch themselves, so that `--help` is immediate.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
+from autosp_aot.config import OFFLOAD, RECOMPUTE, checked_config
 from autosp_aot.errors import AutospError
+from autosp_aot.units import bytes_of, length_of
 
 PATH = click.Path(path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 POSITIVE = click.IntRange(min=1)
 CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class Units(click.ParamType):
+    """What `autosp_aot.units` reads; with `many`, a list of it between commas, each once and in order."""
+
+    def __init__(self, name: str, read: Callable[[str], object], many: bool = False):
+        self.name, self.read, self.many = name, read, many
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        try:
+            found = [self.read(text) for text in (value.split(",") if self.many else [value])]
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return tuple(sorted(set(found))) if self.many else found[0]
+
+
+def _tiles(text: str) -> str | int:
+    return text if text in ("auto", "off") else length_of(text)
+
+
+SIZE = Units("size", bytes_of)
 
 
 class Commands(click.Group):
@@ -59,23 +85,43 @@ def _value(text: str) -> object:
         return text
 
 
+STEP_OPTIONS = (
+    click.option("--batch", type=POSITIVE, default=1, help="Sequences of a step."),
+    click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
+                 help="An option of build_model; may be repeated."),
+    click.option("--tile", type=Units("auto|off|n", _tiles), default="auto",
+                 help="Compute loss and MLP in slices of the sequence: as many as pay, none, or N."),
+    click.option("--offload", type=click.Choice(OFFLOAD), default="off",
+                 help="Kept values wait in host memory: none, those that the budget needs, all (host)."),
+)  # fmt: skip
+
+
+def step_options(command: Callable) -> Callable:
+    """The options that `build` and `plan` share."""
+    for option in reversed(STEP_OPTIONS):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("model", metavar="MODEL.py", type=EXISTING)
 @click.option("--sp", type=POSITIVE, required=True, help="Ranks that share every sequence.")
-@click.option("--seq", type=POSITIVE, default=4096, help="Tokens of a sequence.")
-@click.option("--batch", type=POSITIVE, default=1, help="Sequences of a step.")
-@click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
-              help="An option of build_model; may be repeated.")
+@click.option("--seq", type=Units("length", length_of), default=4096, help="Tokens of a sequence; 128k is 131072.")
+@step_options
+@click.option("--recompute", type=click.Choice(RECOMPUTE),
+              help="What backward computes again. none: nothing. sac: all but attention. full: attention too. "
+                   "auto: what the budget needs.  [default: auto with --memory-budget, else sac]")
+@click.option("--memory-budget", type=SIZE, help="What parameters, gradients, activations and workspace of a rank may "
+              "take together, as 70GiB; optimizer state comes on top.")
 @click.option("-o", "--out", metavar="DIR", type=PATH, help="Where to write; default ./<model file stem>.sp<P>.")
 @click.option("--target", type=click.Choice(["cpu", "cuda", "rocm"]), help="Default: what torch finds here.")
-@click.option("--recompute", type=click.Choice(["sac", "none"]), default="sac",
-              help="sac: in backward compute all but attention again. none: keep everything.")
 @click.option("--strict", is_flag=True, help="Refuse operators without a rule instead of computing them on every rank.")
 @click.option("--seed", type=int, default=0, help="Of the initial weights.")
 @click.option("--no-weights", is_flag=True, help="Store no initial weights.")
 @click.option("--dump", metavar="DIR", type=PATH, help="Write what each pass makes, into a new folder.")  # fmt: skip
-def build(model: Path, sp: int, seq: int, batch: int, options: dict, out: Path | None, target: str | None,
-          recompute: str, strict: bool, seed: int, no_weights: bool, dump: Path | None) -> None:  # fmt: skip
+def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str | int, offload: str,
+          recompute: str | None, memory_budget: int | None, out: Path | None, target: str | None,
+          strict: bool, seed: int, no_weights: bool, dump: Path | None) -> None:  # fmt: skip
     """Build an artifact from a model file; prints its path.
 
     MODEL.py defines build_model(**options) -> nn.Module, whose forward returns the loss, and
@@ -84,8 +130,10 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, out: Path |
     from autosp_aot.artifact import read_manifest
     from autosp_aot.builder import build_file
     from autosp_aot.report import facts
+    from autosp_aot.runtime.groups import present_target
 
-    path = build_file(model, sp, seq, batch, options, out, target, recompute, strict, seed, not no_weights, dump)
+    config = checked_config(sp, target or present_target(), recompute, memory_budget, tile, offload, strict)
+    path = build_file(model, config, seq, batch, options, out, seed, not no_weights, dump)
     manifest = read_manifest(path)
     for name, value in facts(manifest):
         click.echo(f"{name + ':':<36}{value}", err=True)

@@ -66,7 +66,7 @@ def _versions(a: Manifest, b: Manifest) -> list[str]:
 
 def _build(a: Manifest, b: Manifest) -> list[str]:
     said = []
-    for what in ("ranks", "target", "recompute", "sequence_dims", "aliases"):
+    for what in ("ranks", "target", "recompute", "memory_budget_bytes", "tile", "offload", "sequence_dims", "aliases"):
         if getattr(a, what) != getattr(b, what):
             said.append(f"{what}: {getattr(a, what)} -> {getattr(b, what)}")
     for what in ("batch", "parameters", "buffers"):

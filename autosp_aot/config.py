@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from autosp_aot.errors import BuildError, Problem
+
+RECOMPUTE = ("auto", "sac", "full", "none")
+OFFLOAD = ("off", "auto", "host")
+
 
 @dataclass(frozen=True)
 class BuildConfig:
@@ -25,3 +30,42 @@ class BuildConfig:
     memory_budget_bytes: int | None = None
     tile: str | int = "auto"
     offload: str = "off"
+
+
+def checked_config(
+    ranks: int,
+    target: str,
+    recompute: str | None = None,
+    memory_budget_bytes: int | None = None,
+    tile: str | int = "auto",
+    offload: str = "off",
+    strict: bool = False,
+) -> BuildConfig:
+    """The options as people give them; recompute None is `auto` with a budget and `sac` without.
+
+    Raises BuildError: `no-such-choice`, `budget-missing` for an auto with nothing to choose by, and `budget-unused` for
+    a budget that nothing would be chosen by.
+    """
+    recompute = recompute or ("sac" if memory_budget_bytes is None else "auto")
+    _one_of("recompute", recompute, recompute in RECOMPUTE, RECOMPUTE)
+    _one_of("offload", offload, offload in OFFLOAD, OFFLOAD)
+    number = isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1
+    _one_of("tile", tile, number or tile in ("auto", "off"), ("auto", "off", "a number of slices"))
+    said = f"recompute {recompute} and offload {offload}"
+    if "auto" in (recompute, offload) and memory_budget_bytes is None:
+        raise BuildError(Problem(
+            "budget-missing", f"{said}, without a memory budget", why="auto does what a budget needs, and no more",
+            fix="give --memory-budget (memory_budget=), or say what to do",
+        ))  # fmt: skip
+    if "auto" not in (recompute, offload) and memory_budget_bytes is not None:
+        raise BuildError(Problem(
+            "budget-unused", f"{said}, with a memory budget", why="with both of them said, nothing is left to choose",
+            fix="leave one of them auto, or leave the budget out: autosp-aot plan says whether it fits",
+        ))  # fmt: skip
+    return BuildConfig(ranks, target, recompute, strict, memory_budget_bytes, tile, offload)
+
+
+def _one_of(name: str, given: object, known: bool, choices: tuple[str, ...]) -> None:
+    if not known:
+        what = f"{name} is {given!r}"
+        raise BuildError(Problem("no-such-choice", what, fix=f"give one of {', '.join(choices)}"))

@@ -18,7 +18,7 @@ from autosp_aot.passes.recompute import kept_values
 from autosp_aot.passes.rules.words import factors_text, placement_text, rule_text, strategy_text
 from autosp_aot.placement import received_bytes
 from autosp_aot.program import ITEMSIZE, RECOMPUTED, Dtype, Instr, PerRank, Program, Ref, Value, map_ints
-from autosp_aot.report import bytes_text
+from autosp_aot.units import bytes_text
 
 LISTED = 20
 CHOICES = 8

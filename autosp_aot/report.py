@@ -10,6 +10,7 @@ from autosp_aot.collectives import collectives_of
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.program import ITEMSIZE, Program
 from autosp_aot.program_text import print_program
+from autosp_aot.units import bytes_text
 
 Rows = list[tuple[str, ...]]
 STYLE = (
@@ -54,6 +55,9 @@ def facts(manifest: Manifest) -> Rows:
         ("inputs", ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.batch)),
         ("parameters", f"{len(manifest.parameters)}, {bytes_text(weights)} on every rank"),
         ("recompute", f"{manifest.recompute}, {again:.1%} of the products' FLOPs"),
+        *([("memory budget", bytes_text(budget))] if (budget := manifest.memory_budget_bytes) else []),
+        ("tiles", str(manifest.tile)),
+        ("offload", manifest.offload),
         ("kept for backward", bytes_text(costs["kept_bytes"])),
         ("peak of activations and gradients", f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"),
         ("computed on every rank", ", ".join(sorted({f["op"] for f in manifest.fallbacks})) or "nothing"),
@@ -97,13 +101,3 @@ def _table(rows: Rows, head: bool = False) -> str:
 def _aligned(rows: Rows) -> str:
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-
-
-def bytes_text(count: float) -> str:
-    """A number of bytes in the unit that suits it."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"

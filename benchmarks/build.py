@@ -26,6 +26,7 @@ import torch
 from autosp_aot.artifact import read_bodies, read_manifest, read_whole
 from autosp_aot.builder import build_file
 from autosp_aot.collectives import collectives_of
+from autosp_aot.config import BuildConfig
 from autosp_aot.program import ITEMSIZE, PerRank, Program, Value, map_ints
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
@@ -100,7 +101,7 @@ def build_here(ranks: int, seq: int, layers: int, path: Path) -> None:
     torch.set_num_threads(2)
     started = time.perf_counter()
     options = SHAPE | {"num_hidden_layers": layers}
-    build_file(MODEL, ranks, seq, 1, options, path, target="cpu", recompute="sac", strict=True, seed=0, weights=False)
+    build_file(MODEL, BuildConfig(ranks, strict=True), seq, options=options, out=path, weights=False)
     seconds = time.perf_counter() - started
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from autosp_aot.builder import build_file
 from autosp_aot.compare import compare
+from autosp_aot.config import BuildConfig
 from autosp_aot.errors import AutospError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def build_all(folder: Path) -> list[Path]:
 
 def build_example(name: str, ranks: int, out: Path, weights: bool = False) -> Path:
     model = ROOT / "examples" / f"{name}.py"
-    return build_file(model, ranks, 64, 1, {}, out, "cpu", "sac", strict=False, seed=0, weights=weights)
+    return build_file(model, BuildConfig(ranks), 64, out=out, weights=weights)
 
 
 def check(scratch: Path) -> int:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from autosp_aot.builder import build_file
+from autosp_aot.config import BuildConfig
 from autosp_aot.errors import AutospError
 from autosp_aot.passes import pipeline
 from autosp_aot.program_text import parse_program
@@ -16,7 +17,7 @@ NAMES = ["capture", *(name for name, _ in pipeline.PIPELINE)]
 
 def build(folder, model=plain.__file__, strict=False):
     out, dump = folder / "out", folder / "dump"
-    build_file(model, 2, 5, 2, TINY, out, "cpu", "sac", strict, 0, False, dump)
+    build_file(model, BuildConfig(2, strict=strict), 5, 2, TINY, out, weights=False, dump=dump)
     return out, dump
 
 
@@ -37,7 +38,7 @@ def test_the_program_after_each_pass_is_there_and_the_last_is_the_artifact_s(tmp
 
 def test_the_artifact_has_the_same_bytes_without_a_dump(tmp_path):
     out, _ = build(tmp_path)
-    again = build_file(plain.__file__, 2, 5, 2, TINY, tmp_path / "again", "cpu", "sac", False, 0, False)
+    again = build_file(plain.__file__, BuildConfig(2), 5, 2, TINY, tmp_path / "again", weights=False)
     assert (again / "manifest.json").read_bytes() == (out / "manifest.json").read_bytes()
 
 
@@ -76,6 +77,6 @@ def test_a_folder_that_is_no_place_for_a_dump_is_refused_before_anything_is_done
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(AutospError) as caught:
-        build_file(plain.__file__, 2, 5, 2, TINY, tmp_path / "out", "cpu", "sac", False, 0, False, tmp_path / place)
+        build_file(plain.__file__, BuildConfig(2), 5, 2, TINY, tmp_path / "out", dump=tmp_path / place)
     assert str(caught.value).startswith("error[dump-refused]") and why in str(caught.value)
     assert not (tmp_path / "out").exists()

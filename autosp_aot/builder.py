@@ -91,9 +91,9 @@ def build(
     """Compile a module for `sp` ranks; `batch` are the keyword inputs of its forward, of the shapes to train with.
 
     `sequence_dims` says which dim of which input is the sequence (default: dim 1 of every input with two dims or more,
-    where that is the length of some tokens [B, S] or they all agree). `memory_budget` is in bytes or text as "70GiB", for
-    what parameters, gradients, activations and workspace of a rank take together. `recompute` is auto, sac, full or none
-    (default: auto with a budget, else sac), `tile` a number of slices, auto or off, `offload` off, auto or host.
+    where that is the length of some tokens [B, S] or they all agree). `memory_budget` is in bytes, or text as "70GiB":
+    what parameters, gradients, activations and workspace of a rank take together. `recompute` is auto, sac, full or
+    none (default: auto with a budget, else sac), `tile` a number of slices, auto or off, `offload` off, auto or host.
 
     The module is left alone; its present weights are stored unless `weights` is False. With `path` the artifact is
     written there. Raises BuildError, and ValueError for text that is no size.

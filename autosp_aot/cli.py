@@ -11,6 +11,8 @@ import click
 
 from autosp_aot.config import OFFLOAD, RECOMPUTE, checked_config
 from autosp_aot.errors import AutospError
+from autosp_aot.state import OPTIMIZERS
+from autosp_aot.targets import DEVICES
 from autosp_aot.units import bytes_of, length_of
 
 PATH = click.Path(path_type=Path)
@@ -38,6 +40,12 @@ class Units(click.ParamType):
 
 def _tiles(text: str) -> str | int:
     return text if text in ("auto", "off") else length_of(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a number of ranks")
+    return int(text)
 
 
 SIZE = Units("size", bytes_of)
@@ -140,6 +148,45 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
     if not manifest.has_weights:
         click.echo("no weights stored: run needs --init-from", err=True)
     click.echo(path)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL.py", type=EXISTING)
+@click.option("--sp", "sps", metavar="N,...", type=Units("numbers", _count, many=True), required=True,
+              help="Numbers of ranks that share every sequence.")
+@click.option("--seq", "seqs", metavar="LENGTH,...", type=Units("lengths", length_of, many=True), required=True,
+              help="Tokens of a sequence; 128k is 131072.")
+@step_options
+@click.option("--recompute", type=click.Choice(RECOMPUTE), default="auto", help="As of build; auto: what fits.")
+@click.option("--target", type=click.Choice(list(DEVICES)), default="a100-80", help="Whose memory and rates.")
+@click.option("--memory", type=SIZE, help="Of a device, as 80GiB.  [default: the target's]")
+@click.option("--reserve", type=SIZE, default="3GiB", help="Of it left to driver, allocator and all else.")
+@click.option("--dp", type=POSITIVE, default=1, help="Groups of ranks, each with sequences of its own.")
+@click.option("--zero", type=click.Choice(["0", "1"]), default="1",
+              help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw",
+              help="adamw: fp32 moments, and a master of narrower parameters. host: that, in host memory.")
+@click.option("--max-seq", "search", is_flag=True,
+              help="For each --sp find the longest sequence that fits: one 1/32 longer does not.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
+def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, options: dict, tile: str | int,
+         offload: str, recompute: str, target: str, memory: int | None, reserve: int, dp: int, zero: str,
+         optimizer: str, search: bool, as_json: bool) -> None:  # fmt: skip
+    """Say what a step would take on a rank, and what fits; writes no artifact.
+
+    For every --sp and every --seq: the peak and what it consists of, bytes moved, products computed again. Step times
+    are from data sheets, and have not been measured.
+    """
+    from autosp_aot.plan_report import plan_json, plan_text
+    from autosp_aot.planning import Planner, Setting
+
+    device = DEVICES[target]
+    memory = device.memory_bytes if memory is None else memory
+    if reserve >= memory:
+        raise click.UsageError("--reserve leaves nothing of --memory")
+    setting = Setting(device, memory, reserve, dp, int(zero), optimizer, recompute, tile, offload)
+    points = Planner(model, batch, options, setting).sweep(sps, seqs, search)
+    click.echo(json.dumps(plan_json(points)) if as_json else plan_text(points, setting))
 
 
 @main.command()

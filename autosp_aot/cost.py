@@ -6,7 +6,6 @@ Storage is counted, not names: a view shares its operand's storage, which lives 
 from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from math import prod
 
 from torch import Tensor
@@ -89,16 +88,41 @@ def curve(program: Program, rank: int) -> list[Moment]:
     return [storages.step(instr, section.name) for section in program.sections for instr in section.instrs]
 
 
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """A storage: the value it was made for, its bytes, and the moments of the curve at which it is alive."""
+
+    value: Value
+    nbytes: int
+    moments: range
+
+
+def lifetimes(program: Program, rank: int) -> list[Lifetime]:
+    """Every storage of rank `rank` in the order they are made; values that share one are in it once. No inputs."""
+    storages, born, found = _Storages(program, rank), {}, {}
+    at = 0
+    for section in program.sections:
+        for instr in section.instrs:
+            storages.step(instr, section.name)
+            for out in instr.values():
+                if out.name in storages.bytes:
+                    born[out.name] = out, storages.bytes[out.name], at
+                    found[out.name] = None
+            if instr.op == FREE:
+                for name in [name for name in born if name not in storages.bytes]:
+                    value, nbytes, start = born.pop(name)
+                    found[name] = Lifetime(value, nbytes, range(start, at))
+            at += 1
+    found.update((name, Lifetime(value, nbytes, range(start, at))) for name, (value, nbytes, start) in born.items())
+    return list(found.values())
+
+
 def alive(program: Program, rank: int, at: int) -> list[tuple[Value, int]]:
     """The values alive after instruction `at` of rank `rank` and the bytes of their storages, the largest first.
 
     Values that share a storage are one entry, the first of them. Inputs are not in it.
     """
-    storages = _Storages(program, rank)
-    for section, instr in islice(((s, i) for s in program.sections for i in s.instrs), at + 1):
-        storages.step(instr, section.name)
-    values = program.values()
-    found = [(values[name], count) for name, count in storages.bytes.items()]
+    found = [(life.value, life.nbytes) for life in lifetimes(program, rank) if at in life.moments]
     return sorted(found, key=lambda entry: -entry[1])
 
 

@@ -1,51 +1,42 @@
-"""The longest sequence that fits, by asking for few lengths: what a step needs is nearly a line in the length.
+"""The longest sequence that fits, by asking for few lengths: what a step needs is nearly a line in its length.
 
-A length that does not fit says what it would need, and the line from there to what a step of no length needs says where
-to ask next. Lengths asked for have six leading bits and zeros, so that neighbours differ by 1/32 to 1/64.
+A length that does not fit says what it needs, and the line from there to what a step of no length needs says where to
+ask next. Lengths that are asked for have six leading bits and then zeros: neighbours are 1/32 to 1/64 apart.
 """
 
 from collections.abc import Callable
 
-LEADING_BITS = 6
-SHORTEST, LONGEST = 64, 2**26
+OCTAVE = 32  # lengths asked for from one power of two to the next
+LONGEST = 2**24
 
 
 def longest(need: Callable[[int], int], room_bytes: int, fixed_bytes: int, start: int) -> int:
-    """The longest length of those that are asked for that needs at most `room_bytes`; 0 where SHORTEST does not fit.
+    """The longest length whose next does not fit; 0 where not even 32 do.
 
-    `need` is asked what a length takes; `fixed_bytes` of it do not depend on the length; `start` is a length to begin
-    with. Nothing above LONGEST is asked.
+    `need` gives the bytes that a length takes, of which `fixed_bytes` do not depend on it; `start` is where to begin.
     """
-    low, high = 0, 0  # low fits, high does not; 0 where none is known
-    length, stride = rounded(start), 1
-    while True:
+    low, high = -1, _index(LONGEST)  # as indices: low fits, high does not
+    at, fitted, stride = _index(start), True, OCTAVE // 2
+    while high - low > 1:
+        at = min(max(at, low + 1), high - 1)
+        length = _length(at)
         needed = need(length)
-        if needed <= room_bytes:
-            stride = 2 * stride if low else 1
-            low = length
-            if length >= LONGEST:
-                return low
+        fits = needed <= room_bytes
+        stride = 2 * stride if fits == fitted else 1
+        fitted = fits
+        if fits:
+            low, at = at, at + stride
         else:
-            high, line = length, (room_bytes - fixed_bytes) / (needed - fixed_bytes) * length
-            stride = 1
-        if not high:
-            length = 2 * low
-            continue
-        lowest = grown(low, 1) if low else SHORTEST
-        if lowest >= high:
-            return low
-        guess = rounded(int(line)) if line > lowest else grown(lowest, stride - 1)
-        length = min(max(guess, lowest), rounded(high - 1))
+            line = (room_bytes - fixed_bytes) / (needed - fixed_bytes) * length
+            high, at = at, min(_index(int(line)), at - stride)
+    return _length(low) if low >= 0 else 0
 
 
-def rounded(length: int) -> int:
-    """The nearest length below or at `length` that is asked for."""
-    zeros = max(length.bit_length() - LEADING_BITS, 0)
-    return max(length >> zeros << zeros, SHORTEST)
+def _length(index: int) -> int:
+    return (OCTAVE + index % OCTAVE) << index // OCTAVE
 
 
-def grown(length: int, steps: int) -> int:
-    """The length so many neighbours further."""
-    for _ in range(steps):
-        length += 1 << max(length.bit_length() - LEADING_BITS, 0)
-    return length
+def _index(length: int) -> int:
+    """Of the longest length asked for that is no longer; negative below the shortest."""
+    octave = max(length.bit_length() - OCTAVE.bit_length(), 0)
+    return octave * OCTAVE + (length >> octave) - OCTAVE

@@ -1,12 +1,12 @@
 """What a step of a model would take on a rank, at every number of ranks and every length asked for.
 
-    peak = parameters + optimizer + max over the step of (gradients so far, kept activations, working set, communication)
+    peak = parameters + optimizer + most of (gradients so far, kept activations, working set, communication) at one time
 
 Gradients are values of the program: they come to life through backward and are all there at its end, which is when the
 optimizer runs, so the last moment of the curve is the optimizer's. The breakdown is that of the moment of the peak.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.cost import costs
 from autosp_aot.errors import BuildError
 from autosp_aot.export.model_file import make_batch, make_model, read_model_file
+from autosp_aot.longest import longest
 from autosp_aot.operators import FREE, overload
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.program import Program
@@ -51,7 +52,7 @@ class Point:
     host_bytes          in the machine's memory: optimizer state and offloaded values
     moved_bytes         received from other ranks; `host_moved_bytes` to and from host memory
     recomputed_flops    of `flops`, those of products that backward computes again
-    seconds             of forward and backward at the rates of the device's data sheet: a prediction nobody has measured
+    seconds             of forward and backward at the rates of the device's data sheet, which nobody has measured
     fits                the peak and the reserve are within memory
     problem             why it was refused; then the figures are those of the least that it would need
     """
@@ -81,6 +82,38 @@ class Planner:
         self.model = make_model(self.model_file, options)
         self.captured = cache(self._captured)
         self.point = cache(self._point)
+
+    def sweep(self, sps: Sequence[int], seqs: Sequence[int], search: bool = False) -> list[Point]:
+        """A point for every number of ranks and length, by ranks; with `search` also that of the longest that fits.
+
+        `max_seq` of each is then the longest for its number of ranks, 0 where none fits.
+        """
+        points = []
+        for sp in sps:
+            found = {seq: self.point(sp, seq) for seq in seqs}
+            max_seq = self.longest(sp, list(found.values())) if search else None
+            if max_seq:
+                found[max_seq] = self.point(sp, max_seq)
+            points += [replace(found[seq], max_seq=max_seq) for seq in sorted(found)]
+        return points
+
+    def longest(self, sp: int, points: Sequence[Point]) -> int:
+        """The longest sequence that fits, searched from what is known."""
+        setting, (whole, _) = self.setting, self.captured(points[0].seq)
+        state = training_state(whole, setting.optimizer, setting.zero, sp * setting.dp)
+        room = setting.memory_bytes - setting.reserve_bytes
+        fixed = state.parameters + state.gradients + state.optimizer
+
+        def need(seq: int) -> int:
+            """What a length needs; twice the room for one that the model refuses, so that half of it is asked next."""
+            try:
+                point = self.point(sp, seq)
+            except BuildError:
+                return 2 * room - fixed
+            return point.peak_bytes if point.fits else max(point.peak_bytes, room + 1)
+
+        start = max((point.seq for point in points if point.fits), default=points[0].seq)
+        return longest(need, room, fixed, start) if fixed < room else 0
 
     def _captured(self, seq: int) -> tuple[Program, dict[str, int]]:
         batch, sequence_dims = make_batch(self.model_file, self.batch_size, seq)

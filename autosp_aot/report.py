@@ -25,7 +25,7 @@ def show(path: str | Path, rank: int) -> str:
     manifest = read_manifest(path)
     text, _ = print_program(_program(path, manifest, rank))
     tables = [facts(manifest), traffic(manifest), *([replicated(manifest)] if manifest.fallbacks else [])]
-    return "\n\n".join([*map(_aligned, tables), text])
+    return "\n\n".join([*map(aligned, tables), text])
 
 
 def show_json(path: str | Path, rank: int) -> dict:
@@ -98,6 +98,6 @@ def _table(rows: Rows, head: bool = False) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _aligned(rows: Rows) -> str:
+def aligned(rows: Rows) -> str:
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -26,6 +26,8 @@ def test_show_says_what_was_built_and_what_it_costs(saved):
         "inputs": "input_ids i64[2, 5], labels i64[2, 5]",
         "parameters": "17, 7.88 KiB on every rank",
         "recompute": "",
+        "tiles": "auto",
+        "offload": "off",
         "kept for backward": "1.78 KiB",
         "peak of activations and gradients": "10.18 KiB at backward: grad.blocks.0.gelu_backward",
         "computed on every rank": "nothing",

@@ -1,0 +1,69 @@
+"""What training holds, of programs small enough to count by hand."""
+
+import pytest
+import torch
+
+from autosp_aot.builder import capture_model
+from autosp_aot.program_text import parse_program
+from autosp_aot.runtime.train import AdamW
+from autosp_aot.state import TrainingState, training_state
+from examples import plain
+
+
+def program(dtype: str):
+    """A weight of 12 elements that is trained, and one of 5 that is frozen."""
+    return parse_program(
+        "autosp program 1\nranks 1\n"
+        f"parameter %w: {dtype}[4, 3] @ Replicate\nparameter %frozen: {dtype}[5] @ Replicate\n"
+        f"section step takes ()\n  %g: {dtype}[4, 3] @ Replicate = aten.neg.default(%w)\ngives (grad.w=%g)\n", {},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, itemsize, held", [("bf16", 2, 12), ("f16", 2, 12), ("f32", 4, 8), ("f64", 8, 16)])
+def test_bytes_of_a_parameter_its_gradient_and_the_optimizer_by_dtype(dtype, itemsize, held):
+    found = training_state(program(dtype), "adamw", zero=0, ranks=8)
+    assert found == TrainingState(parameters=17 * itemsize, gradients=12 * itemsize, optimizer=12 * held)
+
+
+def test_zero_1_shares_the_optimizer_s_state_over_all_ranks_rounded_up():
+    assert training_state(program("bf16"), "adamw", zero=1, ranks=8).optimizer == 18
+    assert training_state(program("bf16"), "adamw", zero=1, ranks=7).optimizer == 21
+
+
+def test_an_optimizer_on_the_host_takes_nothing_of_the_device():
+    found = training_state(program("bf16"), "host", zero=1, ranks=8)
+    assert (found.optimizer, found.host_bytes) == (0, 18)
+
+
+def test_without_an_optimizer_there_are_parameters_and_gradients():
+    assert training_state(program("f32"), "none", zero=0, ranks=1) == TrainingState(17 * 4, 12 * 4, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_without_zero_it_is_what_run_holds(dtype):
+    model = plain.build_model(vocab_size=8, hidden_size=4, layers=1, heads=2, kv_heads=1, max_length=8, dtype=dtype)
+    whole, _ = capture_model(model, plain.example_batch(1, 4), "cpu")
+    optimizer = AdamW(list(model.parameters()), 1e-3)
+    moments = sum(tensor.nbytes for tensor in (*optimizer.averages, *optimizer.squares))
+    found = training_state(whole, "adamw", zero=0, ranks=2)
+    assert found.optimizer == moments
+    assert found.parameters == sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+
+
+def test_tied_parameters_count_once():
+    tied, untied = (
+        capture_model(Tied(tie), {"tokens": torch.zeros(1, 4, dtype=torch.int64)}, "cpu")[0] for tie in (True, False)
+    )
+    one, two = (training_state(whole, "adamw", zero=0, ranks=1) for whole in (tied, untied))
+    assert (two.parameters, two.gradients, two.optimizer) == (2 * one.parameters, 2 * one.gradients, 2 * one.optimizer)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, tie: bool):
+        super().__init__()
+        self.tokens, self.head = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False)
+        if tie:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, tokens):
+        return self.head(self.tokens(tokens)).square().mean()

@@ -19,7 +19,7 @@ from autosp_aot.export.model_file import make_batch, make_model, read_model_file
 from autosp_aot.longest import longest
 from autosp_aot.operators import FREE, overload
 from autosp_aot.passes.pipeline import compile_program
-from autosp_aot.program import Program
+from autosp_aot.program import Program, values_of
 from autosp_aot.state import training_state
 from autosp_aot.targets import Device, step_seconds
 from autosp_aot.timeline import breakdown
@@ -153,13 +153,16 @@ def _least(config: BuildConfig) -> BuildConfig:
 
 
 def traffic_bytes(program: Program, rank: int = 0) -> int:
-    """What the operators of a rank read and write, views apart: no operator shares a pass over memory with another."""
-    values = program.values()
-    count = 0
+    """What the operators of a rank read and write, views apart: no two operators share a pass over memory."""
+    values, count = program.values(), 0
     for instr in program.instrs():
-        if instr.op != FREE and not _view(instr.op):
-            count += sum(values[name].nbytes(rank) for name in instr.refs())
-            count += sum(out.nbytes(rank) for out in instr.values())
+        calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
+        made = values_of(calls)
+        for call in calls:
+            if call.op != FREE and not _view(call.op):
+                names = (*call.refs(), *values_of([call]))
+                boxes = (made[n].nbytes(rank * tiles) if n in made else values[n].nbytes(rank) for n in names)
+                count += tiles * sum(boxes)
     return count
 
 

@@ -6,16 +6,17 @@ again over `whole.program`, up to the call in question.
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autosp_aot.artifact import Manifest, read_bodies, read_manifest, read_whole
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.operators import FREE, MOVES
 from autosp_aot.passes import decisions
-from autosp_aot.passes.partition import Choice, Weighed, weigh
-from autosp_aot.passes.recompute import kept_values
+from autosp_aot.passes.partition import Choice, Weighed, partition, weigh
+from autosp_aot.passes.plan import reasons
 from autosp_aot.passes.rules.words import factors_text, placement_text, rule_text, strategy_text
+from autosp_aot.passes.sections import split_sections
 from autosp_aot.placement import received_bytes
 from autosp_aot.program import ITEMSIZE, RECOMPUTED, Dtype, Instr, PerRank, Program, Ref, Value, map_ints
 from autosp_aot.units import bytes_text
@@ -166,9 +167,9 @@ class _Explainer:
             yield "does not need it"
 
     def kept(self) -> dict[str, str]:
-        forward = self.program.section("forward")
-        bare = replace(forward, instrs=tuple(instr for instr in forward.instrs if instr.op != FREE))
-        return kept_values(self.program.with_section(bare))
+        taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
+        placed = partition(self.whole, self.manifest.sequence_dims, self.manifest.ranks, taken)
+        return reasons(split_sections(placed.program))
 
     def released(self, name: str) -> str:
         last = "the beginning"

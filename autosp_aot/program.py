@@ -177,7 +177,10 @@ def values_of(instrs: Iterable[Instr]) -> dict[str, Value]:
 
 def stands_for(name: str) -> str:
     """The name of the value that a value of a tile, or a recomputed one, stands for."""
-    return name.removeprefix(TILE).removeprefix(RECOMPUTED)
+    name = name.removeprefix(TILE)
+    while name.startswith(RECOMPUTED):
+        name = name.removeprefix(RECOMPUTED)
+    return name
 
 
 def at_rank(n: Int, rank: int) -> int:

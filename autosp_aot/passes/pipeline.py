@@ -1,12 +1,13 @@
 """The passes, in order; what each makes is verified, and proved to be the whole step."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from autosp_aot.config import BuildConfig
 from autosp_aot.derive import derive
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.partition import Fallback, partition
+from autosp_aot.passes.plan import plan
 from autosp_aot.passes.query_rows import split_query_rows
 from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
@@ -19,12 +20,16 @@ from autosp_aot.verify import verify
 
 @dataclass(frozen=True)
 class Compiled:
-    """The whole step, what the passes have made of it so far, how calls were placed, and what computes replicated."""
+    """The whole step, and what the passes have made of it so far.
+
+    `decisions` say how calls were placed, `fallbacks` what computes replicated, `kept` what forward keeps, and why.
+    """
 
     whole: Program
     program: Program
     decisions: dict[str, Strategy]
     fallbacks: tuple[Fallback, ...]
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,16 @@ def _tile(step: Compiled, task: Task) -> Compiled:
     return replace(step, program=tile(step.program, step.whole, task.sequence_dims, task.config.tile))
 
 
+def _plan(step: Compiled, task: Task) -> Compiled:
+    return replace(step, kept=plan(step.program, task.config.recompute))
+
+
 PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("query-rows", _on_whole(lambda whole, task: split_query_rows(whole, task.config.ranks))),
     ("partition", _partition),
     ("sections", _on_ranks(lambda program, task: split_sections(program))),
-    ("recompute", _on_ranks(lambda program, task: recompute(program, task.config.recompute))),
+    ("plan", _plan),
+    ("recompute", lambda step, task: replace(step, program=recompute(step.program, step.kept))),
     ("tile", _tile),
     ("release", _on_ranks(lambda program, task: release(program))),
 )

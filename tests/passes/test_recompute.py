@@ -1,54 +1,124 @@
-"""Recomputation: the same bits with less kept; attention and collectives run once."""
+"""Recomputation: the same bits with less kept; what costs much is done again only where that is asked for."""
 
 from collections import Counter
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autosp_aot.builder import compile_model, model_values
+from autosp_aot.builder import model_values
 from autosp_aot.config import BuildConfig
+from autosp_aot.derive import derive
+from autosp_aot.export.canonical import canonical_program
+from autosp_aot.export.fake import fake_copy
+from autosp_aot.export.joint import capture
+from autosp_aot.operators import COLLECTIVES
+from autosp_aot.passes.partition import partition
+from autosp_aot.passes.pipeline import compile_program
+from autosp_aot.passes.plan import plan
+from autosp_aot.passes.recompute import recompute
+from autosp_aot.passes.release import release
+from autosp_aot.passes.sections import split_sections
+from autosp_aot.passes.segments import segments
+from autosp_aot.program import RECOMPUTED, Program
 from autosp_aot.runtime.simulate import simulate
+from autosp_aot.verify import verify
 from examples import llama
 
-
-def built(model, recompute: str):
-    dims = {"input_ids": 1, "labels": 1}
-    return compile_model(model, llama.example_batch(2, 33), dims, BuildConfig(3, recompute=recompute), "")
-
-
-def small():
-    torch.manual_seed(0)
-    return llama.build_model(
-        num_hidden_layers=3, hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=64
-    )
+LAYERS, RANKS = 3, 3
+DIMS = {"input_ids": 1, "labels": 1}
+ATTENTION = "autosp.attention"
 
 
-def test_sac_gives_the_bits_of_none():
-    model = small()
-    ids = torch.randint(256, (2, 33))
-    inputs = model_values(model) | dict(model.named_buffers()) | {"input_ids": ids, "labels": ids}
-    results = [
-        simulate([built(model, policy).program.for_rank(rank) for rank in range(3)], inputs, torch.ones(()))
-        for policy in ("sac", "none")
-    ]
-    for sac, none in zip(*results):
-        assert set(sac) == set(none) and all(torch.equal(sac[name], none[name]) for name in none)
+class Step:
+    """A small llama's step, whole and of every rank with nothing scheduled yet, and what to run it on."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        model = llama.build_model(
+            num_hidden_layers=LAYERS, hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=64
+        )
+        mode = FakeTensorMode()
+        joint = capture(fake_copy(model, mode), llama.example_batch(2, 13), mode, "cpu")
+        self.whole, constants = canonical_program(joint)
+        ids = torch.randint(256, (2, 13))
+        batch = {"input_ids": ids, "labels": ids}
+        self.inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
+        self.split = split_sections(partition(self.whole, DIMS, RANKS, None).program)
+
+    def keeping(self, kept) -> Program:
+        program = release(recompute(self.split, kept))
+        verify(program)
+        derive(program, self.whole)
+        return program
+
+    def results(self, program: Program):
+        return simulate([program.for_rank(rank) for rank in range(RANKS)], self.inputs, torch.ones(()))
 
 
-def test_sac_keeps_less_and_runs_attention_and_collectives_once():
-    sac, none = (built(small(), policy) for policy in ("sac", "none"))
-    assert sac.manifest.costs["kept_bytes"] < none.manifest.costs["kept_bytes"] / 2
-    assert 0 < sac.manifest.costs["recomputed_flops"] and none.manifest.costs["recomputed_flops"] == 0
-    costly = ("autosp.attention", "all_to_all", "reduce_scatter", "all_reduce", "all_gather")
-    counts = [Counter(i.op for i in a.program.instrs() if i.op in costly) for a in (sac, none)]
-    assert counts[0] == counts[1] and counts[0]["autosp.attention"] == 3
+@pytest.fixture(scope="module")
+def step():
+    return Step()
 
 
-def test_one_layer_is_computed_again_at_a_time():
+@pytest.fixture(scope="module")
+def expected(step):
+    return step.results(step.keeping(plan(step.split, "none")))
+
+
+def same_bits(found, expected) -> bool:
+    pairs = zip(found, expected)
+    return all(set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in b) for a, b in pairs)
+
+
+def ops(program: Program, section: str) -> Counter[str]:
+    return Counter(instr.op for instr in program.section(section).instrs)
+
+
+@pytest.mark.parametrize("policy", ["sac", "full"])
+def test_every_policy_gives_the_bits_of_none(step, expected, policy):
+    assert same_bits(step.results(step.keeping(plan(step.split, policy))), expected)
+
+
+def test_sac_runs_attention_and_collectives_once_and_full_again(step):
+    none, sac, full = (step.keeping(plan(step.split, policy)) for policy in ("none", "sac", "full"))
+    costly = lambda program: [ops(program, "backward")[op] for op in (ATTENTION, *COLLECTIVES)]  # noqa: E731
+    assert costly(sac) == costly(none) and ops(full, "backward")[ATTENTION] == LAYERS
+    kept = [len(program.section("backward").takes) for program in (none, sac, full)]
+    assert kept[0] > 2 * kept[1] > 4 * kept[2] / 2
+
+
+def test_one_layer_is_computed_again_at_a_time(step):
     """At no time are recomputed values of two layers' MLPs alive together."""
     alive: set[str] = set()
-    for instr in built(small(), "sac").program.section("backward").instrs:
+    for instr in step.keeping(plan(step.split, "sac")).section("backward").instrs:
         if instr.op == "free":
             alive -= set(instr.refs())
-        alive |= {out.name for out in instr.values() if out.name.startswith("recompute.")}
-        layers = {name.split("layers.")[1].split(".")[0] for name in alive if "mlp" in name}
-        assert len(layers) <= 1
+        alive |= {out.name for out in instr.values() if out.name.startswith(RECOMPUTED)}
+        assert len({name.split("layers.")[1].split(".")[0] for name in alive if "mlp" in name}) <= 1
+
+
+@pytest.mark.parametrize("policy", ["sac", "full"])
+def test_without_the_boundary_of_a_layer_the_one_before_is_run_to_it_and_its_own_values_made_once_more(
+    step, expected, policy
+):
+    boundary = segments(step.split)[1].boundary
+    assert boundary == ("model.layers.0.add.1",)
+    program = step.keeping(set(plan(step.split, policy)) - set(boundary))
+    assert same_bits(step.results(program), expected)
+    names = [out.name for instr in program.section("backward").instrs for out in instr.values()]
+    again = Counter(name.removeprefix(RECOMPUTED).removeprefix(RECOMPUTED) for name in names if RECOMPUTED in name)
+    assert {name for name, count in again.items() if count > 1} and max(again.values()) == 2
+    assert {name.split(".")[2] for name, count in again.items() if count > 1} == {"0"}
+    assert ops(program, "backward")[ATTENTION] == (LAYERS if policy == "full" else 0), "attention is held on the way"
+
+
+def test_with_nothing_kept_all_of_forward_is_run_again(step, expected):
+    program = step.keeping(())
+    assert same_bits(step.results(program), expected) and not program.section("backward").takes
+
+
+def test_the_pipeline_follows_the_policy(step):
+    for policy in ("none", "sac", "full"):
+        program = compile_program(step.whole, DIMS, BuildConfig(RANKS, recompute=policy)).program
+        assert (ops(program, "backward")[ATTENTION] > 0) == (policy == "full")

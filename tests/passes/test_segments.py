@@ -41,9 +41,9 @@ def test_cuts_are_where_least_is_alive():
 
 def test_what_is_read_far_below_belongs_to_every_boundary_it_crosses():
     side = "\n%side: f32[1, 4] @ Replicate = aten.slice.Tensor(%h, 0, 0, 1)\n"
-    last = "\n%sum: f32[4] @ Replicate = aten.mv.default(%h2, %side)\n"
-    found = boundaries(FIRST + side + layer("h", "h1") + layer("h1", "h2") + last)
-    assert found[:2] == [("h", "side"), ("side", "h1")]
+    last = "\n%sum: f32[4] @ Replicate = aten.mv.default(%h3, %side)\n"
+    found = boundaries(FIRST + side + layer("h", "h1") + layer("h1", "h2") + layer("h2", "h3") + last)
+    assert found == [("h",), ("side", "h1"), ("side", "h2"), ()]
 
 
 def test_what_depends_on_weights_or_batch_alone_is_of_no_segment():

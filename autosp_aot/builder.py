@@ -141,7 +141,7 @@ def compile_model(
         aliases=_aliases(model),
         trainable=tuple(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss"),
         operators={op: schema(op) for op in sorted(operators - set(STRUCTURE))},
-        costs=asdict(costs(compiled.program)),
+        costs=asdict(costs(compiled.program, config.target)),
         fallbacks=tuple(asdict(fallback) for fallback in compiled.fallbacks),
         cuts=cuts,
         decisions=decisions,

@@ -105,7 +105,7 @@ def _check_values(manifest: Manifest, path: Path) -> None:
 
 
 def _check_costs(manifest: Manifest, program: Program) -> None:
-    found = asdict(costs(program))
+    found = asdict(costs(program, manifest.target))
     for name, number in found.items():
         if manifest.costs.get(name) != number:
             raise _wrong(name, manifest.costs.get(name), number)

@@ -5,15 +5,28 @@ Storage is counted, not names: a view shares its operand's storage, which lives 
 
 from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
 
-from autosp_aot.layouts import Layouts
-from autosp_aot.operators import COLLECTIVES, DTYPES, FREE, TILES, wide
+from autosp_aot.layouts import Layouts, storage_bytes
+from autosp_aot.operators import COLLECTIVES, FREE, TILES, wide
 from autosp_aot.placement import received_bytes
-from autosp_aot.program import ITEMSIZE, RECOMPUTED, TILE, Instr, Program, Value, map_instr, map_ints, values_of
+from autosp_aot.program import (
+    ITEMSIZE,
+    RECOMPUTED,
+    TILE,
+    Body,
+    Instr,
+    PerRank,
+    Program,
+    Value,
+    map_instr,
+    map_ints,
+    values_of,
+)  # fmt: skip
 
 CONTRACTIONS = (
     "aten.mm.default", "aten.bmm.default", "aten.addmm.default", "autosp.expert_mm", "autosp.expert_mm_weight_grad",
@@ -61,11 +74,11 @@ class Costs:
     moved: tuple[Moved, ...]
 
 
-def costs(program: Program) -> Costs:
-    """The costs of a program of all ranks, or of one (`Program.for_rank`)."""
+def costs(program: Program, target: str = "cpu") -> Costs:
+    """The costs of a program of all ranks on a target (cpu, cuda, rocm)."""
     rank = heaviest(program)
     largest = program.for_rank(rank)
-    moments = curve(program, rank)
+    moments = curve(program, rank, target)
     worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
     kept = next((moment.alive_bytes for moment in reversed(moments) if moment.section == "forward"), 0)
     flops = Counter()
@@ -82,9 +95,9 @@ def heaviest(program: Program) -> int:
     return max(range(program.ranks), key=lambda rank: sum(value.nbytes(rank) * count for value, count in kinds))
 
 
-def curve(program: Program, rank: int) -> list[Moment]:
+def curve(program: Program, rank: int, target: str = "cpu") -> list[Moment]:
     """The memory of rank `rank` at each instruction, in order."""
-    storages = _Storages(program, rank)
+    storages = _Storages(program, rank, target)
     return [storages.step(instr, section.name) for section in program.sections for instr in section.instrs]
 
 
@@ -97,9 +110,9 @@ class Lifetime:
     moments: range
 
 
-def lifetimes(program: Program, rank: int) -> list[Lifetime]:
+def lifetimes(program: Program, rank: int, target: str = "cpu") -> list[Lifetime]:
     """Every storage of rank `rank` in the order they are made; values that share one are in it once. No inputs."""
-    storages, born, found = _Storages(program, rank), {}, {}
+    storages, born, found = _Storages(program, rank, target), {}, {}
     at = 0
     for section in program.sections:
         for instr in section.instrs:
@@ -117,12 +130,12 @@ def lifetimes(program: Program, rank: int) -> list[Lifetime]:
     return list(found.values())
 
 
-def alive(program: Program, rank: int, at: int) -> list[tuple[Value, int]]:
+def alive(program: Program, rank: int, at: int, target: str = "cpu") -> list[tuple[Value, int]]:
     """The values alive after instruction `at` of rank `rank` and the bytes of their storages, the largest first.
 
     Values that share a storage are one entry, the first of them. Inputs are not in it.
     """
-    found = [(life.value, life.nbytes) for life in lifetimes(program, rank) if at in life.moments]
+    found = [(life.value, life.nbytes) for life in lifetimes(program, rank, target) if at in life.moments]
     return sorted(found, key=lambda entry: -entry[1])
 
 
@@ -148,9 +161,9 @@ def _received(source: Value, target: Value, ranks: int) -> int:
 class _Storages:
     """The storages that are alive, each under the name of the value it was made for, and the names that lie in it."""
 
-    def __init__(self, program: Program, rank: int):
-        self.program, self.layouts = program, Layouts(rank)
-        self.tensors = {entry.value.name: self.layouts.of(entry.value) for entry in program.inputs}
+    def __init__(self, program: Program, rank: int, target: str):
+        self.layouts, self.values, self.box, self.count = Layouts(program.ranks, target), program.values(), rank, 1
+        self.tensors = {entry.value.name: self.layouts.of(entry.value, rank) for entry in program.inputs}
         self.owner = dict.fromkeys(self.tensors, "")
         self.users: Counter[str] = Counter()
         self.bytes: dict[str, int] = {}
@@ -164,7 +177,7 @@ class _Storages:
             return Moment(section, instr.op, self.total, before)
         if instr.op == TILES:
             return self.tiles(instr, section)
-        made = self.layouts.made(instr, self.tensors)
+        made = self.layouts.made(instr, self.tensors, self.values, self.box, self.count)
         owners = [self.owner[name] for name in instr.refs()] + [out and out.name for out in instr.outs]
         for out, result, owner in zip(instr.outs, made.results, made.owners):
             if out is not None:
@@ -172,26 +185,43 @@ class _Storages:
         return Moment(section, instr.values()[0].name, self.total, self.total + made.workspace_bytes)
 
     def tiles(self, instr: Instr, section: str) -> Moment:
-        """Room for all results, summands in a wide dtype; then a tile after the other, the first being the largest."""
-        body, before = instr.body, self.total
-        inside = _Storages(replace(self.program, inputs=()), self.layouts.rank * body.tiles)
-        inside.tensors |= {name: self.tensors[name] for name in instr.refs()}
-        inside.owner |= dict.fromkeys(instr.refs(), "")
-        most = max((inside.step(inner, section).peak_bytes for inner in body.instrs), default=0)
-        made = {out.name: out for inner in body.instrs for out in inner.values()}
-        room = 0
-        for out, name in zip(instr.values(), body.gives):
-            self.add(out.name, self.layouts.of(out), out.name)
-            summed = made[name].placement.partial
-            room += self.bytes[out.name] // ITEMSIZE[out.dtype] * (wide(DTYPES[out.dtype]).itemsize if summed else 0)
-            room += 0 if summed else self.bytes[out.name]
-        return Moment(section, instr.values()[0].name, self.total, before + room + most)
+        """Room for all results, summands in a wide dtype; a tile after the other; then each sum in its own dtype."""
+        before, made, rooms = self.total, values_of(instr.body.instrs), []
+        for out, name in zip(instr.values(), instr.body.gives):
+            tensor = self.layouts.of(out, self.box)
+            self.add(out.name, tensor, out.name)
+            dtype = wide(tensor.dtype) if made[name].placement.partial else tensor.dtype
+            rooms.append((tensor.numel() * dtype.itemsize, 0 if dtype == tensor.dtype else storage_bytes(tensor)))
+        most = room = sum(count for count, _ in rooms)
+        for tile in self.distinct(instr.body, made):
+            inside = self.inside(instr, made, tile)
+            most = max(most, room + max(inside.step(inner, section).peak_bytes for inner in instr.body.instrs))
+        for count, converted in rooms:
+            most = max(most, room + converted)
+            room += converted - count if converted else 0
+        return Moment(section, instr.values()[0].name, self.total, before + most)
+
+    def distinct(self, body: Body, made: dict[str, Value]) -> list[int]:
+        """A tile of each size."""
+        numbers = [n for value in made.values() for n in value.shape if isinstance(n, PerRank)]
+        first = self.box * body.tiles
+        sizes = {tuple(n.values[first + tile] for n in numbers): tile for tile in reversed(range(body.tiles))}
+        return sorted(sizes.values())
+
+    def inside(self, instr: Instr, made: dict[str, Value], tile: int) -> "_Storages":
+        """Where a tile begins: with what its body reads, which is counted outside."""
+        inside = copy(self)
+        inside.box, inside.count, inside.total = self.box * instr.body.tiles + tile, instr.body.tiles, 0
+        inside.values = ChainMap(made, self.values)
+        inside.tensors = {name: self.tensors[name] for name in instr.refs()}
+        inside.owner, inside.users, inside.bytes = dict.fromkeys(instr.refs(), ""), Counter(), {}
+        return inside
 
     def add(self, name: str, tensor: Tensor, owner: str) -> None:
         self.tensors[name], self.owner[name] = tensor, owner
         self.users[owner] += 1
         if owner == name:
-            self.bytes[name] = tensor.untyped_storage().nbytes()
+            self.bytes[name] = storage_bytes(tensor)
             self.total += self.bytes[name]
 
     def release(self, name: str) -> None:

@@ -8,12 +8,15 @@ ATen's operators are run on meta tensors. Each layout is one tensor, so that equ
 layer that has been seen before costs a look-up.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from autosp_aot.operators import DTYPES, FACTORIES, overload
+from autosp_aot import workspace
+from autosp_aot.moves import Move, Shard
+from autosp_aot.operators import DTYPES, FACTORIES, MOVES, overload, wide
 from autosp_aot.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
 
 
@@ -31,20 +34,24 @@ class Made:
 
 
 class Layouts:
-    """The layouts of one rank's values on one target; asked for the same call twice it answers from memory."""
+    """The layouts of values on one target; asked for the same call twice it answers from memory.
 
-    def __init__(self, rank: int):
-        self.rank = rank
+    `box` is the number of a rank's numbers among all, in a body of so many `tiles` that of a tile's.
+    """
+
+    def __init__(self, ranks: int, target: str):
+        self.ranks, self.target = ranks, target
         self.known: dict[tuple, Tensor] = {}
         self.calls: dict[tuple, Made] = {}
 
-    def of(self, value: Value) -> Tensor:
+    def of(self, value: Value, box: int) -> Tensor:
         """The layout of a value that has no gaps."""
-        return self.one(torch.empty(self.shape(value), dtype=DTYPES[value.dtype], device="meta"))
+        return self.one(torch.empty(self.local(value, box, 1).shape, dtype=DTYPES[value.dtype], device="meta"))
 
-    def made(self, instr: Instr, tensors: dict[str, Tensor]) -> Made:
-        """What `instr` makes of operands with these layouts."""
-        rank = self.rank
+    def made(
+        self, instr: Instr, tensors: Mapping[str, Tensor], values: Mapping[str, Value], box: int, tiles: int = 1
+    ) -> Made:
+        """What `instr` makes of operands with these layouts; `values` has their placements."""
 
         def filled(arg):
             kind = type(arg)
@@ -52,37 +59,84 @@ class Layouts:
                 return tensors[arg.name]
             if kind is tuple or kind is list:
                 return tuple(map(filled, arg))
-            return arg.values[rank] if kind is PerRank else arg
+            return arg.values[box] if kind is PerRank else arg
 
         args, kwargs = filled(instr.args), tuple((name, filled(value)) for name, value in instr.kwargs)
-        outs = tuple(out and (out.dtype, out.shape, out.placement) for out in instr.outs)
-        key = instr.op, args, kwargs, outs
+        key = instr.op, args, kwargs, tuple(out and out.dtype for out in instr.outs)
+        if instr.op in MOVES:
+            ends = [out.placement for out in instr.values()] + [values[name].placement for name in instr.refs()]
+            key += (box, tiles, *ends)
         found = self.calls.get(key)
         if found is None:
-            found = self.calls[key] = self._make(instr, args, dict(kwargs))
+            operands = [leaf for leaf in flatten((args, [value for _, value in kwargs])) if isinstance(leaf, Tensor)]
+            if instr.op in MOVES and instr.op != "all_reduce":
+                source, target = values[instr.refs()[0]], instr.values()[0]
+                ends = self.local(source, box, tiles), self.local(target, box, tiles)
+                results, workspace_bytes = self._moved(instr.op, *ends, args[0], box, tiles)
+            else:
+                results, workspace_bytes = self._run(instr.op, args, dict(kwargs))
+            found = self.calls[key] = self._made(instr, operands, results, workspace_bytes)
         return found
+
+    def local(self, value: Value, box: int, tiles: int) -> Value:
+        """The value as a rank has it, or a tile."""
+        number = lambda n: n.values[box * len(n.values) // (self.ranks * tiles)] if type(n) is PerRank else n  # noqa: E731
+        return replace(value, shape=tuple(map(number, value.shape)))
 
     def one(self, tensor: Tensor) -> Tensor:
         """The one tensor that stands for all of this layout."""
-        storage = tensor.untyped_storage().nbytes()
-        key = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), storage
+        key = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), storage_bytes(tensor)
         return self.known.setdefault(key, tensor)
 
-    def shape(self, value: Value) -> tuple[int, ...]:
-        return tuple(n.values[self.rank] if type(n) is PerRank else n for n in value.shape)
+    def _moved(self, op: str, source: Value, target: Value, operand: Tensor, box: int, tiles: int):
+        if op == "shard":
+            return [Shard(source, target, box // tiles, box)(operand)], 0
+        return _move(Move(source, target, box, self.ranks), operand)
 
-    def _make(self, instr: Instr, args: tuple, kwargs: dict) -> Made:
-        operands = [leaf for leaf in flatten((args, tuple(kwargs.values()))) if isinstance(leaf, Tensor)]
-        if instr.op.startswith("aten."):
-            results = _run(instr.op, args, kwargs)
-        else:
-            results = [self.of(out) for out in instr.values()]
+    def _run(self, op: str, args: tuple, kwargs: dict) -> tuple[list[Tensor], int]:
+        """The results on meta tensors, and bytes needed beside them."""
+        if op == "all_reduce":
+            return _all_reduce(args)
+        if op.startswith("aten."):
+            return _aten(op, args, kwargs), 0
+        return workspace.made(op, args, kwargs, self.target)
+
+    def _made(self, instr: Instr, operands: list[Tensor], results: list[Tensor], workspace_bytes: int) -> Made:
         storages = [tensor.untyped_storage()._cdata for tensor in (*operands, *results)]
         owners = tuple(storages.index(storage) for storage in storages[len(operands) :])
-        return Made(tuple(out and self.one(result) for out, result in zip(instr.outs, results)), owners, 0)
+        unused = {at for at, out in enumerate(instr.outs) if out is None}
+        workspace_bytes += sum(storage_bytes(results[at]) for at in unused if owners[at] == len(operands) + at)
+        layouts = tuple(None if at in unused else self.one(result) for at, result in enumerate(results))
+        return Made(layouts, owners, workspace_bytes)
 
 
-def _run(op: str, args: tuple, kwargs: dict) -> list[Tensor]:
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes of the storage that a tensor lies in."""
+    return tensor.untyped_storage().nbytes()
+
+
+def _move(move: Move, operand: Tensor) -> tuple[list[Tensor], int]:
+    """The buffer that is sent goes when another has been received, that one when the result is made of it."""
+    sent = 0 if move.packed_in_place(operand) else sum(move.send_sizes) * operand.itemsize
+    received = operand.new_empty(sum(move.receive_sizes))
+    result = move.unpack(received)
+    if move.in_place:
+        return [result], sent
+    dtype = wide(result.dtype)
+    added_up = result.numel() * dtype.itemsize if move.summing and dtype != result.dtype else 0
+    return [result], max(sent + storage_bytes(received) - storage_bytes(result), storage_bytes(received) + added_up)
+
+
+def _all_reduce(operands: tuple[Tensor, ...]) -> tuple[list[Tensor], int]:
+    """All lie in one buffer; in a narrower dtype than that of the sum they are copied out of it."""
+    dtype = operands[0].dtype
+    total = operands[0].new_empty(sum(t.numel() for t in operands), dtype=wide(dtype))
+    parts = total.split([t.numel() for t in operands])
+    results = [part.to(dtype).view(t.shape) for part, t in zip(parts, operands)]
+    return results, 0 if wide(dtype) == dtype else storage_bytes(total)
+
+
+def _aten(op: str, args: tuple, kwargs: dict) -> list[Tensor]:
     """The results of an operator of ATen on meta tensors."""
     constant = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
     args, kwargs = map_args(args, constant), {name: map_args(value, constant) for name, value in kwargs.items()}

@@ -56,14 +56,21 @@ def sharded(
 
     `dims` are the inputs' sequence dims, by default 1 of all; `options` are BuildConfig's.
     """
+    compiled, inputs = built(model, batch, ranks, dims, **options)
+    programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
+    return compiled, simulate(programs, inputs, inputs["grad_loss"])
+
+
+def built(
+    model: nn.Module, batch: dict[str, Tensor], ranks: int, dims: dict[str, int] | None = None, **options
+) -> tuple[Compiled, dict[str, Tensor]]:
+    """What a model is built to, and all inputs of its programs, a `grad_loss` of one among them."""
     mode = FakeTensorMode()
     whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
     dims = dims or {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
     compiled = compile_program(whole, dims, BuildConfig(ranks, **options))
-    inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
-    programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
-    grad_loss = torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])
-    return compiled, simulate(programs, inputs, grad_loss)
+    grad_loss = {"grad_loss": torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])}
+    return compiled, model_values(model) | dict(model.named_buffers()) | constants | batch | grad_loss
 
 
 def gathers(program: Program, elements: int) -> list[str]:

@@ -74,7 +74,8 @@ def test_kept_is_what_crosses_from_forward_to_backward_the_storage_of_a_view_who
 def test_the_rank_with_the_largest_boxes_is_counted():
     found = costs(parse_program(
         "autosp program 1\nranks 2\nlayout cut5 = 0:3 3:5\nconstants $0\nbatch %x: f32[5] @ Replicate\n"
-        "section step takes ()\n  %a: f32[$0] @ Shard(0, cut5) = shard(%x)\ngives ()\n", {"$0": (3, 2)},
+        "section step takes ()\n  %a: f32[$0] @ Shard(0, cut5) = shard(%x)\n"
+        "  %b: f32[$0] @ Shard(0, cut5) = aten.neg.default(%a)\ngives ()\n", {"$0": (3, 2)},
     ))  # fmt: skip
     assert found.peak_bytes == 12
 
@@ -82,10 +83,13 @@ def test_the_rank_with_the_largest_boxes_is_counted():
 # --- FLOPs --------------------------------------------------------------------------------------------------------
 
 
+EXPERTS = "%e: f32[1, 4, 4] @ Replicate = aten.reshape.default(%w, [1, 4, 4])\n"
+
+
 @pytest.mark.parametrize("line, flops", [
     ("%a: f32[4, 4] @ Replicate = aten.mm.default(%x, %w)", 2 * 4 * 4 * 4),
     ("%a: f32[4, 4] @ Replicate = aten.addmm.default(%w, %x, %w)", 2 * 4 * 4 * 4),
-    ("%a: f32[4, 4] @ Replicate = autosp.expert_mm(%x, %x, %w)", 2 * 4 * 4 * 4),
+    (f"{EXPERTS}%a: f32[4, 4] @ Replicate = autosp.expert_mm(%x, %x, %e)", 2 * 4 * 4 * 4),
     ("%a: f32[2, 4, 4] @ Replicate = autosp.expert_mm_weight_grad(%x, %x, %w, 2)", 2 * 4 * 4 * 4),
     ("%a: f32[4, 4] @ Replicate = aten.mul.Tensor(%x, %w)", 0),
 ])  # fmt: skip

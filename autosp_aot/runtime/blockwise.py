@@ -20,11 +20,10 @@ from autosp_aot.operators import wide
 from autosp_aot.runtime.bounds import blocks_of, ends_of
 from autosp_aot.runtime.random import keep
 from autosp_aot.scores import evaluate
+from autosp_aot.workspace import BLOCKS, gradient, outputs
 
 # An lse beyond this has lost digits of the weights: they are divided by their sum.
 ROUNDED = 100.0
-# Rows and keys of a block: what caches hold, and on CUDA and ROCm what is worth a launch.
-BLOCKS = {"cpu": 256, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Scoring:
 def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Output and lse."""
     call = _Call(q, k, v, vectors, scoring)
-    outs, lses = [], []
+    results = outputs(q, v.shape[3])
     for rows in _blocks(q, q.shape[2]):
         seen, hidden = call.keys(rows)
         state = _state(q, v, rows, call.dtype)
@@ -83,9 +82,9 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: S
         empty = total == 0
         if scoring.safe:
             total = total.masked_fill(empty, 1.0)
-        outs.append((out / total.unsqueeze(-1)).to(q.dtype))
-        lses.append((top + total.log()).masked_fill(empty, -INF if scoring.safe else float("nan")))
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+        results[0][:, :, rows] = out / total.unsqueeze(-1)
+        results[1][:, :, rows] = (top + total.log()).masked_fill(empty, -INF if scoring.safe else float("nan"))
+    return results
 
 
 def blockwise_backward(
@@ -94,7 +93,7 @@ def blockwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v: the scores are made again block by block from lse."""
     call = _Call(q, k, v, vectors, scoring)
-    grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=call.dtype, device=t.device) for t in (q, k, v))
+    grad_q, grad_k, grad_v = (gradient(t, call.dtype).zero_() for t in (q, k, v))
     for rows, keys, block, weights, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
         grad_v[:, :, keys] += block.dropped(weights).transpose(-1, -2) @ grad_out[:, :, rows].to(call.dtype)
         grad_products = block.gradient(block.products, grad_scores) * scoring.scale
@@ -208,9 +207,6 @@ class _Call:
         self, grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None
     ) -> Iterator[tuple[slice, slice, _Block, Tensor, Tensor]]:
         """Of each block that counts: rows, keys, scores, weights, and the gradient of the scores."""
-        delta = (grad_out.to(self.dtype) * out.to(self.dtype)).sum(-1)
-        if grad_lse is not None:
-            delta = delta - grad_lse
         base = lse.masked_fill(lse == -INF, INF)
         for rows in _blocks(self.q, self.q.shape[2]):
             seen, hidden = self.keys(rows)
@@ -221,12 +217,15 @@ class _Call:
             if self.scoring.score is not None and bool(rounded.any()):
                 total = self.total(rows, seen, base).masked_fill(~rounded, 1.0).unsqueeze(-1)
             grad = grad_out[:, :, rows].to(self.dtype)
+            delta = (grad * out[:, :, rows].to(self.dtype)).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                delta = delta - grad_lse[:, :, rows].unsqueeze(-1)
             for keys in seen:
                 block = self.block(rows, keys, differentiable=True)
                 weights = torch.exp(block.scores - base[:, :, rows].unsqueeze(-1))
                 weights = weights if total is None else weights / total
                 grad_weights = block.dropped(grad @ self.v[:, :, keys].to(self.dtype).transpose(-1, -2))
-                yield rows, keys, block, weights, weights * (grad_weights - delta[:, :, rows].unsqueeze(-1))
+                yield rows, keys, block, weights, weights * (grad_weights - delta)
 
 
 def _blocks(like: Tensor, count: int) -> list[slice]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from autosp_aot import operators
+from autosp_aot.moves import Move, Shard, joined, narrowed
 from autosp_aot.operators import DTYPES, wide
-from autosp_aot.placement import PARTIAL, common, transfers
+from autosp_aot.placement import PARTIAL, common
 from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
 from autosp_aot.runtime import kernels, random
 
@@ -35,8 +36,9 @@ class Sum:
     buffer: Tensor
 
 
+# An answer comes as a list of one, which is taken out of it: so nothing else keeps its memory.
 Meeting = Exchange | Sum
-Run = Generator[Meeting, Tensor, dict[str, Tensor]]
+Run = Generator[Meeting, list[Tensor], dict[str, Tensor]]
 Step = Callable[[dict[str, Tensor]], Generator | None]
 
 
@@ -124,7 +126,7 @@ class Executor:
                         result.add_(own[name])
                         continue
                     for source, target in boxes:
-                        _narrowed(result, target).copy_(_narrowed(own[name], source))
+                        narrowed(result, target).copy_(narrowed(own[name], source))
                 del own
             while results:
                 out = outs[-len(results)]
@@ -151,85 +153,39 @@ class Executor:
     def _all_reduce(self, instr: Instr) -> Step:
         sources, targets = [ref.name for ref in instr.args], [out.name for out in instr.values()]
 
-        def step(values: dict[str, Tensor]) -> Generator[Meeting, Tensor, None]:
+        def step(values: dict[str, Tensor]) -> Generator[Meeting, list[Tensor], None]:
             tensors = [values[name] for name in sources]
-            buffer = torch.cat([t.reshape(-1).to(wide(t.dtype)) for t in tensors])
-            total = yield Sum(buffer)
-            parts = total.split([t.numel() for t in tensors])
+            answer = yield Sum(_joined(tensors))
+            parts = answer.pop().split([t.numel() for t in tensors])
             for name, part, tensor in zip(targets, parts, tensors):
                 values[name] = part.to(tensor.dtype).view(tensor.shape)
 
         return step
 
     def _move(self, instr: Instr) -> Step:
-        (ref,), out = instr.args, instr.values()[0]
-        source, target = self.values[ref.name], out
+        (ref,), target = instr.args, instr.values()[0]
+        source = self.values[ref.name]
         if instr.op == "shard":
             return _shard(source, target, self.rank, self.rank)
-        plan = _Plan(source, target, self.rank, self.program.ranks)
+        move = Move(source, target, self.rank, self.program.ranks)
 
-        def step(values: dict[str, Tensor]) -> Generator[Meeting, Tensor, None]:
-            buffer = plan.pack(values[source.name])
-            received = yield Exchange(buffer, plan.send_sizes, plan.receive_sizes)
-            values[target.name] = plan.unpack(received)
+        def step(values: dict[str, Tensor]) -> Generator[Meeting, list[Tensor], None]:
+            answer = yield Exchange(move.pack(values[source.name]), move.send_sizes, move.receive_sizes)
+            values[target.name] = move.unpack(answer.pop())
 
         return step
 
 
-class _Plan:
-    """How a value goes from one placement to another, for one rank: parts to send and parts to fill."""
-
-    def __init__(self, source: Value, target: Value, rank: int, ranks: int):
-        self.target, self.summing = target, source.placement.partial
-        a, b, whole = source.placement, target.placement, source.whole_shape
-        self.sends = [
-            (peer, piece.local(a, whole, rank), piece.elements(whole))
-            for peer in range(ranks)
-            for piece in transfers(a, b, whole, rank, peer)
-        ]
-        self.fills = [
-            (peer, piece.local(b, whole, rank), piece.elements(whole))
-            for peer in range(ranks)
-            for piece in transfers(a, b, whole, peer, rank)
-        ]
-        self.send_sizes = [sum(count for to, _, count in self.sends if to == peer) for peer in range(ranks)]
-        self.receive_sizes = [sum(count for of, _, count in self.fills if of == peer) for peer in range(ranks)]
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        parts = [_narrowed(tensor, box).reshape(-1) for _, box, _ in self.sends]
-        return torch.cat(parts) if parts else tensor.new_empty(0)
-
-    def unpack(self, received: Tensor) -> Tensor:
-        dtype = received.dtype
-        if self.summing:
-            result = torch.zeros(self.target.shape, dtype=wide(dtype), device=received.device)
-        else:
-            result = torch.empty(self.target.shape, dtype=dtype, device=received.device)
-        at = 0
-        for _, box, count in self.fills:
-            place = _narrowed(result, box)
-            part = received[at : at + count].view(place.shape)
-            place.add_(part) if self.summing else place.copy_(part)
-            at += count
-        return result.to(dtype)
-
-
 def _shard(source: Value, target: Value, rank: int, box: int) -> Step:
-    """What box number `box` of the target is of what the rank has.
+    shard = Shard(source, target, rank, box)
+    return lambda values: values.update({target.name: shard(values[source.name])})
 
-    As a copy: kernels rely on what another kernel made (mean and rstd of a norm) having no gaps.
-    """
-    a, b, whole = source.placement, target.placement, source.whole_shape
-    boxes = [piece.local(a, whole, rank) for piece in common(a, b, whole, rank, box)]
-    dim = b.cut.dim
 
-    def step(values: dict[str, Tensor]) -> None:
-        tensor = values[source.name]
-        parts = [_narrowed(tensor, box) for box in boxes]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
-        values[target.name] = joined.contiguous()
-
-    return step
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """A copy of all, one after the other, in the dtype they are added up in."""
+    buffer = tensors[0].new_empty(sum(t.numel() for t in tensors), dtype=wide(tensors[0].dtype))
+    joined(buffer, tensors)
+    return buffer
 
 
 def _room(out: Value, add: bool, device: torch.device) -> Tensor:
@@ -237,13 +193,6 @@ def _room(out: Value, add: bool, device: torch.device) -> Tensor:
     if add:
         return torch.zeros(out.shape, dtype=wide(DTYPES[out.dtype]), device=device)
     return torch.empty(out.shape, dtype=DTYPES[out.dtype], device=device)
-
-
-def _narrowed(tensor: Tensor, box: tuple[tuple[int, int, int], ...]) -> Tensor:
-    """A view of a part."""
-    for dim, start, stop in box:
-        tensor = tensor.narrow(dim, start, stop - start)
-    return tensor
 
 
 def _free(names: list[str]) -> Step:

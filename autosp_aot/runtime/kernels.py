@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autosp_aot.operators import HALF, wide
+from autosp_aot.operators import wide
 from autosp_aot.runtime import experts
 from autosp_aot.runtime.blockwise import Dropout, Scoring, blockwise, blockwise_backward, blockwise_vector_gradient
+from autosp_aot.workspace import gradient, has_kernel, head_runs, outputs
 
 aten = torch.ops.aten
 
@@ -29,13 +30,14 @@ def attention(
 ):  # fmt: skip
     """Forward: out and the log of the sum of exponentials of each row's scores."""
     if q.numel() == 0:
-        lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
-        return q.new_empty((*q.shape[:3], v.shape[3])), lse
-    parts = []
-    for heads, kv in _runs(q.shape[1], group, first_head):
+        return outputs(q, v.shape[3])
+    if group == 1:
+        return _forward(q, k, v, vectors, _scoring(scoring, seed, first_head, q.shape[2], k.shape[2]))
+    results = outputs(q, v.shape[3])
+    for heads, kv in head_runs(q.shape[1], group, first_head):
         mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
-        parts.append(_forward(*_part(q, k, v, heads, kv), _of_heads(vectors, heads), mask))
-    return tuple(torch.cat(found, 1) if len(parts) > 1 else found[0] for found in zip(*parts))
+        _put(results, (heads, heads), _forward(*_part(q, k, v, heads, kv), _of_heads(vectors, heads), mask))
+    return results
 
 
 def attention_backward(
@@ -44,18 +46,19 @@ def attention_backward(
 ):  # fmt: skip
     """Gradients of q, k and v; those of k and v hold what this rank's query heads add to them."""
     if q.numel() == 0:
-        return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    parts = []
-    for heads, kv in _runs(q.shape[1], group, first_head):
+        return gradient(q), gradient(k).zero_(), gradient(v).zero_()
+    if group == 1:
+        mask = _scoring(scoring, seed, first_head, q.shape[2], k.shape[2])
+        return _backward(grad_out, q, k, v, out, lse, grad_lse, vectors, mask)
+    results = gradient(q), gradient(k), gradient(v)
+    for heads, kv in head_runs(q.shape[1], group, first_head):
         own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
         mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
-        grad_q, grad_k, grad_v = _backward(
-            grad_out[:, heads], *_part(q, k, v, heads, kv), *own, _of_heads(vectors, heads), mask
-        )
-        if kv.stop - kv.start == 1 and heads.stop - heads.start > 1:
-            grad_k, grad_v = grad_k.sum(1, keepdim=True), grad_v.sum(1, keepdim=True)
-        parts.append((grad_q, grad_k, grad_v))
-    return tuple(torch.cat(found, 1) if len(parts) > 1 else found[0] for found in zip(*parts))
+        parts = _part(q, k, v, heads, kv)
+        found = _backward(grad_out[:, heads], *parts, *own, _of_heads(vectors, heads), mask)
+        _put(results, (heads, kv, kv), (found[0], *(of_key.sum(1, keepdim=True) for of_key in found[1:])))
+        del found
+    return results
 
 
 def attention_vector_gradient(
@@ -63,8 +66,8 @@ def attention_vector_gradient(
     vectors: list[Tensor], seed: Tensor | None, which: int, group: int, first_head: int, **scoring,
 ):  # fmt: skip
     """The gradient of vector `which`: what this rank's query heads add to it."""
-    total = torch.zeros_like(vectors[which], dtype=lse.dtype)
-    for heads, kv in _runs(q.shape[1], group, first_head) if q.numel() else ():
+    total = vectors[which].new_zeros(vectors[which].shape, dtype=lse.dtype)
+    for heads, kv in head_runs(q.shape[1], group, first_head) if q.numel() else ():
         own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
         mine, parts = _of_heads(vectors, heads), _part(q, k, v, heads, kv)
         mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
@@ -81,18 +84,14 @@ def attention_rows(
 
     Vectors are whole, [B or 1, N or 1, S or 1, T or 1], or cut as q is, [B or 1, L, T or 1].
     """
-    if q.numel() == 0:
-        lse = q.new_empty(q.shape[:2], dtype=wide(q.dtype))
-        return q.new_empty((*q.shape[:2], v.shape[3])), lse
-    outs, lses = [], []
-    for run in _row_runs(q.shape[1], group, rows, start):
+    results = q.new_empty((*q.shape[:2], v.shape[3])), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
+    for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         (mine,), found = run.rows(q), None
         for keys, mask in _key_blocks(run, k.shape[2], run.scoring(scoring, seed, k)):
             more = _forward(mine, k[:, run.kv, keys], v[:, run.kv, keys], run.vectors(vectors), mask)
             found = more if found is None else _merged(found, more)
-        outs.append(found[0].squeeze(1))
-        lses.append(found[1].squeeze(1))
-    return torch.cat(outs, 1), torch.cat(lses, 1)
+        _put(results, (run.part, run.part), [part.squeeze(1) for part in found])
+    return results
 
 
 def attention_rows_backward(
@@ -100,7 +99,7 @@ def attention_rows_backward(
     vectors: list[Tensor], seed: Tensor | None, group: int, rows: int, start: int, **scoring,
 ):  # fmt: skip
     """Gradients of `attention_rows`; those of k and v hold what this rank's rows add to them."""
-    grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v))
+    grad_q, grad_k, grad_v = (t.new_zeros(t.shape, dtype=lse.dtype) for t in (q, k, v))
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
         for keys, mask in _key_blocks(run, k.shape[2], run.scoring(scoring, seed, k)):
@@ -117,7 +116,7 @@ def attention_rows_vector_gradient(
     vectors: list[Tensor], seed: Tensor | None, which: int, group: int, rows: int, start: int, **scoring,
 ):  # fmt: skip
     """The gradient of vector `which`: what this rank's rows add to it."""
-    total = torch.zeros_like(vectors[which], dtype=lse.dtype)
+    total = vectors[which].new_zeros(vectors[which].shape, dtype=lse.dtype)
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
         parts, mask = (k[:, run.kv], v[:, run.kv]), run.scoring(scoring, seed, k)
@@ -176,6 +175,12 @@ def _key_blocks(run: _Run, keys: int, scoring: Scoring) -> list[tuple[slice, Sco
     return [*before, (slice(run.first, stop), replace(scoring, first_row=0))]
 
 
+def _put(results: tuple[Tensor, ...], places: tuple[slice, ...], found) -> None:
+    """Copy what a run found to its places along dim 1."""
+    for result, place, part in zip(results, places, found):
+        result[:, place] = part
+
+
 def _of_heads(vectors: list[Tensor], heads: slice) -> list[Tensor]:
     """Views of what some heads read."""
     return [vector[:, heads if vector.shape[1] > 1 else slice(None)] for vector in vectors]
@@ -186,19 +191,6 @@ def _merged(a, b):
     lse = torch.logaddexp(a[1], b[1])
     weights = [torch.exp(part[1] - lse).unsqueeze(-1) for part in (a, b)]
     return (a[0] * weights[0] + b[0] * weights[1]).to(a[0].dtype), lse
-
-
-def _runs(heads: int, group: int, first_head: int):
-    """(query heads, key/value heads) as slices: all at once where they are one to one, else a run a key/value head."""
-    if group == 1:
-        return [(slice(0, heads), slice(0, heads))]
-    first_kv, runs, at = first_head // group, [], 0
-    while at < heads:
-        kv = (first_head + at) // group
-        end = min((kv + 1) * group - first_head, heads)
-        runs.append((slice(at, end), slice(kv - first_kv, kv - first_kv + 1)))
-        at = end
-    return runs
 
 
 def _part(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv: slice):
@@ -238,15 +230,11 @@ def _kernels(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring):
     """Forward and backward kernel for a device, dtype, width and softmax; None where there is none.
 
     Only operators that CUDA and ROCm builds of torch share: flash attention is FlashAttention-2 on one, AOTriton or CK
-    on the other. A causal kernel is given as many rows as keys: kernels differ in which keys the first row sees.
+    on the other.
     """
-    if not _plain(scoring) or q.shape[-1] != v.shape[-1] or (scoring.causal and q.shape[2] != k.shape[2]):
+    if not has_kernel(q, k, v, _plain(scoring), scoring.causal, q.device.type):
         return None
-    if q.device.type == "cpu":
-        return _cpu_flash, _cpu_flash_backward
-    if q.device.type == "cuda" and q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
-        return _cuda_flash, _cuda_flash_backward
-    return None
+    return (_cpu_flash, _cpu_flash_backward) if q.device.type == "cpu" else (_cuda_flash, _cuda_flash_backward)
 
 
 def _cpu_flash(q, k, v, scale, causal):

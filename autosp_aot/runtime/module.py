@@ -110,17 +110,19 @@ class _Step(torch.autograd.Function):
 def run(executor: Executor, section: str, values: dict[str, Tensor], comm: Comm) -> dict[str, Tensor]:
     """Run a section to its end, meeting the other ranks over `comm`; the caller's autocast does not reach into it."""
     generator: Run = executor.run(section, values)
-    answer = None
+    answer: list[Tensor] | None = None
     with torch.autocast(executor.device.type, enabled=False):
         while True:
             try:
-                meeting: Meeting = generator.send(answer)
+                answer = [_met(generator.send(answer), comm)]
             except StopIteration as stop:
                 return stop.value
-            if isinstance(meeting, Exchange):
-                answer = comm.exchange(meeting.buffer, meeting.send_sizes, meeting.receive_sizes)
-            else:
-                answer = comm.sum(meeting.buffer)
+
+
+def _met(meeting: Meeting, comm: Comm) -> Tensor:
+    if isinstance(meeting, Exchange):
+        return comm.exchange(meeting.buffer, meeting.send_sizes, meeting.receive_sizes)
+    return comm.sum(meeting.buffer)
 
 
 def check_batch(manifest: Manifest, batch: Mapping[str, Tensor], device: torch.device) -> None:

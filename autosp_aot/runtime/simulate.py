@@ -28,7 +28,7 @@ def simulate(programs: list[Program], inputs: dict[str, Tensor], grad_loss: Tens
 
 def lockstep(runs: list[Run]) -> list[dict[str, Tensor]]:
     """Advance all ranks from meeting to meeting; raises AssertionError where they do not meet alike."""
-    answers: list[Tensor | None] = [None] * len(runs)
+    answers: list[list[Tensor] | None] = [None] * len(runs)
     while True:
         meetings: list[Meeting] = []
         results = []
@@ -40,7 +40,8 @@ def lockstep(runs: list[Run]) -> list[dict[str, Tensor]]:
         if not meetings:
             return results
         assert not results and len({type(m) for m in meetings}) == 1, "ranks do not meet in the same collective"
-        answers = _exchange(meetings) if isinstance(meetings[0], Exchange) else _sum(meetings)
+        found = _exchange(meetings) if isinstance(meetings[0], Exchange) else _sum(meetings)
+        answers = [[answer] for answer in found]
 
 
 def _exchange(meetings: list[Exchange]) -> list[Tensor]:

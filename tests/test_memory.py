@@ -1,0 +1,137 @@
+"""The planned curve is the measured one: live storages of a rank, counted while the real executor runs."""
+
+from collections.abc import Generator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autosp_aot.cost import curve
+from autosp_aot.operators import FREE
+from autosp_aot.program import Instr, Program
+from autosp_aot.runtime.execute import Executor, Run
+from autosp_aot.runtime.module import run
+from autosp_aot.runtime.simulate import lockstep
+from examples import llama
+from tests.architectures import ARCHITECTURES
+from tests.steps import built, half_labelled
+from tests.storages import Storages
+
+CPU = torch.device("cpu")
+
+
+class Replay:
+    """One rank's meetings, answered with what the ranks answered before: what is received is new, sums are in place."""
+
+    def __init__(self, answers: list[Tensor]):
+        self.answers = iter(answers)
+
+    def exchange(self, buffer: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        return next(self.answers).clone()
+
+    def sum(self, buffer: Tensor) -> Tensor:
+        return buffer.copy_(next(self.answers))
+
+
+def answers(program: Program, inputs: dict[str, Tensor]) -> list[list[Tensor]]:
+    """What each rank is answered in a step."""
+    heard: list[list[Tensor]] = [[] for _ in range(program.ranks)]
+
+    def listening(run: Run, mine: list[Tensor]) -> Generator:
+        answer = None
+        while True:
+            try:
+                answer = yield run.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            mine.append(answer[0].clone())
+
+    executors = [Executor(program.for_rank(rank), rank, CPU) for rank in range(program.ranks)]
+    values = [dict(inputs) for _ in executors]
+    for section in program.sections:
+        lockstep([listening(e.run(section.name, v), mine) for e, v, mine in zip(executors, values, heard)])
+    return heard
+
+
+def measured(program: Program, rank: int, inputs: dict[str, Tensor], heard: list[Tensor]) -> list[tuple[int, int]]:
+    """Bytes alive after each instruction of a rank, and the most during it, beside its inputs."""
+    executor, values, comm = Executor(program.for_rank(rank), rank, CPU), dict(inputs), Replay(heard)
+    storages, found = Storages(list(values.values())), []
+
+    def watched(meets, step):
+        def met(values):
+            storages.peak_bytes = storages.live_bytes
+            yield from step(values)
+            found.append((storages.live_bytes, storages.peak_bytes))
+
+        def called(values):
+            storages.peak_bytes = storages.live_bytes
+            step(values)
+            found.append((storages.live_bytes, storages.peak_bytes))
+
+        return meets, met if meets else called
+
+    executor.steps = {name: [watched(*step) for step in steps] for name, steps in executor.steps.items()}
+    with storages:
+        for section in program.sections:
+            run(executor, section.name, values, comm)
+    return found
+
+
+def compare(program: Program, rank: int, inputs: dict[str, Tensor], heard: list[Tensor]) -> list[str]:
+    """The instructions whose measured bytes are not the planned ones; blocks of our own kernels are planned at most."""
+    instrs = [instr for section in program.sections for instr in section.instrs]
+    moments, found = curve(program, rank), measured(program, rank, inputs, heard)
+    wrong = []
+    for instr, moment, (alive_bytes, peak_bytes) in zip(instrs, moments, found, strict=True):
+        fits = peak_bytes <= moment.peak_bytes if in_blocks(instr) else peak_bytes == moment.peak_bytes
+        if alive_bytes != moment.alive_bytes or not fits:
+            wrong.append(f"{instr.op}: {moment}, measured {alive_bytes}, {peak_bytes}")
+    return wrong
+
+
+def in_blocks(instr: Instr) -> bool:
+    """Whether what an instruction needs beside its results depends on the numbers."""
+    scoring = dict(instr.kwargs)
+    flash = instr.op in ("autosp.attention", "autosp.attention_backward")
+    return instr.op.startswith("autosp.") and not (flash and not {"score", "window", "dropout"} & scoring.keys())
+
+
+@pytest.fixture
+def build_llama():
+    def build(dtype: str) -> nn.Module:
+        torch.manual_seed(0)
+        return llama.build_model(
+            dtype, vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8,
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.mark.parametrize("ranks, recompute, dtype", [
+    (1, "none", "float32"), (1, "sac", "bfloat16"), (2, "sac", "float32"), (3, "none", "bfloat16"),
+    (3, "sac", "float32"), (6, "sac", "bfloat16"),
+])  # fmt: skip
+def test_measured_bytes_are_the_planned_ones_at_every_instruction(build_llama, ranks, recompute, dtype):
+    compiled, inputs = built(build_llama(dtype), half_labelled(13), ranks, recompute=recompute)
+    heard = answers(compiled.program, inputs)
+    for rank in {0, ranks - 1}:
+        assert not compare(compiled.program, rank, inputs, heard[rank])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "bloom", "mamba2", "t5"])
+def test_so_they_are_in_other_architectures(name):
+    compiled, inputs = built(ARCHITECTURES[name].build(), half_labelled(13), 3)
+    assert not compare(compiled.program, 2, inputs, answers(compiled.program, inputs)[2])
+
+
+def test_a_release_that_comes_later_is_measured(build_llama):
+    compiled, inputs = built(build_llama("float32"), half_labelled(13), 1)
+    forward = compiled.program.section("forward")
+    at = next(at for at, instr in enumerate(forward.instrs) if instr.op == FREE)
+    instrs = [*forward.instrs[:at], forward.instrs[at + 1], forward.instrs[at], *forward.instrs[at + 2 :]]
+    late = compiled.program.with_section(replace(forward, instrs=tuple(instrs)))
+    found, planned = measured(late, 0, inputs, []), curve(compiled.program, 0)
+    assert [at for at, (one, other) in enumerate(zip(found, planned)) if one[0] != other.alive_bytes] == [at]

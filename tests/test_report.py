@@ -31,7 +31,7 @@ def test_show_says_what_was_built_and_what_it_costs(saved):
         "recompute": "",
         "tiles": "auto",
         "offload": "off",
-        "kept for backward": "2.09 KiB",
+        "kept for backward": "7.20 KiB",
         "peak of activations and gradients": f"15.76 KiB at sum_gradients: {TOKENS}",
         "computed on every rank": "nothing",
     }

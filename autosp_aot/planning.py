@@ -155,7 +155,7 @@ def _least(config: BuildConfig) -> BuildConfig:
 def traffic_bytes(program: Program, rank: int = 0) -> int:
     """What the operators of a rank read and write, views apart: no two operators share a pass over memory."""
     values, count = program.values(), 0
-    for instr in program.instrs():
+    for instr in (instr for section in program.sections for instr in section.instrs):
         calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
         made = values_of(calls)
         for call in calls:

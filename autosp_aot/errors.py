@@ -23,6 +23,10 @@ class AutospError(Exception):
         self.problems = problems
         super().__init__(render(problems))
 
+    def __reduce__(self):
+        """As it is made, so that it crosses to another process whole."""
+        return type(self), self.problems
+
 
 class BuildError(AutospError):
     """The model, the batch or the options cannot be built exactly (exit code 2)."""

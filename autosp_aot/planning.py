@@ -6,9 +6,12 @@ Gradients are values of the program: they come to life through backward and are 
 optimizer runs, so the last moment of the curve is the optimizer's. The breakdown is that of the moment of the peak.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from autosp_aot.builder import capture_model
@@ -49,6 +52,7 @@ class Point:
     """A rank's step at one number of ranks and one length.
 
     peak_bytes          of all that is on the device; the sum of `breakdown_bytes`
+    state_bytes         parameters, all gradients and optimizer state, which no length changes
     host_bytes          in the machine's memory: optimizer state and offloaded values
     moved_bytes         received from other ranks; `host_moved_bytes` to and from host memory
     recomputed_flops    of `flops`, those of products that backward computes again
@@ -62,6 +66,7 @@ class Point:
     peak_bytes: int
     peak_at: str
     breakdown_bytes: dict[str, int]
+    state_bytes: int
     host_bytes: int
     moved_bytes: int
     host_moved_bytes: int
@@ -73,54 +78,88 @@ class Point:
     max_seq: int | None = None
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What to plan: a model file, sequences of a step, options of build_model, and what for."""
+
+    model: Path
+    batch_size: int
+    options: Mapping[str, object]
+    setting: Setting
+
+
+def sweep(asked: Asked, sps: Sequence[int], seqs: Sequence[int], search: bool = False, jobs: int = 1) -> list[Point]:
+    """A point for every number of ranks and length, by ranks; with `search` also the longest that fits, of each.
+
+    `max_seq` is the longest for a point's number of ranks, 0 where none fits. A model is captured once a length; lengths,
+    and in a search numbers of ranks, are shared out over `jobs` processes. Raises BuildError.
+    """
+    with _processes(min(jobs, max(len(seqs), len(sps) * search))) as run:
+        by_length = list(run(partial(_points, asked, sps), seqs))
+        rows = [[points[at] for points in by_length] for at in range(len(sps))]
+        if search:
+            longest_points = run(partial(_longest, asked), rows)
+            rows = [_with_longest(points, found) for points, found in zip(rows, longest_points)]
+    return [point for points in rows for point in points]
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[Callable]:
+    """A map over so many processes, or over none of its own."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _points(asked: Asked, sps: Sequence[int], seq: int) -> list[Point]:
+    planner = Planner(asked)
+    return [planner.point(sp, seq) for sp in sps]
+
+
+def _longest(asked: Asked, points: Sequence[Point]) -> Point | None:
+    """The longest that fits on the ranks of these points, which are known."""
+    return Planner(asked).longest({point.seq: point for point in points})
+
+
+def _with_longest(points: Sequence[Point], found: Point | None) -> list[Point]:
+    known = {point.seq: point for point in points} | ({} if found is None else {found.seq: found})
+    return [replace(known[seq], max_seq=found.seq if found else 0) for seq in sorted(known)]
+
+
 class Planner:
-    """Plans a model: captured once a length, compiled once a length and number of ranks."""
+    """Plans one model; what was captured is kept."""
 
-    def __init__(self, model_path: str | Path, batch_size: int, options: Mapping[str, object], setting: Setting):
-        self.setting, self.batch_size = setting, batch_size
-        self.model_file = read_model_file(model_path)
-        self.model = make_model(self.model_file, options)
+    def __init__(self, asked: Asked):
+        self.asked, self.setting = asked, asked.setting
+        self.model_file = read_model_file(asked.model)
+        self.model = make_model(self.model_file, asked.options)
         self.captured = cache(self._captured)
-        self.point = cache(self._point)
 
-    def sweep(self, sps: Sequence[int], seqs: Sequence[int], search: bool = False) -> list[Point]:
-        """A point for every number of ranks and length, by ranks; with `search` also that of the longest that fits.
+    def _captured(self, seq: int) -> tuple[Program, dict[str, int]]:
+        batch, sequence_dims = make_batch(self.model_file, self.asked.batch_size, seq)
+        whole, _ = capture_model(self.model, batch, self.setting.device.kind)
+        return whole, sequence_dims
 
-        `max_seq` of each is then the longest for its number of ranks, 0 where none fits.
-        """
-        points = []
-        for sp in sps:
-            found = {seq: self.point(sp, seq) for seq in seqs}
-            max_seq = self.longest(sp, list(found.values())) if search else None
-            if max_seq:
-                found[max_seq] = self.point(sp, max_seq)
-            points += [replace(found[seq], max_seq=max_seq) for seq in sorted(found)]
-        return points
-
-    def longest(self, sp: int, points: Sequence[Point]) -> int:
-        """The longest sequence that fits, searched from what is known."""
-        setting, (whole, _) = self.setting, self.captured(points[0].seq)
-        state = training_state(whole, setting.optimizer, setting.zero, sp * setting.dp)
-        room = setting.memory_bytes - setting.reserve_bytes
-        fixed = state.parameters + state.gradients + state.optimizer
+    def longest(self, known: dict[int, Point]) -> Point | None:
+        """The longest sequence that fits, from points of one number of ranks that are known; None where none does."""
+        first = next(iter(known.values()))
+        room = self.setting.memory_bytes - self.setting.reserve_bytes
+        fixed = first.state_bytes
 
         def need(seq: int) -> int:
             """What a length needs; twice the room for one that the model refuses, so that half of it is asked next."""
             try:
-                point = self.point(sp, seq)
+                known[seq] = known.get(seq) or self.point(first.sp, seq)
             except BuildError:
                 return 2 * room - fixed
-            return point.peak_bytes if point.fits else max(point.peak_bytes, room + 1)
+            return known[seq].peak_bytes if known[seq].fits else max(known[seq].peak_bytes, room + 1)
 
-        start = max((point.seq for point in points if point.fits), default=points[0].seq)
-        return longest(need, room, fixed, start) if fixed < room else 0
+        start = max((seq for seq, point in known.items() if point.fits), default=first.seq)
+        return known.get(longest(need, room, fixed, start)) if fixed < room else None
 
-    def _captured(self, seq: int) -> tuple[Program, dict[str, int]]:
-        batch, sequence_dims = make_batch(self.model_file, self.batch_size, seq)
-        whole, _ = capture_model(self.model, batch, self.setting.device.kind)
-        return whole, sequence_dims
-
-    def _point(self, sp: int, seq: int) -> Point:
+    def point(self, sp: int, seq: int) -> Point:
         """The plan of one point. Raises BuildError for what no budget would change."""
         setting, (whole, sequence_dims) = self.setting, self.captured(seq)
         state = training_state(whole, setting.optimizer, setting.zero, sp * setting.dp)
@@ -141,8 +180,11 @@ class Planner:
         peak, moved_bytes = sum(parts.values()), sum(moved.received_bytes for moved in taken.moved)
         host_moved_bytes = 0
         seconds = step_seconds(setting.device, taken.flops, traffic_bytes(program), moved_bytes, host_moved_bytes)
-        return Point(sp, seq, peak, taken.peak_at, parts, state.host_bytes, moved_bytes, host_moved_bytes, taken.flops,
-                     taken.recomputed_flops, seconds, peak <= available and not problem, problem)  # fmt: skip
+        return Point(
+            sp, seq, peak, taken.peak_at, parts, state.parameters + state.gradients + state.optimizer, state.host_bytes,
+            moved_bytes, host_moved_bytes, taken.flops, taken.recomputed_flops, seconds,
+            fits=peak <= available and not problem, problem=problem,
+        )  # fmt: skip
 
 
 def _least(config: BuildConfig) -> BuildConfig:

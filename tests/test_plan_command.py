@@ -1,14 +1,14 @@
 """`autosp-aot plan`: what it prints and what it refuses."""
 
 import json
+import pickle
 
 import pytest
 from click.testing import CliRunner
 
 from autosp_aot.cli import main
-from autosp_aot.planning import Planner, Setting
-from autosp_aot.targets import DEVICES
-from examples import llama, plain
+from autosp_aot.errors import BuildError, Problem
+from examples import plain
 
 TINY = {"vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 256}
 KINDS = {"parameters", "gradients", "optimizer", "kept", "working", "communication"}
@@ -16,7 +16,7 @@ KINDS = {"parameters", "gradients", "optimizer", "kept", "working", "communicati
 
 def call(*args, model=plain.__file__):
     options = [f"--set={name}={value}" for name, value in TINY.items()] if model is plain.__file__ else []
-    asked = [str(arg) for arg in ("plan", model, "--target", "cpu", *options, *args)]
+    asked = [str(arg) for arg in ("plan", model, "--target", "cpu", "--jobs", 1, *options, *args)]
     return CliRunner().invoke(main, asked, catch_exceptions=False)
 
 
@@ -118,11 +118,15 @@ def test_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_is_captured_once_a_length():
-    setting = Setting(DEVICES["cpu"], 2**30, 0, recompute="sac")
-    planner = Planner(llama.__file__, 1, {"num_hidden_layers": 1}, setting)
-    planner.sweep((1, 2, 3), (13, 26))
-    assert planner.captured.cache_info().misses == 2
+def test_processes_change_nothing():
+    asked = ("--sp", "1,2", "--seq", "4,8", "--recompute", "sac")
+    assert points(*asked, "--jobs", "2") == points(*asked)
+
+
+def test_a_refusal_crosses_to_another_process_whole():
+    refused = BuildError(Problem("code", "what", "where"), Problem("other", "what"))
+    crossed = pickle.loads(pickle.dumps(refused))
+    assert (type(crossed), crossed.problems, str(crossed)) == (BuildError, refused.problems, str(refused))
 
 
 @pytest.mark.parametrize("args, said", [

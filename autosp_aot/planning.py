@@ -91,8 +91,8 @@ class Asked:
 def sweep(asked: Asked, sps: Sequence[int], seqs: Sequence[int], search: bool = False, jobs: int = 1) -> list[Point]:
     """A point for every number of ranks and length, by ranks; with `search` also the longest that fits, of each.
 
-    `max_seq` is the longest for a point's number of ranks, 0 where none fits. A model is captured once a length; lengths,
-    and in a search numbers of ranks, are shared out over `jobs` processes. Raises BuildError.
+    `max_seq` is the longest for a point's number of ranks, 0 where none fits. A model is captured once a length;
+    lengths, and in a search numbers of ranks, are shared out over `jobs` processes. Raises BuildError.
     """
     with _processes(min(jobs, max(len(seqs), len(sps) * search))) as run:
         by_length = list(run(partial(_points, asked, sps), seqs))

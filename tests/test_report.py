@@ -11,6 +11,7 @@ from autosp_aot.artifact import read_manifest
 from autosp_aot.errors import ArtifactError
 from autosp_aot.program_text import parse_program
 from autosp_aot.report import html_report, show, show_json
+from autosp_aot.units import bytes_text
 
 
 @pytest.fixture
@@ -21,7 +22,8 @@ def saved(tiny2, tmp_path):
 TOKENS = "grad.tokens.embedding_dense_backward.all_reduce"
 
 
-def test_show_says_what_was_built_and_what_it_costs(saved):
+def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
+    costs = tiny2.manifest.costs
     facts = show(saved, 0).split("\n\n")[0]
     assert dict(re.split("  +", line, maxsplit=1) for line in facts.splitlines()) | {"recompute": ""} == {
         "ranks": "2",
@@ -31,8 +33,8 @@ def test_show_says_what_was_built_and_what_it_costs(saved):
         "recompute": "",
         "tiles": "auto",
         "offload": "off",
-        "kept for backward": "7.20 KiB",
-        "peak of activations and gradients": f"15.76 KiB at sum_gradients: {TOKENS}",
+        "kept for backward": bytes_text(costs["kept_bytes"]),
+        "peak of activations and gradients": f"{bytes_text(costs['peak_bytes'])} at sum_gradients: {TOKENS}",
         "computed on every rank": "nothing",
     }
 

@@ -4,7 +4,7 @@ Storage is counted, not names: a view shares its operand's storage, which lives 
 """
 
 from collections import ChainMap, Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from math import prod
@@ -14,19 +14,7 @@ from torch import Tensor
 from autosp_aot.layouts import Layouts, storage_bytes
 from autosp_aot.operators import COLLECTIVES, FREE, TILES, wide
 from autosp_aot.placement import received_bytes
-from autosp_aot.program import (
-    ITEMSIZE,
-    RECOMPUTED,
-    TILE,
-    Body,
-    Instr,
-    PerRank,
-    Program,
-    Value,
-    map_instr,
-    map_ints,
-    values_of,
-)  # fmt: skip
+from autosp_aot.program import ITEMSIZE, RECOMPUTED, TILE, Body, Instr, PerRank, Program, Value, at_rank, values_of
 
 CONTRACTIONS = (
     "aten.mm.default", "aten.bmm.default", "aten.addmm.default", "autosp.expert_mm", "autosp.expert_mm_weight_grad",
@@ -77,12 +65,11 @@ class Costs:
 def costs(program: Program, target: str = "cpu") -> Costs:
     """The costs of a program of all ranks on a target (cpu, cuda, rocm)."""
     rank = heaviest(program)
-    largest = program.for_rank(rank)
     moments = curve(program, rank, target)
     worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
     kept = next((moment.alive_bytes for moment in reversed(moments) if moment.section == "forward"), 0)
     flops = Counter()
-    for again, count in _products(largest):
+    for again, count in _products(program, rank):
         flops[again] += count
     peak_at = f"{worst.section}: {worst.name}"
     return Costs(worst.peak_bytes, peak_at, kept, flops[False] + flops[True], flops[True], tuple(moved(program)))
@@ -141,7 +128,7 @@ def alive(program: Program, rank: int, at: int, target: str = "cpu") -> list[tup
 
 def moved(program: Program) -> list[Moved]:
     """The traffic of each kind of collective in each section."""
-    values = map_ints(program, lambda n: n.values[0]).values()
+    values = program.values()
     counts: Counter[tuple[str, str]] = Counter()
     received: Counter[tuple[str, str]] = Counter()
     for section in program.sections:
@@ -232,29 +219,28 @@ class _Storages:
             self.total -= self.bytes.pop(owner)
 
 
-def _products(program: Program) -> Iterator[tuple[bool, int]]:
+def _products(program: Program, rank: int) -> Iterator[tuple[bool, int]]:
     """Whether a call is a recomputation, and its FLOPs on a rank."""
     values = program.values()
     for section in program.sections:
         for instr in section.instrs:
-            inner = [map_instr(i, lambda n: max(n.values)) for i in instr.body.instrs] if instr.body else [instr]
-            known = ChainMap(values_of(inner), values) if instr.body else values
-            for call in inner:
-                if call.values():
+            calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
+            own = values_of(calls) if instr.body else {}
+            for call in calls:
+                if call.op in CONTRACTIONS or call.op in ATTENTION_PRODUCTS:
                     again = call.values()[0].name.removeprefix(TILE).startswith(RECOMPUTED)
-                    yield again, _flops(call, known) * (instr.body.tiles if instr.body else 1)
+                    for box in range(rank * tiles, (rank + 1) * tiles):
+                        places = [(own[name], box) if name in own else (values[name], rank) for name in call.refs()]
+                        yield again, _flops(call, [tuple(at_rank(n, at) for n in v.shape) for v, at in places])
 
 
-def _flops(instr: Instr, values: Mapping[str, Value]) -> int:
+def _flops(instr: Instr, shapes: list[tuple[int, ...]]) -> int:
     """Multiplications and additions of the products in a call; all else is linear and small beside them."""
-    shapes = [values[name].shape for name in instr.refs()]
     if instr.op in ATTENTION_PRODUCTS:
         first = 0 if instr.op in ("autosp.attention", "autosp.attention_rows") else 1
         q, k = shapes[first], shapes[first + 1]
         scoring = dict(instr.kwargs)
         seen = k[2] // 2 if scoring.get("causal") else k[2]
         return ATTENTION_PRODUCTS[instr.op] * 2 * prod(q) * min(seen, scoring.get("window", seen))
-    if instr.op in CONTRACTIONS:
-        a, b = shapes[-2:]
-        return 2 * prod(a) * b[-1]
-    return 0
+    a, b = shapes[-2:]
+    return 2 * prod(a) * b[-1]

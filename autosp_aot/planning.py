@@ -176,7 +176,7 @@ class Planner:
                 raise
             problem = str(error)
             program = compile_program(whole, sequence_dims, _least(config)).program
-        taken, parts = costs(program), breakdown(program, state)
+        taken, parts = costs(program, setting.device.kind), breakdown(program, state, setting.device.kind)
         peak, moved_bytes = sum(parts.values()), sum(moved.received_bytes for moved in taken.moved)
         host_moved_bytes = 0
         seconds = step_seconds(setting.device, taken.flops, traffic_bytes(program), moved_bytes, host_moved_bytes)

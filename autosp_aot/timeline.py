@@ -35,12 +35,12 @@ class Timeline:
         return max(range(len(self.levels)), key=lambda at: sum(self.levels[at].values()), default=0)
 
 
-def timeline(program: Program) -> Timeline:
-    """The timeline of the rank whose values have the most bytes."""
+def timeline(program: Program, target: str) -> Timeline:
+    """The timeline of the rank whose values have the most bytes, on cpu, cuda or rocm."""
     rank = heaviest(program)
-    moments = curve(program, rank)
+    moments = curve(program, rank, target)
     ends = {moment.section: at for at, moment in enumerate(moments)}
-    storages = tuple((_kind(life, ends), life) for life in lifetimes(program, rank))
+    storages = tuple((_kind(life, ends), life) for life in lifetimes(program, rank, target))
     collectives = {instr.values()[0].name for instr in program.instrs() if instr.op in COLLECTIVES}
     batch = sum(entry.value.nbytes(rank) for entry in program.inputs if entry.kind not in STATE)
     changes: list[Counter[str]] = [Counter() for _ in range(len(moments) + 1)]
@@ -56,9 +56,9 @@ def timeline(program: Program) -> Timeline:
     return Timeline(tuple(moments), tuple(levels), storages)
 
 
-def breakdown(program: Program, state: TrainingState) -> dict[str, int]:
+def breakdown(program: Program, state: TrainingState, target: str) -> dict[str, int]:
     """Bytes by kind at the moment of the peak, parameters and optimizer state included."""
-    found = timeline(program)
+    found = timeline(program, target)
     level = found.levels[found.peak_at] if found.levels else dict.fromkeys(KINDS, 0)
     return {"parameters": state.parameters, "optimizer": state.optimizer, **level}
 

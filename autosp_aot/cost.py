@@ -4,7 +4,7 @@ Storage is counted, not names: a view shares its operand's storage, which lives 
 """
 
 from collections import ChainMap, Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from math import prod
@@ -52,7 +52,10 @@ class Moved:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the rank whose values have the most bytes. Parameters and optimizer state are not in it."""
+    """Of the rank whose values have the most bytes. Parameters and optimizer state are not in it.
+
+    `host_bytes` is the pool of what waits in host memory, `host_moved_bytes` what goes there and comes back.
+    """
 
     peak_bytes: int
     peak_at: str
@@ -60,6 +63,8 @@ class Costs:
     flops: int
     recomputed_flops: int
     moved: tuple[Moved, ...]
+    host_bytes: int
+    host_moved_bytes: int
 
 
 def costs(program: Program, target: str = "cpu") -> Costs:
@@ -68,11 +73,22 @@ def costs(program: Program, target: str = "cpu") -> Costs:
     moments = curve(program, rank, target)
     worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
     kept = next((moment.alive_bytes for moment in reversed(moments) if moment.section == "forward"), 0)
-    flops = Counter()
-    for again, count in _products(program, rank):
-        flops[again] += count
+    values, flops = program.values(), Counter()
+    for instr in (instr for section in program.sections for instr in section.instrs):
+        for again, count in _products(instr, values, rank):
+            flops[again] += count
     peak_at = f"{worst.section}: {worst.name}"
-    return Costs(worst.peak_bytes, peak_at, kept, flops[False] + flops[True], flops[True], tuple(moved(program)))
+    return Costs(
+        worst.peak_bytes, peak_at, kept, flops[False] + flops[True], flops[True], tuple(moved(program)),
+        pool_bytes(program, rank),
+        sum(instr.values()[0].nbytes(rank) for instr in program.instrs() if instr.op in ("offload", "fetch")),
+    )  # fmt: skip
+
+
+def pool_bytes(program: Program, rank: int) -> int:
+    """The host memory that a rank's values take: where the last place in the pool ends."""
+    places = [(instr.args[-1], instr.values()[0]) for instr in program.instrs() if instr.op == "offload"]
+    return max((at + value.nbytes(rank) for at, value in places), default=0)
 
 
 def heaviest(program: Program) -> int:
@@ -115,6 +131,15 @@ def lifetimes(program: Program, rank: int, target: str = "cpu") -> list[Lifetime
             at += 1
     found.update((name, Lifetime(value, nbytes, range(start, at))) for name, (value, nbytes, start) in born.items())
     return list(found.values())
+
+
+def storages(program: Program, rank: int) -> dict[str, str]:
+    """By name, the value that each value's storage was made for; "" for inputs'. `program` has no `free` yet."""
+    found = _Storages(program, rank, "cpu")
+    for section in program.sections:
+        for instr in section.instrs:
+            found.step(instr, section.name)
+    return found.owner
 
 
 def alive(program: Program, rank: int, at: int, target: str = "cpu") -> list[tuple[Value, int]]:
@@ -168,7 +193,7 @@ class _Storages:
         owners = [self.owner[name] for name in instr.refs()] + [out and out.name for out in instr.outs]
         for out, result, owner in zip(instr.outs, made.results, made.owners):
             if out is not None:
-                self.add(out.name, result, owners[owner])
+                self.add(out.name, result, "" if instr.op == "offload" else owners[owner])
         return Moment(section, instr.values()[0].name, self.total, self.total + made.workspace_bytes)
 
     def tiles(self, instr: Instr, section: str) -> Moment:
@@ -219,19 +244,21 @@ class _Storages:
             self.total -= self.bytes.pop(owner)
 
 
-def _products(program: Program, rank: int) -> Iterator[tuple[bool, int]]:
+def flops(instr: Instr, values: Mapping[str, Value], rank: int) -> int:
+    """The FLOPs of an instruction on a rank, of all its tiles together; `values` are the program's."""
+    return sum(count for _, count in _products(instr, values, rank))
+
+
+def _products(instr: Instr, values: Mapping[str, Value], rank: int) -> Iterator[tuple[bool, int]]:
     """Whether a call is a recomputation, and its FLOPs on a rank."""
-    values = program.values()
-    for section in program.sections:
-        for instr in section.instrs:
-            calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
-            own = values_of(calls) if instr.body else {}
-            for call in calls:
-                if call.op in CONTRACTIONS or call.op in ATTENTION_PRODUCTS:
-                    again = call.values()[0].name.removeprefix(TILE).startswith(RECOMPUTED)
-                    for box in range(rank * tiles, (rank + 1) * tiles):
-                        places = [(own[name], box) if name in own else (values[name], rank) for name in call.refs()]
-                        yield again, _flops(call, [tuple(at_rank(n, at) for n in v.shape) for v, at in places])
+    calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
+    own = values_of(calls) if instr.body else {}
+    for call in calls:
+        if call.op in CONTRACTIONS or call.op in ATTENTION_PRODUCTS:
+            again = call.values()[0].name.removeprefix(TILE).startswith(RECOMPUTED)
+            for box in range(rank * tiles, (rank + 1) * tiles):
+                places = [(own[name], box) if name in own else (values[name], rank) for name in call.refs()]
+                yield again, _flops(call, [tuple(at_rank(n, at) for n in v.shape) for v, at in places])
 
 
 def _flops(instr: Instr, shapes: list[tuple[int, ...]]) -> int:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import FREE, MOVES, TILES
+from autosp_aot.operators import COPIES, FREE, MOVES, TILES
 from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy
 from autosp_aot.passes.rules.table import spec_of
@@ -57,7 +57,7 @@ class _Derivation:
     def instr(self, instr: Instr) -> None:
         if instr.op == TILES:
             self.tiles(instr)
-        elif instr.op in MOVES:
+        elif instr.op in (*MOVES, *COPIES):
             self.move(instr)
         elif instr.op != FREE:
             self.call(instr)
@@ -95,6 +95,7 @@ class _Derivation:
                 "all_gather": source.cut is not None and not source.partial and target == REPLICATE,
                 "reduce_scatter": source.partial and not target.partial and (source, target) != (PARTIAL, REPLICATE),
                 "all_reduce": source == PARTIAL and target == REPLICATE,
+                **dict.fromkeys(COPIES, source == target),
             }[instr.op]
             if not fits:
                 raise _wrong(f"{instr.op} cannot take {name} from {_said(source)} to {_said(target)}", instr)

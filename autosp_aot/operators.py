@@ -39,10 +39,12 @@ OURS = {
 }
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 COLLECTIVES = MOVES[1:]
+# To host memory and back: `offload` and `fetch` start a copy, `wait` gives what it made once it is done.
+COPIES = ("offload", "fetch", "wait")
 FREE = "free"
 TILES = "tiles"
 # What a program may name beside operators.
-STRUCTURE = (*MOVES, FREE, TILES)
+STRUCTURE = (*MOVES, *COPIES, FREE, TILES)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -178,11 +178,12 @@ class Planner:
             program = compile_program(whole, sequence_dims, _least(config)).program
         taken, parts = costs(program, setting.device.kind), breakdown(program, state, setting.device.kind)
         peak, moved_bytes = sum(parts.values()), sum(moved.received_bytes for moved in taken.moved)
-        host_moved_bytes = 0
-        seconds = step_seconds(setting.device, taken.flops, traffic_bytes(program), moved_bytes, host_moved_bytes)
+        traffic = traffic_bytes(program)
+        seconds = step_seconds(setting.device, taken.flops, traffic, moved_bytes, taken.host_moved_bytes)
         return Point(
-            sp, seq, peak, taken.peak_at, parts, state.parameters + state.gradients + state.optimizer, state.host_bytes,
-            moved_bytes, host_moved_bytes, taken.flops, taken.recomputed_flops, seconds,
+            sp, seq, peak, taken.peak_at, parts, state.parameters + state.gradients + state.optimizer,
+            state.host_bytes + taken.host_bytes, moved_bytes, taken.host_moved_bytes, taken.flops,
+            taken.recomputed_flops, seconds,
             fits=peak <= available and not problem, problem=problem,
         )  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""What is legal in any program: names, lifetimes, operators, and boxes that fit their placements."""
+"""What is legal in any program: names, lifetimes, operators, boxes that fit their placements, copies to host memory."""
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import COLLECTIVES, FREE, MOVES, TILES
+from autosp_aot.operators import COLLECTIVES, COPIES, FREE, MOVES, TILES
 from autosp_aot.placement import covers
-from autosp_aot.program import Instr, Program, Section, Value
+from autosp_aot.program import ITEMSIZE, Instr, Program, Section, Value
 
 SECTIONS = (("step",), ("forward", "backward", "sum_gradients"))
 
@@ -27,6 +27,7 @@ class _Verifier:
         self.program, self.boxes = program, boxes
         self.alive: dict[str, Value] = {}
         self.made: set[str] = set()
+        self.host = _Host(program.ranks)
 
     def run(self) -> None:
         names = tuple(section.name for section in self.program.sections)
@@ -50,6 +51,10 @@ class _Verifier:
         for label, name in section.gives:
             if name not in self.alive or name not in visible:
                 raise illegal(f"section {section.name} gives {label}, but {name} is not alive at its end")
+            if name in self.host.moving or name in self.host.pool:
+                raise illegal(f"section {section.name} gives {label}, but {name} is not on the device")
+        for name in self.host.started:
+            raise illegal(f"section {section.name} ends before the copy {name} is waited for")
 
     def instr(self, instr: Instr, visible: set[str]) -> None:
         refs = instr.refs()
@@ -62,15 +67,19 @@ class _Verifier:
                 raise illegal("a value is released twice", instr)
             for name in refs:
                 del self.alive[name]
+            self.host.released(instr)
             return
+        self.host.read(instr)
         if instr.op == TILES:
             self.tiles(instr)
-        elif instr.op.partition(".")[0] not in ("aten", "autosp") and instr.op not in MOVES:
+        elif instr.op.partition(".")[0] not in ("aten", "autosp") and instr.op not in (*MOVES, *COPIES):
             raise illegal(f"{instr.op} is not an operator", instr)
         if instr.op in MOVES and instr.op != "all_reduce" and (len(refs) != 1 or len(instr.values()) != 1):
             raise illegal(f"{instr.op} moves one value", instr)
         if instr.op == "all_reduce" and (not refs or len(refs) != len(instr.values())):
             raise illegal("an all_reduce has operands, and a result for each", instr)
+        if instr.op in COPIES:
+            self.host.copied(instr, [self.alive[name] for name in refs])
         for out in instr.values():
             self.define(out, instr)
             visible.add(out.name)
@@ -86,8 +95,9 @@ class _Verifier:
         inside.made = set(self.made)
         visible = set(read)
         for inner in body.instrs:
-            if inner.op in COLLECTIVES or inner.op == TILES:
-                raise illegal(f"{inner.op} in a body", inner, "ranks meet outside, and tiles have no tiles")
+            if inner.op in (*COLLECTIVES, *COPIES, TILES):
+                why = "ranks meet and copies go to the host outside, and tiles have no tiles"
+                raise illegal(f"{inner.op} in a body", inner, why)
             if inner.op == FREE and read.keys() & set(inner.refs()):
                 raise illegal("a body releases a value that is not its own", inner)
             inside.instr(inner, visible)
@@ -109,3 +119,60 @@ class _Verifier:
             raise illegal(f"{value.name} has a box that ends before it begins", instr)
         if not covers(cut.bounds, max(hi for _, hi in cut.bounds)):
             raise illegal(f"the boxes of {value.name} leave a gap", instr)
+
+
+class _Host:
+    """Copies to host memory and back: which are under way, and which bytes of the pool hold a value.
+
+    What a copy reads stays alive until its wait, which names it; what a copy makes is read by its wait alone.
+    """
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+        self.started: dict[str, str] = {}  # what a copy makes -> what it reads
+        self.moving: set[str] = set()  # what copies make, before and after their waits
+        self.pool: dict[str, tuple[int, int]] = {}  # what is in host memory -> from and to which byte
+
+    def read(self, instr: Instr) -> None:
+        for name in instr.refs():
+            if name in self.moving and instr.op != "wait":
+                raise illegal(f"{name} is read before its copy is waited for", instr, "only what wait gives is there")
+            if name in self.pool and instr.op not in ("wait", "fetch"):
+                raise illegal(f"{name} is in host memory", instr, f"{instr.op} reads what is on the device")
+
+    def released(self, instr: Instr) -> None:
+        for name in instr.refs():
+            if name in self.started:
+                raise illegal(f"{name} is released before its copy is waited for", instr)
+            self.moving.discard(name)
+            self.pool.pop(name, None)
+
+    def copied(self, instr: Instr, operands: list[Value]) -> None:
+        if len(instr.values()) != 1 or len(operands) != (2 if instr.op == "wait" else 1):
+            raise illegal(f"{instr.op} copies one value", instr)
+        source, made = operands[0], instr.values()[0]
+        if (made.dtype, made.shape) != (source.dtype, source.shape):
+            raise illegal(f"{made.name} is of another type than {source.name}, of which it is a copy", instr)
+        if instr.op == "wait":
+            if self.started.pop(source.name, None) != operands[1].name:
+                raise illegal(f"{source.name} is no copy of {operands[1].name} that is to be waited for", instr)
+            if source.name in self.pool:
+                self.pool[made.name] = self.pool.pop(source.name)
+            return
+        if instr.op == "offload":
+            self.pool[made.name] = self.place(instr, made)
+        elif source.name not in self.pool:
+            raise illegal(f"{source.name} is fetched, and it is not in host memory", instr)
+        self.started[made.name] = source.name
+        self.moving.add(made.name)
+
+    def place(self, instr: Instr, value: Value) -> tuple[int, int]:
+        """The bytes of the pool that an offload fills, on the rank with the largest box."""
+        at = instr.args[-1]
+        if type(at) is not int or at < 0 or at % ITEMSIZE[value.dtype]:
+            raise illegal(f"{value.name} is put at {at}, which is no place for {value.dtype}", instr)
+        end = at + max(value.nbytes(rank) for rank in range(self.ranks))
+        for name, (lo, hi) in self.pool.items():
+            if at < hi and lo < end:
+                raise illegal(f"{value.name} is put at bytes {at} to {end}, where {name} is until byte {hi}", instr)
+        return at, end

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from autosp_aot.config import BuildConfig
 from autosp_aot.derive import derive
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.passes.offload import offload
 from autosp_aot.passes.partition import Fallback, partition
 from autosp_aot.passes.plan import plan
 from autosp_aot.passes.query_rows import split_query_rows
@@ -86,6 +87,7 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("plan", _plan),
     ("recompute", lambda step, task: replace(step, program=recompute(step.program, step.kept))),
     ("tile", _tile),
+    ("offload", _on_ranks(lambda program, task: offload(program, task.config.offload))),
     ("release", _on_ranks(lambda program, task: release(program))),
 )
 

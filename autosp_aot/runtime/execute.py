@@ -16,6 +16,7 @@ from autosp_aot.operators import DTYPES, wide
 from autosp_aot.placement import PARTIAL, common
 from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
 from autosp_aot.runtime import kernels, random
+from autosp_aot.runtime.host import Host
 
 OURS = kernels.OURS | {"autosp.uniform": random.uniform}
 
@@ -51,6 +52,7 @@ class Executor:
     def __init__(self, program: Program, rank: int, device: torch.device):
         self.program, self.rank, self.device = program, rank, device
         self.values = program.values()
+        self.host = Host(program, device)
         self.steps = {section.name: self._prepare(section) for section in program.sections}
         self.gives = {section.name: section.gives for section in program.sections}
 
@@ -72,6 +74,8 @@ class Executor:
                 steps.append((True, self._all_reduce(instr)))
             elif instr.op == operators.TILES:
                 steps.append((False, self._tiles(instr)))
+            elif instr.op in operators.COPIES:
+                steps.append((False, self.host.step(instr)))
             elif instr.op in operators.MOVES:
                 steps.append((instr.op != "shard", self._move(instr)))
             else:

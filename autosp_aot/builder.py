@@ -32,10 +32,10 @@ from autosp_aot.export.modules import refuse_modules
 from autosp_aot.export.watch import refuse_hooks
 from autosp_aot.inputs import vocabularies
 from autosp_aot.operators import STRUCTURE, schema
+from autosp_aot.page import artifact_page
 from autosp_aot.passes.decisions import written
 from autosp_aot.passes.pipeline import Watch, compile_program, unwatched
 from autosp_aot.program import Program, Value
-from autosp_aot.report import html_report
 from autosp_aot.runtime.groups import present_target
 from autosp_aot.units import bytes_of
 
@@ -147,7 +147,7 @@ def compile_model(
         decisions=decisions,
         files={},
     )
-    report = html_report(manifest)
+    report = artifact_page(manifest, compiled.program)
     return Artifact(manifest, compiled.whole, compiled.program, {v.name: buffers[v.name] for v in kept}, None, report)
 
 

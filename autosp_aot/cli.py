@@ -168,17 +168,18 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
               help="adamw: fp32 moments, and a master of narrower parameters. host: that, in host memory.")
 @click.option("--max-seq", "search", is_flag=True,
               help="For each --sp find the longest sequence that fits: one 1/32 longer does not.")
+@click.option("--html", metavar="FILE", type=OUTPUT_FILE, help="Write peak against length and ranks as a page.")
 @click.option("--jobs", type=POSITIVE, default=2, help="Processes that lengths are shared out over.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
 def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, options: dict, tile: str | int,
          offload: str, recompute: str, target: str, memory: int | None, reserve: int, dp: int, zero: str,
-         optimizer: str, search: bool, jobs: int, as_json: bool) -> None:  # fmt: skip
+         optimizer: str, search: bool, html: Path | None, jobs: int, as_json: bool) -> None:  # fmt: skip
     """Say what a step would take on a rank, and what fits; writes no artifact.
 
     For every --sp and every --seq: the peak and what it consists of, bytes moved, products computed again. Step times
     are from data sheets, and have not been measured.
     """
-    from autosp_aot.plan_report import plan_json, plan_text
+    from autosp_aot.plan_report import plan_json, plan_page, plan_text
     from autosp_aot.planning import Asked, Setting, sweep
 
     device = DEVICES[target]
@@ -187,6 +188,8 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
         raise click.UsageError("--reserve leaves nothing of --memory")
     setting = Setting(device, memory, reserve, dp, int(zero), optimizer, recompute, tile, offload)
     points = sweep(Asked(model, batch, options, setting), sps, seqs, search, jobs)
+    if html is not None:
+        html.write_text(plan_page(points, setting), encoding="utf-8")
     click.echo(json.dumps(plan_json(points)) if as_json else plan_text(points, setting))
 
 

@@ -1,13 +1,17 @@
-"""What `autosp-aot plan` found: a table and JSON."""
+"""What `autosp-aot plan` found: a table, JSON and a page."""
 
+import html
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from autosp_aot.chart import lines
+from autosp_aot.page import document, table
 from autosp_aot.planning import Point, Setting
 from autosp_aot.report import Rows, aligned
+from autosp_aot.timeline import KINDS
 from autosp_aot.units import bytes_text, length_text
 
-BREAKDOWN = ("parameters", "gradients", "optimizer", "kept", "working", "communication")
+BREAKDOWN = ("parameters", "optimizer", *KINDS)
 
 
 def plan_json(points: Sequence[Point]) -> list[dict]:
@@ -22,6 +26,19 @@ def plan_text(points: Sequence[Point], setting: Setting) -> str:
     found = [f"sp {sp}: {_longest(max_seq)}" for sp, max_seq in longest.items()]
     parts = [setting_text(setting), aligned(plan_rows(points)), *refused, "\n".join(found)]
     return "\n\n".join(part for part in parts if part)
+
+
+def plan_page(points: Sequence[Point], setting: Setting) -> str:
+    """Peak against length, a line a number of ranks, with the table; one file without scripts."""
+    limit = setting.memory_bytes - setting.reserve_bytes
+    series: dict[str, list[tuple[int, int]]] = {}
+    for point in points:
+        series.setdefault(f"sp {point.sp}", []).append((point.seq, point.peak_bytes))
+    said = f"The broken line is what a rank has, {bytes_text(limit)}. The table below has the figures."
+    chart = lines("Peak of a rank against length", said, series, limit)
+    return document("autosp-aot plan", [
+        f"<p>{html.escape(setting_text(setting))}</p>", chart, table(plan_rows(points), head=True)
+    ])  # fmt: skip
 
 
 def setting_text(setting: Setting) -> str:

@@ -1,6 +1,5 @@
-"""What an artifact is, for people: a table, JSON, and one HTML page."""
+"""What an artifact is, as text and as JSON."""
 
-import html
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -13,11 +12,6 @@ from autosp_aot.program_text import print_program
 from autosp_aot.units import bytes_text
 
 Rows = list[tuple[str, ...]]
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-    "table{border-collapse:collapse}"
-    "td,th{padding:.2em 1.5em .2em 0;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
-)
 
 
 def show(path: str | Path, rank: int) -> str:
@@ -78,26 +72,7 @@ def replicated(manifest: Manifest) -> Rows:
     return rows + [(f["op"], f["source"], bytes_text(f["gathered_bytes"])) for f in manifest.fallbacks]
 
 
-def html_report(manifest: Manifest) -> str:
-    """One self-contained page: facts, traffic, what computes replicated. No scripts, nothing from a network."""
-    title = html.escape(f"autosp-aot: {manifest.ranks} ranks on {manifest.target}")
-    body = f"<h1>{title}</h1><h2>The build</h2>{_table(facts(manifest))}"
-    body += f"<h2>What moves</h2>{_table(traffic(manifest), head=True)}"
-    if manifest.fallbacks:
-        body += f"<h2>Computed on every rank</h2>{_table(replicated(manifest), head=True)}"
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}{body}</html>\n'
-
-
-def _table(rows: Rows, head: bool = False) -> str:
-    lines = []
-    for at, row in enumerate(rows):
-        tag = "th" if head and at == 0 else "td"
-        cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
 def aligned(rows: Rows) -> str:
+    """Rows as lines, columns under each other."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

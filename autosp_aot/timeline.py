@@ -1,7 +1,7 @@
 """Who is alive when: the memory of a rank at every moment of its step, by kind.
 
-    kept            made in forward and alive when backward begins
     gradients       alive at the end of the step
+    kept            made in forward and alive when backward begins
     communication   buffers of a collective while it runs; what it gives belongs to the other kinds
     working         all else: what a section makes and releases, workspace of kernels, and the batch
 """
@@ -14,7 +14,7 @@ from autosp_aot.operators import COLLECTIVES
 from autosp_aot.program import Program
 from autosp_aot.state import TrainingState
 
-KINDS = ("kept", "gradients", "working", "communication")
+KINDS = ("gradients", "kept", "working", "communication")
 STATE = ("parameter", "buffer")
 
 

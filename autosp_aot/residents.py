@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 from autosp_aot.program import Program, Where
 from autosp_aot.report import Rows
@@ -58,12 +58,15 @@ def by_layer(program: Program, found: Timeline) -> Rows:
 
 
 def _where(program: Program) -> dict[str, Where]:
-    """Where each value comes from; what tiles give comes from where a tile makes it."""
+    """Where each value comes from; what a sum of gradients or tiles give comes from where its parts do."""
     found: dict[str, Where] = {}
-    for instr in reversed(list(program.instrs())):
-        gives = instr.body.gives if instr.body else ()
-        found.update((out.name, instr.where) for out in instr.values())
-        found.update((out.name, found[name]) for out, name in zip(instr.values(), gives))
+    for instr in (instr for section in program.sections for instr in section.instrs):
+        body = instr.body.instrs if instr.body else ()
+        found.update((out.name, inner.where) for inner in body for out in inner.values())
+        parts = instr.body.gives if instr.body else instr.refs()
+        for out, part in zip_longest(instr.values(), parts):
+            if out is not None:
+                found[out.name] = instr.where if instr.where.source else found.get(part, instr.where)
     return found
 
 

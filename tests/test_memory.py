@@ -110,12 +110,12 @@ def build_llama():
     return build
 
 
-@pytest.mark.parametrize("ranks, recompute, dtype", [
-    (1, "none", "float32"), (1, "sac", "bfloat16"), (2, "sac", "float32"), (3, "none", "bfloat16"),
-    (3, "sac", "float32"), (6, "sac", "bfloat16"),
+@pytest.mark.parametrize("ranks, recompute, tile, dtype", [
+    (1, "none", "off", "float32"), (1, "sac", 3, "bfloat16"), (2, "sac", "off", "float32"), (2, "none", 4, "float32"),
+    (3, "none", 2, "bfloat16"), (3, "full", "off", "float32"), (6, "sac", "off", "bfloat16"),
 ])  # fmt: skip
-def test_measured_bytes_are_the_planned_ones_at_every_instruction(build_llama, ranks, recompute, dtype):
-    compiled, inputs = built(build_llama(dtype), half_labelled(13), ranks, recompute=recompute)
+def test_measured_bytes_are_the_planned_ones_at_every_instruction(build_llama, ranks, recompute, tile, dtype):
+    compiled, inputs = built(build_llama(dtype), half_labelled(13), ranks, recompute=recompute, tile=tile)
     heard = answers(compiled.program, inputs)
     for rank in {0, ranks - 1}:
         assert not compare(compiled.program, rank, inputs, heard[rank])

@@ -8,8 +8,8 @@ Of one step of a built artifact, beside parameters and batch:
     allocated   by one process alone, what torch's allocator has handed out, inside of ATen's kernels too; it does not
                 see what other threads free, and gloo's do
 
-The plan leaves out blocks of ATen's CPU kernels, a few MiB a thread at any length (`BLOCKS_BYTES`); the step of a module
-has the loss that it hands out and its gradient besides (`LOSS_BYTES`).
+The plan leaves out blocks of ATen's CPU kernels, a few MiB a thread at any length (`BLOCKS_BYTES`). A module's step has
+the loss that it hands out and its gradient besides (`LOSS_BYTES`).
 """
 
 import argparse

@@ -16,12 +16,26 @@ from dataclasses import replace
 from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import COPIES, FREE, MOVES, TILES
+from autosp_aot.operators import COPIES, FREE, MOVES, RESCALE, TILES
+from autosp_aot.passes.rules.homogeneous import homogeneous
 from autosp_aot.passes.rules.local import Local
 from autosp_aot.passes.rules.spec import Spec, Strategy
 from autosp_aot.passes.rules.table import spec_of
 from autosp_aot.placement import PARTIAL, REPLICATE, Placement, disjoint, inside, joined, local_shape
-from autosp_aot.program import Instr, Int, PerRank, Program, Ref, Value, at_rank, map_args, per_rank, stands_for
+from autosp_aot.program import (
+    EARLY,
+    Input,
+    Instr,
+    Int,
+    PerRank,
+    Program,
+    Ref,
+    Value,
+    at_rank,
+    map_args,
+    per_rank,
+    stands_for,
+)
 
 
 def derive(program: Program, whole: Program, ranks: Iterable[int] | None = None) -> None:
@@ -41,24 +55,35 @@ class _Derivation:
         self.whole_inputs = {entry.value.name: entry for entry in whole.inputs}
         self.stands_for: dict[str, str] = {}
         self.placements: dict[str, Placement] = {}
+        self.early: set[str] = set()
+        self.rescaled: set[str] = set()
 
     def run(self) -> None:
-        if {entry.value.name for entry in self.program.inputs} != set(self.whole_inputs):
+        if {stands_for(entry.value.name) for entry in self.program.inputs} != set(self.whole_inputs):
             raise _wrong("the inputs are not those of the whole program")
         for entry in self.program.inputs:
-            if entry != self.whole_inputs[entry.value.name]:
+            name = stands_for(entry.value.name)
+            wanted = self.whole_inputs[name]
+            if entry.kind == "guess" and wanted.kind == "tangent":
+                self.early.add(entry.value.name)
+                wanted = Input("guess", replace(wanted.value, name=EARLY + name))
+            if entry != wanted:
                 raise _wrong(f"input {entry.value.name} is not the whole program's")
-            self.know(entry.value, entry.value.name)
+            self.know(entry.value, name)
         for section in self.program.sections:
             for instr in section.instrs:
                 self.instr(instr)
         self.results()
 
     def instr(self, instr: Instr) -> None:
+        if instr.op != FREE and (again := self.rescaled.intersection(instr.refs())):
+            raise _wrong(f"{again.pop()} is used after it was rescaled in place", instr)
         if instr.op == TILES:
             self.tiles(instr)
         elif instr.op in (*MOVES, *COPIES):
             self.move(instr)
+        elif instr.op == RESCALE:
+            self.rescale(instr)
         elif instr.op != FREE:
             self.call(instr)
 
@@ -71,6 +96,7 @@ class _Derivation:
         scope, tiles = copy(self), instr.body.tiles
         scope.stands_for = {name: self.stands_for[name] for name in instr.refs()}
         scope.placements = {name: self.placements[name] for name in instr.refs()}
+        scope.early = self.early.intersection(instr.refs())
         scope.ranks = tuple(rank * tiles + tile for rank in self.ranks for tile in range(tiles))
         scope.boxes = self.boxes * tiles
         for inner in instr.body.instrs:
@@ -85,9 +111,26 @@ class _Derivation:
                 raise _wrong(what, instr, f"which is {_said(out.placement)}")
             self.check_value(out, self.whole_values[scope.stands_for[name]], instr)
             self.know(out, scope.stands_for[name])
+            if name in scope.early:
+                self.early.add(out.name)
+
+    def rescale(self, instr: Instr) -> None:
+        """What was computed with the guess is written over with what the tangent gives, and not used again."""
+        name, tangent, guess = instr.refs()
+        (out,) = instr.values()
+        meanings = [self.whole_inputs.get(self.stands_for[n]) for n in (tangent, guess)]
+        if name not in self.early or guess not in self.early or tangent in self.early or meanings[0] != meanings[1]:
+            raise _wrong(f"{name} cannot be rescaled by {tangent} and {guess}", instr)
+        if meanings[0] is None or meanings[0].kind != "tangent" or out.placement != self.placements[name]:
+            raise _wrong(f"{out.name} is not {name}, rescaled by the loss's tangent", instr)
+        self.check_value(out, self.whole_values[self.stands_for[name]], instr)
+        self.know(out, self.stands_for[name])
+        self.rescaled.add(name)
 
     def move(self, instr: Instr) -> None:
         for name, out in zip(instr.refs(), instr.values()):
+            if name in self.early:
+                self.early.add(out.name)
             source, target = self.placements[name], out.placement
             fits = {
                 "shard": not source.partial and not target.partial and inside(source, target),
@@ -117,9 +160,14 @@ class _Derivation:
         operands = tuple(self.placements[name] for name in instr.refs())
         results = tuple(out.placement for out in instr.values())
         strategy, spec = self.strategy(origin, operands, results, instr)
+        early = tuple(at for at, name in enumerate(instr.refs()) if name in self.early)
+        if early and not homogeneous(origin, spec, early):
+            raise _wrong(f"{first} is not homogeneous in what is computed with a guess of the tangent", instr)
         for out in instr.values():
             self.check_value(out, self.whole_values[stands_for(out.name)], instr)
             self.know(out, stands_for(out.name))
+            if early:
+                self.early.add(out.name)
         self.check_arguments(instr, origin, spec, strategy, operands, results)
 
     def strategy(self, origin: Instr, operands, results, instr: Instr) -> tuple[Strategy, Spec | None]:
@@ -175,6 +223,8 @@ class _Derivation:
                 raise _wrong(f"section {section.name} gives one label twice")
             for label, name in section.gives:
                 wanted = self.whole_gives.get(label)
+                if name in self.early:
+                    raise _wrong(f"{label} is {name}, computed with a guess of the tangent")
                 if self.stands_for[name] != wanted:
                     raise _wrong(f"{label} is {self.stands_for[name]}, in the whole program {wanted}")
             given |= dict(section.gives)

@@ -35,6 +35,7 @@ OURS = {
     f" {_SCORING}) -> grad_vector",
     "autosp.expert_mm": "autosp.expert_mm(ids, x, weight) -> y",
     "autosp.expert_mm_weight_grad": "autosp.expert_mm_weight_grad(ids, x, grad, experts) -> grad_weight",
+    "autosp.rescale": "autosp.rescale(x, tangent, guess) -> x, times tangent / guess in place",
     "autosp.uniform": "autosp.uniform(seed, site, shape, box, dtype) -> draws",
 }
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
@@ -43,6 +44,7 @@ COLLECTIVES = MOVES[1:]
 COPIES = ("offload", "fetch", "wait")
 FREE = "free"
 TILES = "tiles"
+RESCALE = "autosp.rescale"
 # What a program may name beside operators.
 STRUCTURE = (*MOVES, *COPIES, FREE, TILES)
 

@@ -20,6 +20,9 @@ RECOMPUTED = "recompute."
 # The same for a value of a tile; the rest is the name of the value it is a part or a summand of.
 TILE = "tile."
 
+# The same for a value computed with a guess of the loss's tangent, before backward.
+EARLY = "early."
+
 
 @dataclass(frozen=True, slots=True)
 class PerRank:
@@ -114,7 +117,10 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What a program is given: kind is `parameter`, `buffer`, `batch`, `tangent` or `seed` (where the step draws)."""
+    """What a program is given.
+
+    Its kind is `parameter`, `buffer`, `batch`, `tangent`, `seed` (where the step draws) or `guess` (of the tangent).
+    """
 
     kind: str
     value: Value
@@ -176,11 +182,11 @@ def values_of(instrs: Iterable[Instr]) -> dict[str, Value]:
 
 
 def stands_for(name: str) -> str:
-    """The name of the value that a value of a tile, or a recomputed one, stands for."""
+    """The name of the value that a value of a tile, a recomputed or an early one stands for."""
     name = name.removeprefix(TILE)
     while name.startswith(RECOMPUTED):
         name = name.removeprefix(RECOMPUTED)
-    return name
+    return name.removeprefix(EARLY)
 
 
 def at_rank(n: Int, rank: int) -> int:

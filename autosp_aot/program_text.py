@@ -31,7 +31,7 @@ from autosp_aot.placement import PARTIAL, REPLICATE, Bounds, Cut, Placement
 from autosp_aot.program import ITEMSIZE, Body, Dtype, Input, Instr, Int, PerRank, Program, Ref, Section, Value, Where
 
 HEADER = "autosp program 1"
-KINDS = ("parameter", "buffer", "batch", "tangent", "seed")
+KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")
 DEPTH = 300  # of lists in an argument; a score expression has at most 256 parts
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
 

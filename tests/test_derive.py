@@ -26,9 +26,9 @@ def test_the_untouched_program_is_proved(tiny, tiny2):
         derive(artifact.program, artifact.whole)
 
 
-def test_a_missing_sum_of_the_token_count_is_found(tiny2):
-    program = planted(tiny2.program, without("nll_loss_forward_1.all_reduce"))
-    assert "error[placement-wrong]: aten.div.Tensor of (Partial, Partial)" in refused(program, tiny2.whole)
+def test_a_missing_sum_of_the_loss_is_found(tiny2):
+    program = planted(tiny2.program, without("div.all_reduce"))
+    assert "loss is Partial at the end of the step" in refused(program, tiny2.whole)
 
 
 def test_a_missing_sum_of_gradients_is_found(tiny2):
@@ -38,8 +38,8 @@ def test_a_missing_sum_of_gradients_is_found(tiny2):
 
 
 def test_a_doubled_sum_is_found(tiny2):
-    program = planted(tiny2.program, twice(made("nll_loss_forward_1.all_reduce")))
-    said = "all_reduce cannot take nll_loss_forward_1.all_reduce.once from Replicate to Replicate"
+    program = planted(tiny2.program, twice(made("div.all_reduce")))
+    said = "all_reduce cannot take div.all_reduce.once from Replicate to Replicate"
     assert said in refused(program, tiny2.whole)
 
 

@@ -69,10 +69,10 @@ def test_a_moved_value_says_what_it_is_for(saved):
 
 
 def test_a_summand_and_its_sum(saved):
-    said = rows(saved, "nll_loss_forward_1")
+    said = rows(saved, "div")
     assert said["placed"] == ("Partial: a summand on every rank",)
     assert ", the result a summand: " in said["taken"][0]
-    assert said["moves"][0].startswith("nll_loss_forward_1 by all_reduce to Replicate, 8 B received")
+    assert said["moves"][0].startswith("div by all_reduce to Replicate, 8 B received")
     assert said["sequence"] == ("none in it",)
 
 

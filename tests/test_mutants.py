@@ -64,7 +64,7 @@ MODELS = {
     "rows": lambda: plain.build_model(**PLAIN, heads=2, dtype="float64"),  # fewer heads than ranks
 }
 L = "model.layers.0"
-COUNT = "nll_loss_forward_1.all_reduce"
+LOSS = "div.all_reduce"
 ATTENTION, ROWS = named("autosp.attention"), named("autosp.attention_rows")
 FIRST_TWO_LAST = m.bounds(lambda b: (b[0], b[2], b[1]))
 ILLEGAL, MEETING, WRONG = "program-illegal", "collective-mismatch", "placement-wrong"
@@ -84,9 +84,8 @@ class Mutant:
 
 MUTANTS = [
     # reductions
-    Mutant("missing sum of the token count", "llama", m.without(COUNT), WRONG),
-    Mutant("missing sum of the loss", "llama", m.without("div.all_reduce"), WRONG),
-    Mutant("doubled sum of the token count", "llama", m.twice(m.made(COUNT)), WRONG),
+    Mutant("missing sum of the loss", "llama", m.without(LOSS), WRONG),
+    Mutant("doubled sum of the loss", "llama", m.twice(m.made(LOSS)), WRONG),
     Mutant("gradients summed twice", "llama", m.twice(m.made("grad.add.12.all_reduce")), WRONG),
     Mutant("one gradient not summed", "plain", m.left_out_of_the_sum, WRONG),
     Mutant("gradient of a key/value copy not summed", "llama", m.copies_not_summed, WRONG),
@@ -101,8 +100,8 @@ MUTANTS = [
     Mutant("wrong sizes for a peer", "llama",
            m.to(f"{L}.self_attn.add.all_to_all", m.bounds(lambda _: ((0, 1), (1, 2), (2, 4)))), MEETING, runs=False,
            ranks=(1,)),
-    Mutant("a collective dropped on one rank", "llama", m.without(COUNT), MEETING, runs=False, ranks=(1,)),
-    Mutant("a collective of another kind on one rank", "llama", m.to(COUNT, lambda p: p, "all_gather"), MEETING,
+    Mutant("a collective dropped on one rank", "llama", m.without(LOSS), MEETING, runs=False, ranks=(1,)),
+    Mutant("a collective of another kind on one rank", "llama", m.to(LOSS, lambda p: p, "all_gather"), MEETING,
            runs=False, ranks=(1,)),
     Mutant("collectives reordered on one rank", "llama",
            m.reordered(f"{L}.self_attn.add.1.all_to_all", f"{L}.self_attn.permute.2.all_to_all"), MEETING, ranks=(1,)),
@@ -147,8 +146,8 @@ MUTANTS = [
     Mutant("dtype narrowed", "llama", m.narrowed(f"{L}.input_layernorm.to_copy", "bf16"), WRONG),
     Mutant("another eps", "llama", m.argument(m.made("model.norm.add"), 1, lambda eps: 10 * eps), WRONG),
     Mutant("loss scale left out", "plain",
-           m.call("grad.nll_loss_backward", "aten.nll_loss_backward.default", f"%{COUNT}", "%recompute.log_softmax",
-                  "%recompute.reshape.1.shard", None, 2, -100, f"%{COUNT}"), WRONG),
+           m.call("grad.nll_loss_backward", "aten.nll_loss_backward.default", "%recompute.sum",
+                  "%recompute.log_softmax", "%recompute.reshape.1.shard", None, 2, -100, "%recompute.sum"), WRONG),
     Mutant("recomputed from another weight", "llama",
            m.operand(f"recompute.{L}.mlp.gate_proj.permute", 0, f"{L}.mlp.up_proj.weight"), WRONG),
     Mutant("another operator", "llama",

@@ -169,9 +169,8 @@ class _Canonical:
             start, end, step = _range(args)
             kwargs = (("dtype", Dtype(DTYPES[types[0].dtype])),)
             return self.emit(node, "aten.arange.start_step", (start, end, step), kwargs, types)
-        if target is aten.nll_loss_forward.default and args[3] == MEAN:
-            total, count = self.emit(node, str(target), self.arguments((*args[:3], SUM, args[4])), (), types)
-            return self.emit(node, "aten.div.Tensor", (Ref(total), Ref(count)), (), types[:1]) + (count,)
+        if target is aten.nll_loss_forward.default and args[3] in (MEAN, SUM):
+            return self.nll_loss(node, types)
         if target in ATTENTION:
             return self.attention(node, types)
         if target in LOWERINGS:
@@ -179,6 +178,19 @@ class _Canonical:
         kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
         name = str(target).removesuffix(".default") if target.namespace == "autosp" else str(target)
         return self.emit(node, name, self.arguments(args), kwargs, types)
+
+    def nll_loss(self, node: Node, types: list[Tensor]) -> tuple[str, str]:
+        """The sum over rows, divided by the count for a mean; without class weights the count needs no scores."""
+        scores, target, weight, reduction, ignored = node.args
+        args = self.arguments((scores, target, weight, SUM, ignored))
+        total, count = self.emit(node, str(node.target), args, (), types)
+        if weight is None:
+            (valid,) = self.emit(node, "aten.ne.Scalar", (args[1], ignored), (), [self.meta(args[1]).to(torch.bool)])
+            kwargs = (("dtype", Dtype(DTYPES[types[1].dtype])),)
+            count = self.emit(node, "aten.sum.default", (Ref(valid),), kwargs, types[1:])[0]
+        if reduction == SUM:
+            return total, count
+        return self.emit(node, "aten.div.Tensor", (Ref(total), Ref(count)), (), types[:1]) + (count,)
 
     def cast(self, node: Node, value: Ref, dtype: torch.dtype) -> str:
         if self.types[value.name].dtype == DTYPES[dtype]:

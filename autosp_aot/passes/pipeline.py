@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from autosp_aot.config import BuildConfig
 from autosp_aot.derive import derive
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.passes.early import compute_early
 from autosp_aot.passes.offload import offload
 from autosp_aot.passes.partition import Fallback, partition
 from autosp_aot.passes.plan import plan
@@ -72,6 +73,10 @@ def _partition(step: Compiled, task: Task) -> Compiled:
     return Compiled(step.whole, found.program, found.decisions, found.fallbacks)
 
 
+def _early(step: Compiled, task: Task) -> Compiled:
+    return replace(step, program=compute_early(step.program, step.whole, task.sequence_dims, task.config.tile))
+
+
 def _tile(step: Compiled, task: Task) -> Compiled:
     return replace(step, program=tile(step.program, step.whole, task.sequence_dims, task.config.tile))
 
@@ -84,6 +89,7 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("query-rows", _on_whole(lambda whole, task: split_query_rows(whole, task.config.ranks))),
     ("partition", _partition),
     ("sections", _on_ranks(lambda program, task: split_sections(program))),
+    ("early", _early),
     ("plan", _plan),
     ("recompute", lambda step, task: replace(step, program=recompute(step.program, step.kept))),
     ("tile", _tile),

@@ -39,17 +39,19 @@ from autosp_aot.program import (
 # What a region may hold beside what it reads and gives before `auto` slices it. As much as the summands it adds up may
 # always be held: smaller tiles would spend more time on adding up than they save room.
 LIMIT_BYTES = 2**30
+# What is this many times smaller than the largest value of a run need not be sliced with it.
+SMALL = 8
 
 
 def tile(program: Program, whole: Program, sequence_dims: Mapping[str, int], tiles: str | int) -> Program:
     """Slice regions of forward and backward: each into `tiles` slices, or (`auto`) those that hold too much."""
     if tiles == "off":
         return program
-    rules = _Rules(program, whole, find_labels(whole, dict(sequence_dims), program.ranks))
+    rules = Rules(program, whole, find_labels(whole, dict(sequence_dims), program.ranks))
     for name in ("forward", "backward"):
         section = program.section(name)
         lasting = {n for other in program.sections for n in other.takes} | {n for _, n in section.gives}
-        regions = _regions(section, rules, tiles == "auto")
+        regions = runs(section, rules, tiles == "auto")
         needed = [lasting]
         for region in reversed(regions):
             needed.append(needed[-1].union(*(instr.refs() for instr in region.instrs)))
@@ -68,7 +70,7 @@ class _Placed:
     results: tuple[Placement, ...]
 
 
-class _Rules:
+class Rules:
     """Which calls can be done in tiles, and how."""
 
     def __init__(self, program: Program, whole: Program, labels: Labels):
@@ -93,7 +95,9 @@ class _Rules:
         """How tiles do a call, `made` being what they have made before; None where it is not local."""
         if instr.op in STRUCTURE:
             return None
-        origin = self.calls[stands_for(instr.values()[0].name)]
+        origin = self.calls.get(stands_for(instr.values()[0].name))
+        if origin is None or origin.op != instr.op:
+            return None
         operands = [self.whole[name] for name in origin.refs()]
         spec = spec_of(origin, operands, self.ranks)
         if spec is None:
@@ -135,15 +139,60 @@ class _Rules:
 
 
 @dataclass
-class _Region:
-    """Instructions in order: those that can be done in tiles, what comes before them, and what after."""
+class Region:
+    """Instructions in order: those that can be done in tiles, what comes before them, and what after.
+
+    `made` are the members' results, `late` the names of what is known only when all tiles are done.
+    """
 
     instrs: list[Instr] = field(default_factory=list)
     before: list[Instr] = field(default_factory=list)
     members: list[Instr] = field(default_factory=list)
     after: list[Instr] = field(default_factory=list)
+    made: dict[str, Placement] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
 
-    def cut(self, rules: _Rules, later: set[str], tiles: str | int) -> list[Instr]:
+    def reaches(self, instr: Instr) -> bool:
+        """A tile can have all that an instruction reads."""
+        return self.late.isdisjoint(instr.refs())
+
+    def touches(self, instr: Instr) -> bool:
+        return not self.reaches(instr) or any(name in self.made for name in instr.refs())
+
+    def add(self, instr: Instr, placed: "_Placed | None") -> None:
+        """As a member, placed so; else where it has to stand."""
+        self.instrs.append(instr)
+        if placed is not None:
+            self.members.append(instr)
+            results = {out.name: placement for out, placement in zip(instr.values(), placed.results)}
+            self.made |= results
+            self.late.update(name for name, placement in results.items() if placement == PARTIAL)
+        elif self.touches(instr):
+            self.after.append(instr)
+            self.late.update(out.name for out in instr.values())
+        else:
+            self.before.append(instr)
+
+    def bring_forward(self, instr: Instr, rules: "Rules") -> bool:
+        """Do before the tiles what `instr` waits for, and all of the run that this needs; False where that is large."""
+        wanted = self.late.intersection(instr.refs())
+        needed: list[Instr] = []
+        for other in reversed(self.instrs):
+            if other not in self.before and not wanted.isdisjoint(out.name for out in other.values()):
+                needed.insert(0, other)
+                wanted.update(other.refs())
+        size = lambda found: max((rules.values[out.name].nbytes() for i in found for out in i.values()), default=0)  # noqa: E731
+        if size(needed) * SMALL > size(self.members):
+            return False
+        names = {out.name for other in needed for out in other.values()}
+        self.before += needed
+        self.members = [other for other in self.members if other not in needed]
+        self.after = [other for other in self.after if other not in needed]
+        self.made = {name: placement for name, placement in self.made.items() if name not in names}
+        self.late -= names
+        return True
+
+    def cut(self, rules: Rules, later: set[str], tiles: str | int) -> list[Instr]:
         """The instructions, the members as one loop over tiles where that pays; `later` is what is read after."""
         later = later.union(*(instr.refs() for instr in self.after))
         outs = [out for instr in self.members for out in instr.values() if out.name in later]
@@ -151,7 +200,7 @@ class _Region:
         count = min(count, self.longest(rules))
         return [*self.before, self.loop(rules, outs, count), *self.after] if count > 1 else self.instrs
 
-    def tiles(self, rules: _Rules, outs: list[Value]) -> int:
+    def tiles(self, rules: Rules, outs: list[Value]) -> int:
         """How many tiles keep what they hold within the limit; 1 where adding up summands would take as much."""
         inputs = dict.fromkeys(name for instr in self.members for name in instr.refs())
         own = {out.name for instr in self.members for out in instr.values()}
@@ -159,18 +208,18 @@ class _Region:
         section = Section("step", (), tuple(self.members), given)
         entries = tuple(Input("batch", rules.values[name]) for name in inputs if name not in own)
         held = costs(release(Program(rules.ranks, entries, (section,)))).peak_bytes - sum(out.nbytes() for out in outs)
-        summed = (out for out in outs if rules.home(out.name, 1) is None)
+        summed = (out for out in outs if self.made[out.name] == PARTIAL)
         sums = sum(prod(out.shape) * wide(DTYPES[out.dtype]).itemsize for out in summed)
         count = -(-held // max(LIMIT_BYTES, sums))
         return count if held - held // max(count, 1) > sums else 1
 
-    def longest(self, rules: _Rules) -> int:
+    def longest(self, rules: Rules) -> int:
         """The most tiles there can be: one a position of the rank with the fewest."""
         names = (name for instr in self.members for name in (*instr.refs(), *(out.name for out in instr.values())))
         homes = (home for name in names if (home := rules.home(name, 1)))
         return min((min(hi - lo for lo, hi in home.cut.bounds) for home in homes), default=0)
 
-    def loop(self, rules: _Rules, outs: list[Value], tiles: int) -> Instr:
+    def loop(self, rules: Rules, outs: list[Value], tiles: int) -> Instr:
         """The members as one instruction with a body."""
         boxes = rules.ranks * tiles
         made: dict[str, Placement] = {}
@@ -208,7 +257,7 @@ class _Region:
         gives = tuple(TILE + out.name for out in outs)
         return Instr(tuple(outs), TILES, tuple(map(Ref, read)), body=Body(tiles, tuple(body), gives))
 
-    def arguments(self, rules: _Rules, placed: _Placed, call: Instr, boxes: int) -> tuple:
+    def arguments(self, rules: Rules, placed: _Placed, call: Instr, boxes: int) -> tuple:
         """The arguments of the whole step's call, sizes and positions being a tile's."""
         spec = spec_of(placed.origin, [rules.whole[name] for name in placed.origin.refs()], rules.ranks)
         if spec.localize is None:
@@ -219,27 +268,21 @@ class _Region:
         return spec.localize(call.args, Local(placed.strategy, shapes, results))
 
 
-def _regions(section: Section, rules: _Rules, sparing: bool) -> list[_Region]:
+def runs(section: Section, rules: Rules, sparing: bool) -> list[Region]:
     """A section's instructions in runs: a run ends before a local one that needs what must come after the run's.
 
-    What is not local and needs nothing of the run comes before it, however late it stands; all other comes after.
+    What is not local and needs nothing of the run comes before it, however late it stands; all other comes after. What
+    a local one needs is brought forward where all of it is small, such as a count of tokens.
     """
-    regions, made, after = [_Region()], {}, set()
+    regions = [Region()]
     for instr in section.instrs:
-        refs = set(instr.refs())
-        placed = None if refs & after else rules.placed(instr, made, 2)
-        if placed is None and refs & after and rules.placed(instr, {}, 2):
-            regions.append(_Region())
-            made, after = {}, set()
-            placed = rules.placed(instr, made, 2)
-        region, names = regions[-1], [out.name for out in instr.values()]
-        region.instrs.append(instr)
-        if placed is not None and not (sparing and rules.grows(instr, placed)):
-            region.members.append(instr)
-            made.update(zip(names, placed.results))
-        elif refs & (made.keys() | after):
-            region.after.append(instr)
-            after.update(names)
-        else:
-            region.before.append(instr)
+        region = regions[-1]
+        placed = rules.placed(instr, region.made, 2) if region.reaches(instr) else None
+        if placed is None and region.touches(instr) and rules.placed(instr, {}, 2):
+            if not region.bring_forward(instr, rules):
+                regions.append(region := Region())
+            placed = rules.placed(instr, region.made, 2) if region.reaches(instr) else None
+        if placed is not None and sparing and rules.grows(instr, placed):
+            placed = None
+        region.add(instr, placed)
     return regions

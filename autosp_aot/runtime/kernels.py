@@ -259,6 +259,11 @@ def _cuda_flash_backward(grad_out, q, k, v, out, lse, scale, causal):
     )
 
 
+def rescale(x: Tensor, tangent: Tensor, guess: Tensor) -> Tensor:
+    """`x`, computed with a guess of the loss's tangent, times tangent / guess: in place."""
+    return x.mul_(tangent / guess)
+
+
 OURS = {
     "autosp.attention": attention,
     "autosp.attention_backward": attention_backward,
@@ -266,5 +271,6 @@ OURS = {
     "autosp.attention_rows_backward": attention_rows_backward,
     "autosp.attention_rows_vector_gradient": attention_rows_vector_gradient,
     "autosp.attention_vector_gradient": attention_vector_gradient,
+    "autosp.rescale": rescale,
     **experts.OURS,
 }

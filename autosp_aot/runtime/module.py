@@ -34,6 +34,9 @@ class ShardedModel(nn.Module):
     What the step draws (dropout) follows from `seed` and `step` alone, both plain numbers and the same on every rank:
     `step` goes up by one with each forward in training mode. To resume before step k, set both. In eval mode the
     program is the same, so it draws too, and `step` stays.
+
+    Set `loss_scale` to what the loss is multiplied by before `backward`: gradients computed with the loss take it as
+    their tangent, and are rescaled, which rounds, where it was another.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class ShardedModel(nn.Module):
     ):
         super().__init__()
         self.manifest, self.executor, self.comm = manifest, executor, comm
-        self.seed, self.step = 0, 0
+        self.seed, self.step, self.loss_scale = 0, 0, 1.0
+        self.guesses = [entry.value for entry in executor.program.inputs if entry.kind == "guess"]
         self.seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
         self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
         tensors: dict[str, Tensor] = {}
@@ -78,6 +82,8 @@ class ShardedModel(nn.Module):
         trainable = {name: p for name, p in self.named_parameters() if name in self.manifest.trainable}
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         drawn = {name: step_seed(self.seed, self.step) for name in self.seeds}
+        device = self.executor.device
+        drawn |= {v.name: torch.tensor(self.loss_scale, dtype=DTYPES[v.dtype], device=device) for v in self.guesses}
         self.step += self.training
         return _Step.apply(self, {**self.constants, **state, **batch, **drawn}, list(trainable), *trainable.values())
 

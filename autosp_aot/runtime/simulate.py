@@ -10,14 +10,17 @@ from autosp_aot.program import Program
 from autosp_aot.runtime.execute import Exchange, Executor, Meeting, Run, Sum
 
 
-def simulate(programs: list[Program], inputs: dict[str, Tensor], grad_loss: Tensor) -> list[dict[str, Tensor]]:
+def simulate(
+    programs: list[Program], inputs: dict[str, Tensor], grad_loss: Tensor, guess: Tensor | None = None
+) -> list[dict[str, Tensor]]:
     """One step of all ranks: by rank, `loss` and `grad.<parameter>`.
 
     `programs[r]` is rank r's program; the whole step is a program of one rank. `inputs` are parameters, buffers, the
-    batch and, where it draws, `seed` by name.
+    batch and, where it draws, `seed` by name. What is computed before backward takes `guess` (default 1) for grad_loss.
     """
+    guess = torch.ones_like(grad_loss) if guess is None else guess
     executors = [Executor(program, rank, torch.device("cpu")) for rank, program in enumerate(programs)]
-    values = [inputs | {"grad_loss": grad_loss} for _ in executors]
+    values = [inputs | {"grad_loss": grad_loss, "early.grad_loss": guess} for _ in executors]
     results: list[dict[str, Tensor]] = [{} for _ in executors]
     for section in programs[0].sections:
         found = lockstep([executor.run(section.name, mine) for executor, mine in zip(executors, values)])

@@ -56,7 +56,6 @@ class _Derivation:
         self.stands_for: dict[str, str] = {}
         self.placements: dict[str, Placement] = {}
         self.early: set[str] = set()
-        self.rescaled: set[str] = set()
 
     def run(self) -> None:
         if {stands_for(entry.value.name) for entry in self.program.inputs} != set(self.whole_inputs):
@@ -76,8 +75,6 @@ class _Derivation:
         self.results()
 
     def instr(self, instr: Instr) -> None:
-        if instr.op != FREE and (again := self.rescaled.intersection(instr.refs())):
-            raise _wrong(f"{again.pop()} is used after it was rescaled in place", instr)
         if instr.op == TILES:
             self.tiles(instr)
         elif instr.op in (*MOVES, *COPIES):
@@ -115,7 +112,7 @@ class _Derivation:
                 self.early.add(out.name)
 
     def rescale(self, instr: Instr) -> None:
-        """What was computed with the guess is written over with what the tangent gives, and not used again."""
+        """What was computed with a guess of the tangent becomes what it is with the tangent."""
         name, tangent, guess = instr.refs()
         (out,) = instr.values()
         meanings = [self.whole_inputs.get(self.stands_for[n]) for n in (tangent, guess)]
@@ -125,7 +122,6 @@ class _Derivation:
             raise _wrong(f"{out.name} is not {name}, rescaled by the loss's tangent", instr)
         self.check_value(out, self.whole_values[self.stands_for[name]], instr)
         self.know(out, self.stands_for[name])
-        self.rescaled.add(name)
 
     def move(self, instr: Instr) -> None:
         for name, out in zip(instr.refs(), instr.values()):

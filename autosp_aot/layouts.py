@@ -100,7 +100,7 @@ class Layouts:
         if op.startswith("aten."):
             return _aten(op, args, kwargs), 0
         if op == RESCALE:
-            return [args[0]], 0
+            return [torch.empty_like(args[0])], 0
         if op in COPIES:
             return [args[0] if op == "wait" else torch.empty_like(args[0])], 0
         return workspace.made(op, args, kwargs, self.target)
@@ -147,4 +147,5 @@ def _aten(op: str, args: tuple, kwargs: dict) -> list[Tensor]:
     if op in FACTORIES:
         kwargs["device"] = "meta"
     results = overload(op)(*args, **kwargs)
-    return [results] if isinstance(results, Tensor) else list(results)
+    results = [results] if isinstance(results, Tensor) else results
+    return [torch.empty(0, device="meta") if result is None else result for result in results]

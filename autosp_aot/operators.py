@@ -35,7 +35,7 @@ OURS = {
     f" {_SCORING}) -> grad_vector",
     "autosp.expert_mm": "autosp.expert_mm(ids, x, weight) -> y",
     "autosp.expert_mm_weight_grad": "autosp.expert_mm_weight_grad(ids, x, grad, experts) -> grad_weight",
-    "autosp.rescale": "autosp.rescale(x, tangent, guess) -> x, times tangent / guess in place",
+    "autosp.rescale": "autosp.rescale(x, tangent, guess) -> x, times tangent / guess",
     "autosp.uniform": "autosp.uniform(seed, site, shape, box, dtype) -> draws",
 }
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")

@@ -42,19 +42,20 @@ def compute_early(program: Program, whole: Program, sequence_dims: Mapping[str, 
         return program
     labels = find_labels(whole, dict(sequence_dims), program.ranks)
     rules = Rules(program, whole, labels)
-    count, heavy = _beginning(program, rules, LIMIT_BYTES if tiles == "auto" else 1)
-    instrs = program.section("backward").instrs
-    names = _scaled(instrs[:count], whole, tangent.name)
-    if not count or names is None:
+    first, heavy = _beginning(program, rules, tangent.name, LIMIT_BYTES if tiles == "auto" else 1)
+    names = _scaled(first, whole, tangent.name)
+    if not first or names is None:
         return program
-    early = _moved(program, instrs[:count], instrs[count:], names, tangent)
+    early = _moved(program, first, names, tangent)
     regions = runs(early.section("forward"), Rules(early, whole, labels), tiles == "auto")
     return early if _done_together(regions, heavy) else program
 
 
-def _moved(program: Program, first: tuple[Instr, ...], later: tuple[Instr, ...], names: dict[str, str], tangent: Value):
+def _moved(program: Program, first: list[Instr], names: dict[str, str], tangent: Value) -> Program:
     """The program with `first` at the end of forward; what scales with the tangent is rescaled as backward begins."""
     forward, backward = program.section("forward"), program.section("backward")
+    made = values_of(first).keys()
+    later = [instr for instr in backward.instrs if made.isdisjoint(out.name for out in instr.values())]
     given = {name for _, name in backward.gives}
     read = given.union(*(instr.refs() for instr in later))
     guess = replace(tangent, name=names[tangent.name])
@@ -81,12 +82,12 @@ def _done_together(regions: list[Region], heavy: set[str]) -> bool:
     return True
 
 
-def _beginning(program: Program, rules: Rules, worth_bytes: int) -> tuple[int, set[str]]:
-    """How many instructions of backward come back to as little as carries the forward pass before the loss; 0: none.
+def _beginning(program: Program, rules: Rules, tangent: str, worth_bytes: int) -> tuple[list[Instr], set[str]]:
+    """What of backward comes back to as little as carries the forward pass before the loss; nothing where none does.
 
     Forward is followed from its last mixing of positions on: where least is alive before most is, and that most, which
-    has to be worth it. Backward is followed to where, after its most, no more is alive than that least. With it come
-    the names of forward's values after the least that are larger. Only what is a sequence counts.
+    has to be worth it. What follows from the tangent is followed to where, after its most, no more is alive than that
+    least. With it come the names of forward's values after the least that are larger. Only what is a sequence counts.
     """
     forward, backward = program.section("forward").instrs, program.section("backward").instrs
     start = max((at for at, instr in enumerate(forward) if instr.op in MIX), default=0)
@@ -94,13 +95,35 @@ def _beginning(program: Program, rules: Rules, worth_bytes: int) -> tuple[int, s
     most = max(range(start, len(alive)), key=alive.__getitem__, default=start)
     least = min(range(start, most), key=lambda at: (alive[at], -at), default=most)
     if not alive or alive[most] - alive[least] < worth_bytes:
-        return 0, set()
+        return [], set()
     later = values_of(forward[least + 1 :]).values()
     heavy = {value.name for value in later if value.nbytes() > alive[least] and rules.home(value.name, 1)}
-    end = next((at for at, instr in enumerate(backward) if instr.op in MIX), len(backward))
-    after = _alive_bytes(backward, rules)[:end]
+    chain = _following(backward, tangent)
+    end = next((at for at, instr in enumerate(chain) if instr.op in MIX), len(chain))
+    after = _alive_bytes(chain, rules)[:end]
     most = max(range(end), key=after.__getitem__, default=0)
-    return next((at + 1 for at in range(most, end) if after[at] <= alive[least]), 0), heavy
+    count = next((at + 1 for at in range(most, end) if after[at] <= alive[least]), 0)
+    return _needed(backward, chain[:count]), heavy
+
+
+def _following(instrs: Iterable[Instr], name: str) -> list[Instr]:
+    """What depends on a value."""
+    names, found = {name}, []
+    for instr in instrs:
+        if not names.isdisjoint(instr.refs()):
+            found.append(instr)
+            names.update(out.name for out in instr.values())
+    return found
+
+
+def _needed(instrs: Sequence[Instr], wanted: Iterable[Instr]) -> list[Instr]:
+    """These instructions with all of `instrs` that they depend on, in order."""
+    names, found = {out.name for instr in wanted for out in instr.values()}, []
+    for instr in reversed(instrs):
+        if not names.isdisjoint(out.name for out in instr.values()):
+            names.update(instr.refs())
+            found.append(instr)
+    return found[::-1]
 
 
 def _alive_bytes(instrs: Sequence[Instr], rules: Rules) -> list[int]:

@@ -134,7 +134,7 @@ def test_what_is_too_large_for_one_process_is_refused_with_sizes(tmp_path):
     path = compile_model(model, plain.example_batch(1, 64), DIMS, BuildConfig(2), "").save(tmp_path / "a")
     with pytest.raises(ArtifactError) as caught:
         check_numeric(path)
-    assert "error[numeric-too-large]: running 2 ranks in one process takes 48.4 GiB" in str(caught.value)
+    assert "error[numeric-too-large]: running 2 ranks in one process takes 64.4 GiB" in str(caught.value)
     assert "GiB, the whole step" in str(caught.value) and "a smaller --seq" in str(caught.value)
 
 

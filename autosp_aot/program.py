@@ -222,9 +222,10 @@ def with_refs(instr: Instr, names: list[str]) -> Instr:
 
 
 def rename(instr: Instr, names: dict[str, str]) -> Instr:
-    """The instruction with operands replaced by name; names that are not in the table stay."""
+    """The instruction with operands replaced by name, in its body too; names that are not in the table stay."""
     change = lambda leaf: Ref(names.get(leaf.name, leaf.name)) if isinstance(leaf, Ref) else leaf  # noqa: E731
-    return replace(instr, args=map_args(instr.args, change), kwargs=map_args(instr.kwargs, change))
+    body = instr.body and replace(instr.body, instrs=tuple(rename(inner, names) for inner in instr.body.instrs))
+    return replace(instr, args=map_args(instr.args, change), kwargs=map_args(instr.kwargs, change), body=body)
 
 
 def map_ints(program: Program, change: Callable[[PerRank], Int]) -> Program:

@@ -29,10 +29,9 @@ FLOPS_A_BYTE = 8192
 IN_FLIGHT = 4
 # Places in the pool begin at multiples of this.
 ALIGNED_BYTES = 512
-# A kept value that is this many times smaller than the largest stays on the device.
-SMALL = 32
-# So does one between whose last use in forward and first in backward lies less than this part of the step's work.
-SHORT = 16
+# A kept value stays on the device where less than this part of the step's work lies between its last use in forward and
+# its first in backward. So do the smallest of the others, as many as are together less than this part of their bytes.
+SHORT, SMALL = 16, 64
 # What the four values of a stay are named: on its way, there, on its way back, here again.
 ENDINGS = ("offload", "host", "fetch", "back")
 
@@ -104,14 +103,12 @@ def worth_it(program: Program) -> list[str]:
     """The kept values of `--offload host`: all but small ones and those that are read again soon."""
     stays, rank = _stays(program), heaviest(program)
     done = {name: [0, *accumulate(work)] for name, work in _work(program).items()}
-    most = max((stay.value.nbytes(rank) for stay in stays), default=0)
     step = done["forward"][-1] + done["backward"][-1]
-    found = []
-    for stay in stays:
-        between = done["forward"][-1] - done["forward"][stay.after + 1] + done["backward"][stay.before]
-        if stay.value.nbytes(rank) * SMALL >= most and between * SHORT >= step:
-            found += stay.crossing
-    return found
+    between = lambda stay: done["forward"][-1] - done["forward"][stay.after + 1] + done["backward"][stay.before]  # noqa: E731
+    long = sorted((stay.value.nbytes(rank), stay.crossing) for stay in stays if between(stay) * SHORT >= step)
+    sums = accumulate(nbytes for nbytes, _ in long)
+    total = sum(nbytes for nbytes, _ in long)
+    return [name for (_, names), up_to in zip(long, sums) if up_to * SMALL >= total for name in names]
 
 
 def _work(program: Program) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from autosp_aot.artifact import Manifest, read_bodies, read_manifest, read_whole
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import FREE, MOVES
+from autosp_aot.operators import COPIES, FREE, MOVES
 from autosp_aot.passes import decisions
 from autosp_aot.passes.partition import Choice, Weighed, partition, weigh
 from autosp_aot.passes.plan import reasons
@@ -101,6 +101,8 @@ class _Explainer:
         elif instr is not None and instr.op in MOVES:
             yield "moved from", [self.received(name, instr)]
             yield "because", [f"{_first(reader)} reads it so" for reader in self.readers.get(name, [])[:READERS]]
+        elif instr is not None and instr.op in COPIES:
+            yield "copy of", [f"{instr.refs()[0]}, to host memory or back; explain what it was made of for the rest"]
         elif instr is not None:
             yield from self.choice(name)
         yield "moves", list(self.moves(name))
@@ -153,12 +155,15 @@ class _Explainer:
     def backward(self, name: str) -> Iterator[str]:
         """Kept or computed again, and why."""
         forward, backward = self.program.section("forward"), self.program.section("backward")
-        if not any(out.name == name for instr in forward.instrs for out in instr.values()):
+        made_here = any(out.name == name for instr in forward.instrs for out in instr.values())
+        if not made_here or self.made_by[name].op in COPIES:
             return
         largest = map_ints(self.program, lambda n: max(n.values) if isinstance(n, PerRank) else n).values()
-        if name in backward.takes:
+        away = any(reader.op == "offload" for reader in self.readers.get(name, []))
+        if name in backward.takes or away:
             why = "nothing is computed again" if self.manifest.recompute == "none" else self.kept()[name]
-            yield f"kept, {bytes_text(largest[name].nbytes())} on the rank with the most: {why}"
+            place = "kept in host memory" if away else "kept"
+            yield f"{place}, {bytes_text(largest[name].nbytes())} on the rank with the most: {why}"
         elif (again := RECOMPUTED + name) in self.values:
             operands = _some([ref for ref in self.made_by[again].refs() if ref not in self.inputs])
             yield "computed again: its cost is linear in the sequence, and it follows from what is kept"

@@ -202,7 +202,7 @@ def traffic_bytes(program: Program, rank: int = 0) -> int:
         calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
         made = values_of(calls)
         for call in calls:
-            if call.op != FREE and not _view(call.op):
+            if call.op not in (FREE, "wait") and not _view(call.op):
                 names = (*call.refs(), *values_of([call]))
                 boxes = (made[n].nbytes(rank * tiles) if n in made else values[n].nbytes(rank) for n in names)
                 count += tiles * sum(boxes)

@@ -13,6 +13,8 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.errors import ArtifactError
 from autosp_aot.explain import explain
 from autosp_aot.program import RECOMPUTED
+from examples import plain
+from tests.conftest import TINY
 from tests.sealing import reseal
 
 
@@ -48,6 +50,20 @@ gathers, so the last resort
   read by     blocks.0.qkv.reshape.1
   backward    does not need it
   released    in forward after blocks.0.qkv.reshape.1"""
+
+
+def test_what_waits_in_host_memory(tmp_path):
+    torch.manual_seed(0)
+    model, dims = plain.build_model(**TINY, dtype="float64"), {"input_ids": 1, "labels": 1}
+    config = BuildConfig(2, recompute="none", offload="host")
+    path = compile_model(model, plain.example_batch(2, 5), dims, config, "").save(tmp_path / "a")
+    name = "blocks.0.attention_0"
+    assert rows(path, name)["backward"][0].startswith("kept in host memory, ")
+    assert f"{name}.offload" in rows(path, name)["read by"][0]
+    for copy, source in (("offload", ""), ("host", ".offload"), ("fetch", ".host"), ("back", ".fetch")):
+        said = rows(path, f"{name}.{copy}")
+        assert said["copy of"] == (f"{name}{source}, to host memory or back; explain what it was made of for the rest",)
+        assert "backward" not in said
 
 
 def test_attention_is_cut_by_heads_and_its_results_are_kept(saved):

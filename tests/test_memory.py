@@ -57,7 +57,7 @@ def answers(program: Program, inputs: dict[str, Tensor]) -> list[list[Tensor]]:
 def measured(program: Program, rank: int, inputs: dict[str, Tensor], heard: list[Tensor]) -> list[tuple[int, int]]:
     """Bytes alive after each instruction of a rank, and the most during it, beside its inputs."""
     executor, values, comm = Executor(program.for_rank(rank), rank, CPU), dict(inputs), Replay(heard)
-    storages, found = Storages(list(values.values())), []
+    storages, found = Storages([*values.values(), *(buffer.memory for buffer in executor.host.buffers)]), []
 
     def watched(meets, step):
         def met(values):

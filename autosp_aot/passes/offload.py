@@ -15,12 +15,15 @@ the device stays bounded and forward (or backward) waits.
 Method: activation offload with prefetch (Rhu et al. 2016, vDNN, arXiv:1602.08124), the distances decided at build.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from autosp_aot.cost import flops, heaviest, storages
+from autosp_aot.config import BuildConfig
+from autosp_aot.cost import curve, flops, heaviest, storages
+from autosp_aot.passes.release import release
 from autosp_aot.program import RECOMPUTED, Instr, Program, Ref, Value, rename
 
 # What a device computes while a byte goes over its link to the host: about half its peak in bf16 over 25 (PCIe 4) or 50
@@ -60,9 +63,20 @@ class _Copy:
     nbytes: int
 
 
-def offload(program: Program, policy: str) -> Program:
-    """Apply `host`, or `off`, which leaves every kept value on the device."""
-    return stowed(program, worth_it(program)) if policy == "host" else program
+def offload(program: Program, config: BuildConfig) -> Program:
+    """Apply `host`, all that is worth it; `auto`, the first of that with which the budget is kept, or all; or `off`."""
+    if config.offload == "off":
+        return program
+    names, rank = worth_it(program), heaviest(program)
+    if config.offload == "host":
+        return stowed(program, names)
+    room = config.memory_budget_bytes - sum(entry.value.nbytes(rank) for entry in program.inputs)
+
+    def fits(count: int) -> bool:
+        moments = curve(release(stowed(program, names[:count])), rank, config.target)
+        return max(moment.peak_bytes for moment in moments) <= room
+
+    return stowed(program, names[: bisect_left(range(len(names)), True, key=fits)])
 
 
 def stowed(program: Program, names: Collection[str]) -> Program:
@@ -100,15 +114,15 @@ def stowed(program: Program, names: Collection[str]) -> Program:
 
 
 def worth_it(program: Program) -> list[str]:
-    """The kept values of `--offload host`: all but small ones and those that are read again soon."""
+    """The kept values of `--offload host`, those that wait longest first: small ones and short waits are left out."""
     stays, rank = _stays(program), heaviest(program)
     done = {name: [0, *accumulate(work)] for name, work in _work(program).items()}
     step = done["forward"][-1] + done["backward"][-1]
     between = lambda stay: done["forward"][-1] - done["forward"][stay.after + 1] + done["backward"][stay.before]  # noqa: E731
-    long = sorted((stay.value.nbytes(rank), stay.crossing) for stay in stays if between(stay) * SHORT >= step)
-    sums = accumulate(nbytes for nbytes, _ in long)
-    total = sum(nbytes for nbytes, _ in long)
-    return [name for (_, names), up_to in zip(long, sums) if up_to * SMALL >= total for name in names]
+    long = [stay for stay in stays if between(stay) * SHORT >= step]
+    sizes = sorted(stay.value.nbytes(rank) for stay in long)
+    least = next((size for size, up_to in zip(sizes, accumulate(sizes)) if up_to * SMALL >= sum(sizes)), 0)
+    return [name for stay in long if stay.value.nbytes(rank) >= least for name in stay.crossing]
 
 
 def _work(program: Program) -> dict[str, list[int]]:

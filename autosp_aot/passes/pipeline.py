@@ -93,7 +93,8 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("plan", _plan),
     ("recompute", lambda step, task: replace(step, program=recompute(step.program, step.kept))),
     ("tile", _tile),
-    ("offload", _on_ranks(lambda program, task: offload(program, task.config.offload))),
+    # After whatever moves instructions: a copy's place is where it overlaps with work.
+    ("offload", _on_ranks(lambda program, task: offload(program, task.config))),
     ("release", _on_ranks(lambda program, task: release(program))),
 )
 

@@ -14,7 +14,8 @@ from autosp_aot.program_text import parse_program, print_program
 from autosp_aot.verify import verify
 from examples import llama, plain
 from tests.mutants import planted
-from tests.steps import half_labelled, sharded
+from tests.steps import built, half_labelled, sharded
+from tests.test_memory import answers, compare
 
 HEAD = """\
 autosp program 1
@@ -146,20 +147,46 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, ranks, recompute", [
-    ("llama", 1, "none"), ("llama", 2, "sac"), ("llama", 3, "none"), ("plain", 3, "sac"), ("plain", 2, "none"),
-    ("plain", 1, "sac"),
+@pytest.mark.parametrize("name, ranks, recompute, tile", [
+    ("llama", 1, "none", "auto"), ("llama", 2, "sac", 3), ("llama", 3, "none", 2), ("plain", 3, "sac", "off"),
+    ("plain", 2, "none", 3), ("plain", 1, "sac", 2), ("llama", 3, "full", "off"),
 ])  # fmt: skip
-def test_offload_gives_the_bits_of_none_and_keeps_less(name, ranks, recompute):
+def test_offload_gives_the_bits_of_none_and_keeps_less(name, ranks, recompute, tile):
     torch.manual_seed(0)
-    model, batch = MODELS[name](), half_labelled(13)
-    built = [sharded(model, batch, ranks, recompute=recompute, offload=policy) for policy in ("off", "host")]
-    (off, expected), (host, results) = built
+    model, batch, policies = MODELS[name](), half_labelled(13), ("off", "host")
+    (off, expected), (host, results) = (
+        sharded(model, batch, ranks, recompute=recompute, tile=tile, offload=policy) for policy in policies
+    )
     for mine, other in zip(expected, results):
         assert set(mine) == set(other) and all(torch.equal(mine[name], other[name]) for name in mine)
     kept, stays = costs(off.program), costs(host.program)
-    assert stays.kept_bytes < kept.kept_bytes / 2 and stays.peak_bytes <= kept.peak_bytes
+    assert stays.kept_bytes < kept.kept_bytes and stays.peak_bytes <= kept.peak_bytes
     assert stays.host_moved_bytes > 0 == kept.host_moved_bytes
+
+
+def test_auto_sends_what_the_budget_needs_and_no_more():
+    torch.manual_seed(0)
+    model, batch = MODELS["llama"](), half_labelled(13)
+
+    def program(offload: str, budget: int | None = None):
+        return built(model, batch, 1, recompute="none", offload=offload, memory_budget_bytes=budget)[0].program
+
+    inputs = sum(entry.value.nbytes() for entry in program("off").inputs)
+    least, most = (inputs + costs(program(offload)).peak_bytes for offload in ("host", "off"))
+    moved = []
+    for budget in (least, (least + most) // 2, most):
+        found = costs(program("auto", budget))
+        assert inputs + found.peak_bytes <= budget
+        moved.append(found.host_moved_bytes)
+    assert moved[0] > moved[1] > moved[2] == 0
+
+
+@pytest.mark.parametrize("ranks, recompute", [(1, "none"), (3, "sac")])
+def test_measured_bytes_are_the_planned_ones(ranks, recompute):
+    torch.manual_seed(0)
+    compiled, inputs = built(MODELS["llama"](), half_labelled(13), ranks, recompute=recompute, offload="host")
+    assert costs(compiled.program).host_bytes > 0
+    assert not compare(compiled.program, 0, inputs, answers(compiled.program, inputs)[0])
 
 
 def test_any_choice_of_values_is_proved(tiny2):

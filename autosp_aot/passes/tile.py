@@ -20,7 +20,7 @@ from autosp_aot.operators import DTYPES, STRUCTURE, TILES, wide
 from autosp_aot.passes.labels import Labels, find_labels
 from autosp_aot.passes.release import release
 from autosp_aot.passes.rules.local import Local
-from autosp_aot.passes.rules.spec import Strategy
+from autosp_aot.passes.rules.spec import Spec, Strategy
 from autosp_aot.passes.rules.table import spec_of
 from autosp_aot.placement import PARTIAL, REPLICATE, Placement, inside, joined
 from autosp_aot.program import (
@@ -83,13 +83,18 @@ class Rules:
             names = [self.means[n] for n in instr.refs()] if moved else [stands_for(out.name) for out in instr.values()]
             self.means.update(zip((out.name for out in instr.values()), names))
 
+        self.homes: dict[tuple, Placement | None] = {}
+        self.found: dict[tuple, tuple[Spec, tuple | None]] = {}
+        self.held: dict[tuple, int] = {}
+
     def home(self, name: str, tiles: int) -> Placement | None:
         """A value's tiles, where it is a sequence and at home."""
-        home = self.labels.home(self.means[name])
-        placement = self.values[name].placement
-        if home is None or (placement != home and (self.ranks > 1 or placement != REPLICATE)):
-            return None
-        return replace(self.labels, tiles=tiles).home(self.means[name])
+        key = self.labels.by_value.get(self.means[name]), self.values[name].placement, tiles
+        if key not in self.homes:
+            home, held = self.labels.home(self.means[name]), key[1]
+            at_home = home is not None and (held == home or (self.ranks == 1 and held == REPLICATE))
+            self.homes[key] = replace(self.labels, tiles=tiles).home(self.means[name]) if at_home else None
+        return self.homes[key]
 
     def placed(self, instr: Instr, made: Mapping[str, Placement], tiles: int) -> _Placed | None:
         """How tiles do a call, `made` being what they have made before; None where it is not local."""
@@ -98,17 +103,26 @@ class Rules:
         origin = self.calls.get(stands_for(instr.values()[0].name))
         if origin is None or origin.op != instr.op:
             return None
-        operands = [self.whole[name] for name in origin.refs()]
-        spec = spec_of(origin, operands, self.ranks)
+        spec = spec_of(origin, [self.whole[name] for name in origin.refs()], self.ranks)
         if spec is None:
             return None
-        names = [*instr.refs(), *(out.name for out in instr.values())]
-        tensors = zip(names, (*spec.operands, *spec.results))
-        homes = ((dims, home) for name, dims in tensors if (home := self.home(name, tiles)))
-        for strategy in dict.fromkeys(spec.strategy_of(dims, home) for dims, home in homes):
-            found = spec.instantiate(strategy) if strategy and strategy.factor is not None else None
+        outs = [out.name for out in instr.values()]
+        homes = [self.home(name, tiles) for name in (*instr.refs(), *outs)]
+        held = [self.values[name].placement for name in (*instr.refs(), *outs)]
+        key = id(spec), *homes, *held, *(made.get(name) for name in instr.refs())
+        if key not in self.found:
+            self.found[key] = spec, self.strategy(instr, spec, homes, made)  # the key holds as long as the spec lives
+        found = self.found[key][1]
+        return None if found is None else _Placed(origin, *found)
+
+    def strategy(self, instr: Instr, spec: Spec, homes: list[Placement | None], made: Mapping[str, Placement]):
+        """A strategy that cuts something at home, of which tiles can have the operands and make the results."""
+        tensors = zip((*spec.operands, *spec.results), homes)
+        cuts = dict.fromkeys(spec.strategy_of(dims, home) for dims, home in tensors if home)
+        for cut in cuts:
+            found = spec.instantiate(cut) if cut and cut.factor is not None else None
             if found is not None and self.reads(instr, found[0], made) and self.gives(instr, found[1]):
-                return _Placed(origin, strategy, *found)
+                return cut, *found
         return None
 
     def reads(self, instr: Instr, wanted: Iterable[Placement], made: Mapping[str, Placement]) -> bool:
@@ -202,16 +216,30 @@ class Region:
 
     def tiles(self, rules: Rules, outs: list[Value]) -> int:
         """How many tiles keep what they hold within the limit; 1 where adding up summands would take as much."""
-        inputs = dict.fromkeys(name for instr in self.members for name in instr.refs())
-        own = {out.name for instr in self.members for out in instr.values()}
-        given = tuple(("", out.name) for out in outs)
-        section = Section("step", (), tuple(self.members), given)
-        entries = tuple(Input("batch", rules.values[name]) for name in inputs if name not in own)
-        held = costs(release(Program(rules.ranks, entries, (section,)))).peak_bytes - sum(out.nbytes() for out in outs)
+        held = self.held_bytes(rules, outs)
         summed = (out for out in outs if self.made[out.name] == PARTIAL)
         sums = sum(prod(out.shape) * wide(DTYPES[out.dtype]).itemsize for out in summed)
         count = -(-held // max(LIMIT_BYTES, sums))
         return count if held - held // max(count, 1) > sums else 1
+
+    def held_bytes(self, rules: Rules, outs: list[Value]) -> int:
+        """The most that the members hold at a time beside what they read and give; of equal regions found once."""
+        own = {out.name for instr in self.members for out in instr.values()}
+        numbers: dict[str, int] = {}
+        for instr in self.members:
+            for name in (*instr.refs(), *(out.name for out in instr.values())):
+                numbers.setdefault(name, len(numbers))
+        inputs = [rules.values[name] for name in numbers if name not in own]
+        calls = tuple(
+            (instr.op, *(numbers[name] for name in instr.refs()), *((v.dtype, v.shape) for v in instr.values()))
+            for instr in self.members
+        )
+        key = calls, tuple((v.dtype, v.shape) for v in inputs), tuple(numbers[out.name] for out in outs)
+        if key not in rules.held:
+            section = Section("step", (), tuple(self.members), tuple(("", out.name) for out in outs))
+            program = Program(rules.ranks, tuple(Input("batch", value) for value in inputs), (section,))
+            rules.held[key] = costs(release(program)).peak_bytes - sum(out.nbytes() for out in outs)
+        return rules.held[key]
 
     def longest(self, rules: Rules) -> int:
         """The most tiles there can be: one a position of the rank with the fewest."""

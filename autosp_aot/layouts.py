@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autosp_aot import workspace
 from autosp_aot.moves import Move, Shard
-from autosp_aot.operators import COPIES, DTYPES, FACTORIES, MOVES, RESCALE, overload, wide
+from autosp_aot.operators import COPIES, DTYPES, FACTORIES, MOVES, overload, wide
 from autosp_aot.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
 
 
@@ -99,8 +99,6 @@ class Layouts:
             return _all_reduce(args)
         if op.startswith("aten."):
             return _aten(op, args, kwargs), 0
-        if op == RESCALE:
-            return [torch.empty_like(args[0])], 0
         if op in COPIES:
             return [args[0] if op == "wait" else torch.empty_like(args[0])], 0
         return workspace.made(op, args, kwargs, self.target)

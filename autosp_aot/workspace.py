@@ -73,29 +73,31 @@ def _attention(q, k, v, vectors, seed, group, first_head, target, **scoring):
     results = outputs(q, v.shape[3])
     if q.numel() == 0:
         return results, 0
-    run = _Run(q, k, v, vectors, scoring, target, _most_heads(q, group, first_head))
-    own = 0 if group == 1 else run.output_bytes()
-    return results, own + run.forward_bytes()
+    runs = head_runs(q.shape[1], group, first_head)
+    run = _Run(q, k, v, vectors, scoring, target, _most_heads(runs))
+    return results, run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
 
 
 def _attention_backward(grad_out, q, k, v, out, lse, grad_lse, vectors, seed, group, first_head, target, **scoring):
     results = gradient(q), gradient(k), gradient(v)
     if q.numel() == 0:
         return results, 0
-    run = _Run(q, k, v, vectors, scoring, target, _most_heads(q, group, first_head))
+    runs = head_runs(q.shape[1], group, first_head)
+    run = _Run(q, k, v, vectors, scoring, target, _most_heads(runs))
     beside = run.backward_bytes(grad_lse is not None)
     if group == 1:
         return results, beside
     sums = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.itemsize
-    return results, run.gradient_bytes() + max(beside, sums)
+    own = run.gradient_bytes() + max(beside, sums)
+    return results, own if len(runs) > 1 else own - sums - q.numel() * q.itemsize
 
 
 def _attention_vector_gradient(
     grad_out, q, k, v, out, lse, grad_lse, vectors, seed, which, group, first_head, target, **scoring
 ):
-    vector, most = vectors[which], _most_heads(q, group, first_head)
+    most = _most_heads(head_runs(q.shape[1], group, first_head))
     run = _Run(q, k, v, vectors, scoring, target, most)
-    return _summed([vector], lse.dtype, run.vector_gradient_bytes(which) if q.numel() else 0)
+    return _summed([vectors[which]], lse.dtype, run.vector_gradient_bytes(which) if q.numel() else 0)
 
 
 def _attention_rows(q, k, v, vectors, seed, group, rows, start, target, **scoring):
@@ -132,6 +134,10 @@ def _expert_mm_weight_grad(ids, x, grad, experts, target):
     result = x.new_empty(experts, x.shape[1], grad.shape[1])
     rows = ids.shape[0] * (x.shape[1] + grad.shape[1]) * x.itemsize
     return [result], _sorted_bytes(ids, experts) + rows + result.numel() // experts * x.itemsize
+
+
+def _rescale(x, tangent, guess, target):
+    return [x * (tangent / guess)], tangent.itemsize
 
 
 def _uniform(seed, site, shape, box, dtype, target):
@@ -213,8 +219,8 @@ class _Run:
         return has_kernel(self.q, self.k, self.v, plain, scoring.get("causal", False), self.target)
 
 
-def _most_heads(q: Tensor, group: int, first_head: int) -> int:
-    return max((heads.stop - heads.start for heads, _ in head_runs(q.shape[1], group, first_head)), default=0)
+def _most_heads(runs: list[tuple[slice, slice]]) -> int:
+    return max((heads.stop - heads.start for heads, _ in runs), default=0)
 
 
 def _summed(operands: list[Tensor], dtype: torch.dtype, beside: int) -> tuple[list[Tensor], int]:
@@ -237,5 +243,6 @@ MADE = {
     "autosp.attention_vector_gradient": _attention_vector_gradient,
     "autosp.expert_mm": _expert_mm,
     "autosp.expert_mm_weight_grad": _expert_mm_weight_grad,
+    "autosp.rescale": _rescale,
     "autosp.uniform": _uniform,
 }

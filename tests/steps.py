@@ -64,13 +64,14 @@ def sharded(
 def built(
     model: nn.Module, batch: dict[str, Tensor], ranks: int, dims: dict[str, int] | None = None, **options
 ) -> tuple[Compiled, dict[str, Tensor]]:
-    """What a model is built to, and all inputs of its programs, a `grad_loss` of one among them."""
+    """What a model is built to, and all inputs of its programs, tangents of one among them."""
     mode = FakeTensorMode()
     whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
     dims = dims or {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
     compiled = compile_program(whole, dims, BuildConfig(ranks, **options))
-    grad_loss = {"grad_loss": torch.ones((), dtype=DTYPES[whole.values()["grad_loss"].dtype])}
-    return compiled, model_values(model) | dict(model.named_buffers()) | constants | batch | grad_loss
+    tangents = [entry.value for entry in compiled.program.inputs if entry.kind in ("tangent", "guess")]
+    ones = {value.name: torch.ones((), dtype=DTYPES[value.dtype]) for value in tangents}
+    return compiled, model_values(model) | dict(model.named_buffers()) | constants | batch | ones
 
 
 def gathers(program: Program, elements: int) -> list[str]:

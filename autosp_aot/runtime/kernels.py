@@ -31,12 +31,15 @@ def attention(
     """Forward: out and the log of the sum of exponentials of each row's scores."""
     if q.numel() == 0:
         return outputs(q, v.shape[3])
-    if group == 1:
-        return _forward(q, k, v, vectors, _scoring(scoring, seed, first_head, q.shape[2], k.shape[2]))
-    results = outputs(q, v.shape[3])
-    for heads, kv in head_runs(q.shape[1], group, first_head):
+    runs = head_runs(q.shape[1], group, first_head)
+    results = outputs(q, v.shape[3]) if len(runs) > 1 else None
+    for heads, kv in runs:
         mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
-        _put(results, (heads, heads), _forward(*_part(q, k, v, heads, kv), _of_heads(vectors, heads), mask))
+        found = _forward(*_part(q, k, v, heads, kv), _of_heads(vectors, heads), mask)
+        if results is None:
+            return found
+        _put(results, (heads, heads), found)
+        del found
     return results
 
 
@@ -47,16 +50,18 @@ def attention_backward(
     """Gradients of q, k and v; those of k and v hold what this rank's query heads add to them."""
     if q.numel() == 0:
         return gradient(q), gradient(k).zero_(), gradient(v).zero_()
-    if group == 1:
-        mask = _scoring(scoring, seed, first_head, q.shape[2], k.shape[2])
-        return _backward(grad_out, q, k, v, out, lse, grad_lse, vectors, mask)
-    results = gradient(q), gradient(k), gradient(v)
-    for heads, kv in head_runs(q.shape[1], group, first_head):
+    runs = head_runs(q.shape[1], group, first_head)
+    results = (gradient(q), gradient(k), gradient(v)) if len(runs) > 1 else None
+    for heads, kv in runs:
         own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
         mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
         parts = _part(q, k, v, heads, kv)
         found = _backward(grad_out[:, heads], *parts, *own, _of_heads(vectors, heads), mask)
-        _put(results, (heads, kv, kv), (found[0], *(of_key.sum(1, keepdim=True) for of_key in found[1:])))
+        if group > 1:
+            found = found[0], *(of_key.sum(1, keepdim=True) for of_key in found[1:])
+        if results is None:
+            return found
+        _put(results, (heads, kv, kv), found)
         del found
     return results
 

@@ -106,7 +106,7 @@ def stowed(program: Program, names: Collection[str]) -> Program:
         at += -(-nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
     takes = tuple(dict.fromkeys(hosts.get(name, name) for name in backward.takes))
     there = {name: backs[name] for name in hosts}
-    # There a value leaves the device at its first use, as it does in forward after its last.
+    # Read from its end, backward is as forward is: copies begin where values are read, and end with the fetch.
     read_from_its_end = _linked(backward.instrs[::-1], coming, work["backward"][::-1])
     reading = [rename(instr, there) for instr in reversed(read_from_its_end)]
     program = program.with_section(replace(forward, instrs=tuple(_linked(forward.instrs, leaving, work["forward"]))))

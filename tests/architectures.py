@@ -6,8 +6,9 @@
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ ROUTED = dict(num_local_experts=6, num_experts_per_tok=2)
 MASKS = ("none", "ones", "right", "left", "packed")
 LOSSES = ("all", "half", "first rank", "items")
 LENGTHS, RANKS = (33, 64), (2, 3, 4, 8)
+RECOMPUTE, TILES, OFFLOAD = ("none", "sac", "full"), ("off", 3), ("off", "host")
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,9 @@ class Case:
     loss: str
     length: int
     ranks: int
+    recompute: str = "sac"
+    tile: str | int = "off"
+    offload: str = "off"
 
     def batch(self) -> dict[str, Tensor]:
         """Two rows; what padding hides has no label."""
@@ -161,7 +166,8 @@ class Case:
     def outcome(self) -> tuple[float, tuple]:
         """The worst difference of any rank from eager, and what falls back."""
         architecture, batch = ARCHITECTURES[self.name], self.batch()
-        compiled, results = sharded(architecture.build(), batch, self.ranks)
+        options = {"recompute": self.recompute, "tile": self.tile, "offload": self.offload}
+        compiled, results = sharded(architecture.build(), batch, self.ranks, **options)
         reference = architecture.build()
         reference.config._experts_implementation = "eager"
         return worst(eager(reference, batch), results), compiled.fallbacks
@@ -175,7 +181,10 @@ def cases() -> Iterator[Case]:
 
 
 def pairwise() -> list[Case]:
-    """Cases in which every two values that go together meet, chosen greedily in order."""
+    """Cases in which every two values that go together meet, chosen greedily in order.
+
+    What is recomputed, tiled and offloaded takes turns, every pair of those within the cases of each architecture.
+    """
     left = list(cases())
     missing = {pair for case in left for pair in pairs(case)}
     chosen = []
@@ -183,6 +192,12 @@ def pairwise() -> list[Case]:
         best = max(left, key=lambda case: len(missing & pairs(case)))
         chosen.append(best)
         missing -= pairs(best)
+    turns = Counter()
+    for at, case in enumerate(chosen):
+        turn = turns[case.name]
+        turns[case.name] += 1
+        memory = {"recompute": RECOMPUTE[turn % 3], "tile": TILES[turn % 2], "offload": OFFLOAD[turn // 2 % 2]}
+        chosen[at] = replace(case, **memory)
     return chosen
 
 
@@ -219,7 +234,8 @@ knows their names.
 
 Masks: none; `attention_mask` of ones; padding on the right and on the left of a row; two documents a row packed through
 `position_ids`. Losses: all labels; half a row without; none on the first rank; `num_items_in_batch` given. Every two of
-architecture, mask, loss, length and number of ranks meet in some case. "Worst" is the worst difference of any rank's
+architecture, mask, loss, length and number of ranks meet in some case; recompute {RECOMPUTE}, tile {TILES} and
+offload {OFFLOAD} take turns. "Worst" is the worst difference of any rank's
 loss or gradients from eager, as [exactness.md](exactness.md) measures it.
 
 | architecture | masks | losses | cases | worst | computed on every rank |

@@ -31,7 +31,8 @@ def areas(title: str, said: str, levels: Sequence[Level], kinds: Sequence[str], 
     for name, start in sections.items():
         place = x(start * share)
         shapes.append(f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        shapes.append(_text(place + 4, HEIGHT - BOTTOM + 18, name))
+        beside = (place + 4, "start") if place < WIDTH * 0.85 else (WIDTH - RIGHT, "end")
+        shapes.append(_text(beside[0], HEIGHT - BOTTOM + 18, name, beside[1]))
     return _svg(title, said, [*shapes, *_grid(most, y)]) + _legend(kinds)
 
 
@@ -48,14 +49,15 @@ def lines(title: str, said: str, series: Mapping[str, Sequence[tuple[int, int]]]
     lengths, most = sorted({length for length, _ in points}), max(limit_bytes, *(count for _, count in points))
     x = _scale(log2(lengths[0]) - 0.1, log2(lengths[-1]) + 0.9, LEFT, WIDTH - RIGHT)
     y = _scale(0, most, HEIGHT - BOTTOM, TOP)
-    shapes = [_across("limit", y(limit_bytes))]
+    limit = _text(WIDTH - RIGHT, y(limit_bytes) - 6, f"a rank has {bytes_text(limit_bytes)}", "end")
+    shapes = [_across("limit", y(limit_bytes)), limit]
     shapes += [_text(x(log2(length)), HEIGHT - BOTTOM + 18, length_text(length), "middle") for length in lengths]
     for at, (name, line) in enumerate(series.items()):
         places = [(x(log2(length)), y(count)) for length, count in line]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
         shapes.append(f'<polyline class="line{at % 6}" points="{path}"/>')
         shapes += [f'<circle class="line{at % 6}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in places]
-        shapes.append(_text(places[-1][0] + 8, places[-1][1] + 4, name))
+        shapes.append(_text(places[-1][0] + 8, places[-1][1] + 14, name))
     return _svg(title, said, [*_grid(most, y), *shapes])
 
 

@@ -16,12 +16,12 @@ STYLE = """
 --parameters:#8c959f;--gradients:#d9822b;--kept:#2f6fb5;--working:#6aa84f;--communication:#b04a7b}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--paper:#14171a;--rule:#363c43;--faint:#9aa4af;
 --parameters:#6e7681;--gradients:#e0954a;--kept:#5b9bdf;--working:#7fbf63;--communication:#d177a3}}
-body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:var(--ink);
+body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:var(--ink);
 background:var(--paper)}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}
 .wide{overflow-x:auto}table{border-collapse:collapse}
-td,th{padding:.25em 1.5em .25em 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;
-overflow-wrap:anywhere}
+td,th{padding:.25em 1.2em .25em 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;}
+td:last-child{overflow-wrap:anywhere;min-width:8em}
 td.number,th.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 svg{width:100%;height:auto;display:block}text{font-size:12px;fill:var(--faint)}
 .grid,.mark{stroke:var(--rule);stroke-width:1}.mark{stroke:var(--ink);stroke-dasharray:3 3}

@@ -1,12 +1,15 @@
 """Planned memory against what is taken, with the shapes. Exit code 1 where a plan is not kept.
 
-    python -m benchmarks.memory [--sp 2] [--seq 1024] [--layers 2] [--hidden 256] [--vocab 2048]
+    python -m benchmarks.memory [--only step] [--sp 2] [--seq 1024] [--layers 2] [--hidden 256] [--vocab 2048]
+    python -m benchmarks.memory --only sweep
 
-Of one step of a built artifact, beside parameters and batch:
+`step`: of one step of a built artifact, beside parameters and batch:
 
     counted     on real gloo processes, bytes of live storages, as a dispatch mode sees them made and freed
     allocated   by one process alone, what torch's allocator has handed out, inside of ATen's kernels too; it does not
                 see what other threads free, and gloo's do
+
+`sweep`: `autosp-aot plan` of Llama-3.1-8B at 4 lengths for 4 numbers of ranks, and how long it takes.
 
 The plan leaves out blocks of ATen's CPU kernels, a few MiB a thread at any length (`BLOCKS_BYTES`). A module's step has
 the loss that it hands out and its gradient besides (`LOSS_BYTES`).
@@ -16,6 +19,7 @@ import argparse
 import itertools
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,23 +32,46 @@ from torch.autograd.profiler import profile
 import autosp_aot
 from autosp_aot.artifact import read_bodies
 from autosp_aot.cost import curve
+from autosp_aot.plan_report import plan_text
+from autosp_aot.planning import Asked, Setting, sweep
+from autosp_aot.targets import DEVICES
+from benchmarks.build import MODEL, SHAPE
 from examples import llama
 from tests.storages import Storages
 
 DEFAULTS = {"sp": 2, "seq": 1024, "batch": 1, "layers": 2, "hidden": 256, "heads": 8, "kv-heads": 2, "vocab": 2048}
 DTYPES, RECOMPUTE, TILES = ("float32", "bfloat16"), ("none", "sac", "full"), ("off", 4)
 BLOCKS_BYTES, LOSS_BYTES = 4 * 2**20, 8
+SWEPT_SP, SWEPT_SEQ, SWEEP_S = (1, 2, 4, 8), (2**15, 2**16, 2**17, 2**18), 240
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", choices=["step", "sweep"], default="step")
     args = parser.parse_args()
+    if args.only == "sweep":
+        sys.exit(not sweep_8b())
     print(", ".join(f"{name} {getattr(args, name.replace('-', '_'))}" for name in DEFAULTS))
     print(f"{'':20} {'rank':>7} {'planned':>12} {'taken':>12} {'more':>9}")
     kept = [*step(args, args.sp, counted, LOSS_BYTES), *step(args, 1, allocated, LOSS_BYTES + BLOCKS_BYTES)]
     sys.exit(not all(kept))
+
+
+# --- a plan -------------------------------------------------------------------------------------------------------
+
+
+def sweep_8b() -> bool:
+    """The table, and whether it was made in time."""
+    device = DEVICES["a100-80"]
+    setting = Setting(device, device.memory_bytes, reserve_bytes=3 * 2**30)
+    started = time.perf_counter()
+    points = sweep(Asked(MODEL, 1, SHAPE | {"num_hidden_layers": 32}, setting), SWEPT_SP, SWEPT_SEQ, jobs=2)
+    seconds = time.perf_counter() - started
+    print(plan_text(points, setting))
+    print(f"\n{len(points)} points in {seconds:.0f} s (limit {SWEEP_S})")
+    return seconds < SWEEP_S
 
 
 # --- one step -----------------------------------------------------------------------------------------------------

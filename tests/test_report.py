@@ -44,7 +44,7 @@ def test_show_has_a_table_of_what_moves(saved):
     assert table == [
         ["section", "collective", "count", "received by the worst rank"],
         ["forward", "all_to_all", "4", "768 B"],
-        ["forward", "all_reduce", "2", "16 B"],
+        ["forward", "all_reduce", "1", "8 B"],
         ["backward", "all_to_all", "2", "384 B"],
         ["backward", "reduce_scatter", "2", "384 B"],
         ["sum_gradients", "all_reduce", "1", "7.88 KiB"],

@@ -100,7 +100,7 @@ def heaviest(program: Program) -> int:
 
 def curve(program: Program, rank: int, target: str = "cpu") -> list[Moment]:
     """The memory of rank `rank` at each instruction, in order."""
-    storages = _Storages(program, rank, target)
+    storages = Storages(program, rank, target)
     return [storages.step(instr, section.name) for section in program.sections for instr in section.instrs]
 
 
@@ -115,7 +115,7 @@ class Lifetime:
 
 def lifetimes(program: Program, rank: int, target: str = "cpu") -> list[Lifetime]:
     """Every storage of rank `rank` in the order they are made; values that share one are in it once. No inputs."""
-    storages, born, found = _Storages(program, rank, target), {}, {}
+    storages, born, found = Storages(program, rank, target), {}, {}
     at = 0
     for section in program.sections:
         for instr in section.instrs:
@@ -135,7 +135,7 @@ def lifetimes(program: Program, rank: int, target: str = "cpu") -> list[Lifetime
 
 def storages(program: Program, rank: int) -> dict[str, str]:
     """By name, the value that each value's storage was made for; "" for inputs'. `program` has no `free` yet."""
-    found = _Storages(program, rank, "cpu")
+    found = Storages(program, rank, "cpu")
     for section in program.sections:
         for instr in section.instrs:
             found.step(instr, section.name)
@@ -170,7 +170,7 @@ def _received(source: Value, target: Value, ranks: int) -> int:
     return received_bytes(source.placement, target.placement, source.whole_shape, ITEMSIZE[source.dtype], ranks)
 
 
-class _Storages:
+class Storages:
     """The storages that are alive, each under the name of the value it was made for, and the names that lie in it."""
 
     def __init__(self, program: Program, rank: int, target: str):
@@ -220,7 +220,7 @@ class _Storages:
         sizes = {tuple(n.values[first + tile] for n in numbers): tile for tile in reversed(range(body.tiles))}
         return sorted(sizes.values())
 
-    def inside(self, instr: Instr, made: dict[str, Value], tile: int) -> "_Storages":
+    def inside(self, instr: Instr, made: dict[str, Value], tile: int) -> "Storages":
         """Where a tile begins: with what its body reads, which is counted outside."""
         inside = copy(self)
         inside.box, inside.count, inside.total = self.box * instr.body.tiles + tile, instr.body.tiles, 0

@@ -52,6 +52,8 @@ class Layouts:
         self, instr: Instr, tensors: Mapping[str, Tensor], values: Mapping[str, Value], box: int, tiles: int = 1
     ) -> Made:
         """What `instr` makes of operands with these layouts; `values` has their placements."""
+        if instr.into is not None:
+            return Made((tensors[instr.refs()[instr.into]],), (instr.into,), 0)
 
         def filled(arg):
             kind = type(arg)

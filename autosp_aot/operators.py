@@ -5,6 +5,9 @@ none without a tensor operand except the constant tensors below. `autosp.uniform
 Everything else is refused by name.
 """
 
+from collections.abc import Iterable
+from functools import cache, partial
+
 import torch
 
 DTYPES = {
@@ -38,6 +41,8 @@ OURS = {
     "autosp.rescale": "autosp.rescale(x, tangent, guess) -> x, times tangent / guess",
     "autosp.uniform": "autosp.uniform(seed, site, shape, box, dtype) -> draws",
 }
+# What torch computes a number's operator with: the number becomes a tensor.
+OF_TENSORS = {f"aten.{name}.Scalar": f"aten.{name}.Tensor" for name in ("div", "mul")}
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 COLLECTIVES = MOVES[1:]
 # To host memory and back: `offload` and `fetch` start a copy, `wait` gives what it made once it is done.
@@ -66,6 +71,25 @@ def overload(name: str) -> torch._ops.OpOverload | None:
     return found if _pure(found) and (name in FACTORIES or _reads_tensor(found)) else None
 
 
+@cache
+def writer(name: str) -> tuple[torch._ops.OpOverload, str] | None:
+    """The overload of an elementwise operator that writes its result into a tensor, and the argument that is this one.
+
+    None for other operators, and where torch only has an overload that makes the result first and copies it (a
+    generated one).
+    """
+    found = overload(OF_TENSORS.get(name, name))
+    if found is None or torch.Tag.pointwise not in found.tags or len(found._schema.returns) != 1:
+        return None
+    packet = found.overloadpacket
+    for other in map(partial(getattr, packet), packet.overloads()):
+        written = [argument.name for argument in other._schema.arguments if argument.is_out]
+        said = _said(argument for argument in other._schema.arguments if not argument.is_out)
+        if len(written) == 1 and said == _said(found._schema.arguments) and torch.Tag.generated not in other.tags:
+            return other, written[0]
+    return None
+
+
 def schema(name: str) -> str | None:
     """The signature of an allowed operator; None for one that is not."""
     if name in OURS:
@@ -77,6 +101,10 @@ def schema(name: str) -> str | None:
 def _pure(found: torch._ops.OpOverload) -> bool:
     returns_tensors = all("Tensor" in str(result.type) for result in found._schema.returns)
     return not found._schema.is_mutable and returns_tensors and torch.Tag.nondeterministic_seeded not in found.tags
+
+
+def _said(arguments: Iterable) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in arguments]
 
 
 def _reads_tensor(found: torch._ops.OpOverload) -> bool:

@@ -83,7 +83,8 @@ class Where:
 class Instr:
     """One operator call. `outs` has an entry for each result of the operator, None where nobody uses it.
 
-    A `tiles` instruction has a `body`, and as `args` every outer value that the body reads.
+    A `tiles` instruction has a `body`, and as `args` every outer value that the body reads. The result of one with
+    `into` is written into the memory of an operand, that many places after the first of `refs`.
     """
 
     outs: tuple[Value | None, ...]
@@ -92,6 +93,7 @@ class Instr:
     kwargs: tuple[tuple[str, object], ...] = ()
     where: Where = Where()
     body: "Body | None" = None
+    into: int | None = None
 
     def refs(self) -> list[str]:
         """Names of the tensor operands in the order they appear, repeats included."""

@@ -7,7 +7,9 @@
     batch %input_ids: i64[2, 65] @ Replicate
     section forward takes ()
       %embed.embedding: f32[2, $0, 64] @ Shard(1, cut65) = aten.embedding.default(%w, %ids)  # model.py:12 embed
-      free %ids
+      free(%ids)
+      %h: f32[2, $0, 64] @ Shard(1, cut65) = aten.add.Tensor(%x, %y, into=%x)
+      free(%x, %y)
     gives (loss=%loss)
 
 `tiles` and what a tile gives enclose a body:
@@ -32,6 +34,7 @@ from autosp_aot.program import ITEMSIZE, Body, Dtype, Input, Instr, Int, PerRank
 
 HEADER = "autosp program 1"
 KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")
+INTO = "into"  # as a keyword, the operand whose memory the result takes
 DEPTH = 300  # of lists in an argument; a score expression has at most 256 parts
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
 
@@ -71,6 +74,7 @@ class _Printer:
 
     def instr(self, instr: Instr) -> str:
         args = [self.arg(a) for a in instr.args] + [f"{k}={self.arg(v)}" for k, v in instr.kwargs]
+        args += [] if instr.into is None else [f"{INTO}=%{instr.refs()[instr.into]}"]
         call = f"{instr.op}({', '.join(args)})" + (f" in {instr.body.tiles}" if instr.body else "")
         outs = "; ".join("_" if out is None else self.value(out) for out in instr.outs)
         note = " ".join(p for p in (instr.where.source or "-", instr.where.module) if p)
@@ -223,13 +227,19 @@ class _Parser:
         if not match:
             raise ValueError("not an instruction")
         args, kwargs = self.args(match[2])
+        into = None
+        if kwargs and kwargs[-1][0] == INTO:
+            *kwargs, (_, taken) = kwargs
+            if not isinstance(taken, Ref):
+                raise ValueError(f"{INTO} is an operand")
+            into = Instr((), match[1], args, tuple(kwargs)).refs().index(taken.name)
         source, _, module = note.partition(" ")
         where = Where("" if source == "-" else source, module)
         values = tuple(None if out == "_" else self.value(out) for out in outs.split("; ")) if outs else ()
         body = Body(int(match[3]), (), ()) if match[3] else None
         if (match[1] == TILES) != (body is not None):
             raise ValueError(f"{TILES}, and nothing else, is done in a number of tiles")
-        return Instr(values, match[1], args, kwargs, where, body)
+        return Instr(values, match[1], args, tuple(kwargs), where, body, into)
 
     def value(self, text: str) -> Value:
         match = _VALUE.fullmatch(text)

@@ -1,7 +1,10 @@
 """What is legal in any program: names, lifetimes, operators, boxes that fit their placements, copies to host memory."""
 
+from itertools import pairwise
+
+from autosp_aot.aliases import Aliases
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import COLLECTIVES, COPIES, FREE, MOVES, TILES
+from autosp_aot.operators import COLLECTIVES, COPIES, FREE, MOVES, TILES, writer
 from autosp_aot.placement import covers
 from autosp_aot.program import ITEMSIZE, Instr, Program, Section, Value
 
@@ -28,6 +31,7 @@ class _Verifier:
         self.alive: dict[str, Value] = {}
         self.made: set[str] = set()
         self.host = _Host(program.ranks)
+        self.aliases = Aliases(entry.value.name for entry in program.inputs)
 
     def run(self) -> None:
         names = tuple(section.name for section in self.program.sections)
@@ -46,8 +50,8 @@ class _Verifier:
             if name not in self.alive:
                 raise illegal(f"section {section.name} takes {name}, which no earlier section made or kept")
         visible = inputs | set(section.takes)
-        for instr in section.instrs:
-            self.instr(instr, visible)
+        for instr, after in pairwise((*section.instrs, None)):
+            self.instr(instr, after, visible)
         for label, name in section.gives:
             if name not in self.alive or name not in visible:
                 raise illegal(f"section {section.name} gives {label}, but {name} is not alive at its end")
@@ -56,7 +60,7 @@ class _Verifier:
         for name in self.host.started:
             raise illegal(f"section {section.name} ends before the copy {name} is waited for")
 
-    def instr(self, instr: Instr, visible: set[str]) -> None:
+    def instr(self, instr: Instr, after: Instr | None, visible: set[str]) -> None:
         refs = instr.refs()
         for name in refs:
             if name not in self.alive or name not in visible:
@@ -68,6 +72,7 @@ class _Verifier:
             for name in refs:
                 del self.alive[name]
             self.host.released(instr)
+            self.aliases.release(refs)
             return
         self.host.read(instr)
         if instr.op == TILES:
@@ -80,9 +85,25 @@ class _Verifier:
             raise illegal("an all_reduce has operands, and a result for each", instr)
         if instr.op in COPIES:
             self.host.copied(instr, [self.alive[name] for name in refs])
+        if instr.into is not None:
+            self.reuse(instr, after)
+        self.aliases.make(instr)
         for out in instr.values():
             self.define(out, instr)
             visible.add(out.name)
+
+    def reuse(self, instr: Instr, after: Instr | None) -> None:
+        """An elementwise result is written into an operand of its shape that nobody reads again, by any name."""
+        name, (out,) = instr.refs()[instr.into], instr.outs
+        operand = self.alive[name]
+        if writer(instr.op) is None:
+            raise illegal(f"{instr.op} cannot write into {name}", instr)
+        if (operand.dtype, operand.shape) != (out.dtype, out.shape):
+            raise illegal(f"{out.name} is of another type than {name}, into which it is written", instr)
+        released = after.refs() if after is not None and after.op == FREE else []
+        if name not in released or not self.aliases.ends(instr, name, released):
+            why = "it, or what may lie in its memory, is not released right after"
+            raise illegal(f"{name} is written into", instr, why)
 
     def tiles(self, instr: Instr) -> None:
         """A body reads what the instruction lists and what it makes itself, meets no rank and gives what it made."""
@@ -92,15 +113,15 @@ class _Verifier:
         inside = _Verifier(self.program, self.boxes * body.tiles)
         read = {name: self.alive[name] for name in instr.refs()}
         inside.alive = dict(read)
-        inside.made = set(self.made)
+        inside.made, inside.aliases = set(self.made), self.aliases.copy()
         visible = set(read)
-        for inner in body.instrs:
+        for inner, after in pairwise((*body.instrs, None)):
             if inner.op in (*COLLECTIVES, *COPIES, TILES):
                 why = "ranks meet and copies go to the host outside, and tiles have no tiles"
                 raise illegal(f"{inner.op} in a body", inner, why)
             if inner.op == FREE and read.keys() & set(inner.refs()):
                 raise illegal("a body releases a value that is not its own", inner)
-            inside.instr(inner, visible)
+            inside.instr(inner, after, visible)
         for name in body.gives:
             if name not in inside.alive or name in read:
                 raise illegal(f"a body gives {name}, which it did not make or has released", instr)

@@ -17,9 +17,9 @@ def made(name: str) -> Callable[[Instr], bool]:
 
 
 def planted(program: Program, plant: Plant) -> Program:
-    """The program with a rewrite, and released anew: what is used later lives longer."""
+    """The program with a rewrite, and released anew: what is used later lives longer, and nothing is written into."""
     bare = replace(program, sections=tuple(
-        replace(s, instrs=tuple(i for i in s.instrs if i.op != "free")) for s in program.sections
+        replace(s, instrs=tuple(replace(i, into=None) for i in s.instrs if i.op != "free")) for s in program.sections
     ))  # fmt: skip
     return release(plant(bare))
 
@@ -108,14 +108,11 @@ def copies_not_summed(program: Program) -> Program:
 
 
 def reordered(a: str, b: str) -> Plant:
-    """What makes `b` comes where `a` was made, and the other way round."""
+    """What makes `a` comes after what makes `b`."""
 
     def plant(program: Program) -> Program:
-        found = {name: next(filter(made(name), program.instrs())) for name in (a, b)}
-        swap = {id(found[a]): found[b], id(found[b]): found[a]}
-        return replace(program, sections=tuple(
-            replace(s, instrs=tuple(swap.get(id(i), i) for i in s.instrs)) for s in program.sections
-        ))  # fmt: skip
+        first = next(filter(made(a), program.instrs()))
+        return edit(edit(program, made(a), lambda instr: []), made(b), lambda instr: [instr, first])
 
     return plant
 

@@ -11,7 +11,7 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.export.canonical import canonical_program
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
-from autosp_aot.passes.pipeline import Compiled, compile_program
+from autosp_aot.passes.pipeline import Compiled, Watch, compile_program, unwatched
 from autosp_aot.program import Program
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
@@ -62,13 +62,18 @@ def sharded(
 
 
 def built(
-    model: nn.Module, batch: dict[str, Tensor], ranks: int, dims: dict[str, int] | None = None, **options
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    ranks: int,
+    dims: dict[str, int] | None = None,
+    watch: Watch = unwatched,
+    **options,
 ) -> tuple[Compiled, dict[str, Tensor]]:
     """What a model is built to, and all inputs of its programs, tangents of one among them."""
     mode = FakeTensorMode()
     whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
     dims = dims or {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
-    compiled = compile_program(whole, dims, BuildConfig(ranks, **options))
+    compiled = compile_program(whole, dims, BuildConfig(ranks, **options), watch=watch)
     tangents = [entry.value for entry in compiled.program.inputs if entry.kind in ("tangent", "guess")]
     ones = {value.name: torch.ones((), dtype=DTYPES[value.dtype]) for value in tangents}
     return compiled, model_values(model) | dict(model.named_buffers()) | constants | batch | ones

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import safetensors.torch
@@ -73,9 +72,8 @@ def test_a_dropped_collective_on_one_rank(saved):
 
 def test_swapped_collectives_on_one_rank(saved):
     def swap(lines):
-        places = [at(lines, f"blocks.0.{name}.all_to_all") for name in ("permute", "permute.1")]
-        for a, b in pairwise(places):
-            lines[a], lines[b] = lines[b], lines[a]
+        first, second = (at(lines, f"blocks.0.{name}.all_to_all") for name in ("permute", "permute.1"))
+        lines.insert(second, lines.pop(first))
         return [line for line in lines if line != "  free(%blocks.0.permute)"]
 
     own_body(saved, swap)
@@ -139,6 +137,8 @@ def test_every_constant_of_every_rank_is_proved(saved):
     check(saved)
 
 
+ADDED = "aten.add.Tensor(%tokens.embedding, %positions.embedding, into=%tokens.embedding)"
+
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +150,7 @@ def test_every_constant_of_every_rank_is_proved(saved):
     "aten.item.default(%tokens.embedding)",
 ])  # fmt: skip
 def test_an_operator_that_could_do_harm_is_refused_before_anything_is_allocated(saved, call):
-    edit_text(saved, "aten.add.Tensor(%tokens.embedding, %positions.embedding)", call)
+    edit_text(saved, ADDED, call)
     op = call.partition("(")[0]
     said = (
         f"error[operator-refused]: {op} is not allowed in a program\n"
@@ -171,7 +171,7 @@ class Alone:
 
 @pytest.mark.parametrize("op", ["os.system", "torch.load", "eval"])
 def test_what_is_no_operator_is_refused(saved, op):
-    edit_text(saved, "aten.add.Tensor(%tokens.embedding, %positions.embedding)", f'{op}("x")')
+    edit_text(saved, ADDED, f'{op}("x")')
     assert f"error[program-illegal]: {op} is not an operator" in refused(saved)
 
 

@@ -8,11 +8,13 @@ from autosp_aot.derive import derive
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.early import compute_early
 from autosp_aot.passes.offload import offload
+from autosp_aot.passes.order import order
 from autosp_aot.passes.partition import Fallback, partition
 from autosp_aot.passes.plan import plan
 from autosp_aot.passes.query_rows import split_query_rows
 from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
+from autosp_aot.passes.reuse import reuse
 from autosp_aot.passes.rules.spec import Strategy
 from autosp_aot.passes.sections import split_sections
 from autosp_aot.passes.tile import tile
@@ -93,9 +95,11 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("plan", _plan),
     ("recompute", lambda step, task: replace(step, program=recompute(step.program, step.kept))),
     ("tile", _tile),
+    ("order", _on_ranks(lambda program, task: order(program, task.config.target))),
     # After whatever moves instructions: a copy's place is where it overlaps with work.
     ("offload", _on_ranks(lambda program, task: offload(program, task.config))),
     ("release", _on_ranks(lambda program, task: release(program))),
+    ("reuse", _on_ranks(lambda program, task: reuse(program, task.config.target))),
 )
 
 

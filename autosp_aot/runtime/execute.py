@@ -90,6 +90,8 @@ class Executor:
             kwargs["device"] = self.device
         slots = [(at, arg.name) for at, arg in enumerate(args) if isinstance(arg, Ref)]
         nested = [(at, arg) for at, arg in enumerate(args) if isinstance(arg, tuple) and _holds_ref(arg)]
+        if instr.into is not None:
+            function = _writing(instr.op, slots[instr.into][0])
         names = [None if out is None else out.name for out in instr.outs]
         single = names[0] if len(names) == 1 else None
 
@@ -197,6 +199,12 @@ def _room(out: Value, add: bool, device: torch.device) -> Tensor:
     if add:
         return torch.zeros(out.shape, dtype=wide(DTYPES[out.dtype]), device=device)
     return torch.empty(out.shape, dtype=DTYPES[out.dtype], device=device)
+
+
+def _writing(op: str, at: int) -> Callable[..., Tensor]:
+    """An elementwise operator that writes its result into its argument number `at`."""
+    function, name = operators.writer(op)
+    return lambda *args, **kwargs: function(*args, **kwargs, **{name: args[at]})
 
 
 def _free(names: list[str]) -> Step:

@@ -23,8 +23,10 @@ from itertools import accumulate
 
 from autosp_aot.config import BuildConfig
 from autosp_aot.cost import curve, flops, heaviest, storages
+from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.release import release
 from autosp_aot.program import RECOMPUTED, Instr, Program, Ref, Value, rename
+from autosp_aot.units import bytes_text
 
 # What a device computes while a byte goes over its link to the host: about half its peak in bf16 over 25 (PCIe 4) or 50
 # GB/s (PCIe 5), from the data sheets of A100, H100 and MI300X. Only the distances follow from it, never a number.
@@ -64,19 +66,26 @@ class _Copy:
 
 
 def offload(program: Program, config: BuildConfig) -> Program:
-    """Apply `host`, all that is worth it; `auto`, the first of that with which the budget is kept, or all; or `off`."""
+    """Apply `host`, all that is worth it; `auto`, the first of that with which the budget is kept, or all; or `off`.
+
+    Raises BuildError (`budget-too-small`) where all is not enough and `recompute` is not `auto`, which has its own say.
+    """
     if config.offload == "off":
         return program
     names, rank = worth_it(program), heaviest(program)
     if config.offload == "host":
         return stowed(program, names)
-    room = config.memory_budget_bytes - sum(entry.value.nbytes(rank) for entry in program.inputs)
+    inputs = sum(entry.value.nbytes(rank) for entry in program.inputs)
 
-    def fits(count: int) -> bool:
+    def needed(count: int) -> int:
         moments = curve(release(stowed(program, names[:count])), rank, config.target)
-        return max(moment.peak_bytes for moment in moments) <= room
+        return inputs + max(moment.peak_bytes for moment in moments)
 
-    return stowed(program, names[: bisect_left(range(len(names)), True, key=fits)])
+    budget = config.memory_budget_bytes
+    count = bisect_left(range(len(names)), True, key=lambda count: needed(count) <= budget)
+    if config.recompute != "auto" and needed(count) > budget:
+        raise BuildError(_too_small(needed(count), config))
+    return stowed(program, names[:count])
 
 
 def stowed(program: Program, names: Collection[str]) -> Program:
@@ -123,6 +132,15 @@ def worth_it(program: Program) -> list[str]:
     sizes = sorted(stay.value.nbytes(rank) for stay in long)
     least = next((size for size, up_to in zip(sizes, accumulate(sizes)) if up_to * SMALL >= sum(sizes)), 0)
     return [name for stay in long if stay.value.nbytes(rank) >= least for name in stay.crossing]
+
+
+def _too_small(least: int, config: BuildConfig) -> Problem:
+    return Problem(
+        "budget-too-small",
+        f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(config.memory_budget_bytes)}",
+        why=f"all that is worth it waits in host memory, and recompute is {config.recompute}",
+        fix=f"--recompute auto, more ranks, a shorter sequence, or a budget of {bytes_text(least)}",
+    )
 
 
 def _work(program: Program) -> dict[str, list[int]]:

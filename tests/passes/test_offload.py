@@ -7,10 +7,12 @@ import torch
 
 from autosp_aot.cost import costs, curve
 from autosp_aot.derive import derive
+from autosp_aot.errors import BuildError
 from autosp_aot.passes import offload as offload_pass
 from autosp_aot.passes.offload import IN_FLIGHT, stowed, worth_it
 from autosp_aot.passes.release import release
 from autosp_aot.program_text import parse_program, print_program
+from autosp_aot.units import bytes_text
 from autosp_aot.verify import verify
 from examples import llama, plain
 from tests.mutants import planted
@@ -179,6 +181,13 @@ def test_auto_sends_what_the_budget_needs_and_no_more():
         assert inputs + found.peak_bytes <= budget
         moved.append(found.host_moved_bytes)
     assert moved[0] > moved[1] > moved[2] == 0
+    with pytest.raises(BuildError) as caught:
+        program("auto", least - 1)
+    assert str(caught.value) == (
+        f"error[budget-too-small]: a rank needs {bytes_text(least)} at least, the budget is {bytes_text(least - 1)}\n"
+        "  why    all that is worth it waits in host memory, and recompute is none\n"
+        f"  fix    --recompute auto, more ranks, a shorter sequence, or a budget of {bytes_text(least)}"
+    )
 
 
 @pytest.mark.parametrize("ranks, recompute", [(1, "none"), (3, "sac")])

@@ -12,7 +12,7 @@
 `sweep`: `autosp-aot plan` of Llama-3.1-8B at 4 lengths for 4 numbers of ranks, and how long it takes.
 
 The plan leaves out blocks of ATen's CPU kernels, a few MiB a thread at any length (`BLOCKS_BYTES`). A module's step has
-the loss that it hands out and its gradient besides (`LOSS_BYTES`).
+single numbers besides: the loss that it hands out, its gradient, and the guess of it (`LOSS_BYTES`).
 """
 
 import argparse
@@ -41,7 +41,7 @@ from tests.storages import Storages
 
 DEFAULTS = {"sp": 2, "seq": 1024, "batch": 1, "layers": 2, "hidden": 256, "heads": 8, "kv-heads": 2, "vocab": 2048}
 DTYPES, RECOMPUTE, TILES = ("float32", "bfloat16"), ("none", "sac", "full"), ("off", 4)
-BLOCKS_BYTES, LOSS_BYTES = 4 * 2**20, 8
+BLOCKS_BYTES, LOSS_BYTES = 4 * 2**20, 12
 SWEPT_SP, SWEPT_SEQ, SWEEP_S = (1, 2, 4, 8), (2**15, 2**16, 2**17, 2**18), 240
 
 

@@ -162,11 +162,11 @@ def moved(program: Program) -> list[Moved]:
                 key = section.name, instr.op
                 counts[key] += 1
                 pairs = zip(instr.refs(), instr.values())
-                received[key] += sum(_received(values[name], values[out.name], program.ranks) for name, out in pairs)
+                received[key] += sum(received_of(values[name], values[out.name], program.ranks) for name, out in pairs)
     return [Moved(*key, counts[key], received[key]) for key in counts]
 
 
-def _received(source: Value, target: Value, ranks: int) -> int:
+def received_of(source: Value, target: Value, ranks: int) -> int:
     return received_bytes(source.placement, target.placement, source.whole_shape, ITEMSIZE[source.dtype], ranks)
 
 

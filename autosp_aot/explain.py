@@ -13,6 +13,7 @@ from autosp_aot.artifact import Manifest, read_bodies, read_manifest, read_whole
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.operators import COPIES, FREE, MOVES
 from autosp_aot.passes import decisions
+from autosp_aot.passes.early import compute_early
 from autosp_aot.passes.partition import Choice, Weighed, partition, weigh
 from autosp_aot.passes.plan import reasons
 from autosp_aot.passes.rules.words import factors_text, placement_text, rule_text, strategy_text
@@ -173,8 +174,9 @@ class _Explainer:
 
     def kept(self) -> dict[str, str]:
         taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
-        placed = partition(self.whole, self.manifest.sequence_dims, self.manifest.ranks, taken)
-        return reasons(split_sections(placed.program))
+        dims = self.manifest.sequence_dims
+        placed = partition(self.whole, dims, self.manifest.ranks, taken)
+        return reasons(compute_early(split_sections(placed.program), self.whole, dims, self.manifest.tile))
 
     def released(self, name: str) -> str:
         last = "the beginning"

@@ -90,6 +90,12 @@ def writer(name: str) -> tuple[torch._ops.OpOverload, str] | None:
     return None
 
 
+def makes_view(name: str) -> bool:
+    """Whether an operator of ATen gives its operand's storage under another shape."""
+    found = overload(name)
+    return found is not None and found._schema.returns[0].alias_info is not None
+
+
 def schema(name: str) -> str | None:
     """The signature of an allowed operator; None for one that is not."""
     if name in OURS:

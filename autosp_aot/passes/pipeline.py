@@ -1,6 +1,6 @@
 """The passes, in order; what each makes is verified, and proved to be the whole step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from autosp_aot.config import BuildConfig
@@ -84,15 +84,16 @@ def _tile(step: Compiled, task: Task) -> Compiled:
 
 
 def _plan(step: Compiled, task: Task) -> Compiled:
-    return replace(step, kept=plan(step.program, task.config.recompute))
+    def scheduled(kept: Collection[str]) -> Program:
+        made = replace(step, kept=dict.fromkeys(kept, ""))
+        for _, run in SCHEDULE:
+            made = run(made, task)
+        return made.program
+
+    return replace(step, kept=plan(step.program, task.config, task.sequence_dims, scheduled))
 
 
-PIPELINE: tuple[tuple[str, Pass], ...] = (
-    ("query-rows", _on_whole(lambda whole, task: split_query_rows(whole, task.config.ranks))),
-    ("partition", _partition),
-    ("sections", _on_ranks(lambda program, task: split_sections(program))),
-    ("early", _early),
-    ("plan", _plan),
+SCHEDULE: tuple[tuple[str, Pass], ...] = (
     ("recompute", lambda step, task: replace(step, program=recompute(step.program, step.kept))),
     ("tile", _tile),
     ("order", _on_ranks(lambda program, task: order(program, task.config.target))),
@@ -100,6 +101,14 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("offload", _on_ranks(lambda program, task: offload(program, task.config))),
     ("release", _on_ranks(lambda program, task: release(program))),
     ("reuse", _on_ranks(lambda program, task: reuse(program, task.config.target))),
+)
+PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("query-rows", _on_whole(lambda whole, task: split_query_rows(whole, task.config.ranks))),
+    ("partition", _partition),
+    ("sections", _on_ranks(lambda program, task: split_sections(program))),
+    ("early", _early),
+    ("plan", _plan),
+    *SCHEDULE,
 )
 
 

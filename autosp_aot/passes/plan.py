@@ -3,14 +3,23 @@
     none    all that backward reads
     sac     the boundaries of segments, what attention and collectives make: neither is ever done twice
     full    the boundaries alone
-    auto    for every segment the choice that together take least time and fit the budget; `sac` without a budget
+    auto    what takes least time within the budget, chosen segment by segment; `sac` without a budget
 
 The last segment is always kept: backward begins there, and would compute it again while all else is alive.
 """
 
+from collections.abc import Mapping
+
+from autosp_aot.config import BuildConfig
+from autosp_aot.cost import alive, curve
+from autosp_aot.errors import BuildError, Problem
 from autosp_aot.operators import COLLECTIVES
+from autosp_aot.passes.budget import cheapest, tightest
+from autosp_aot.passes.needs import Schedule, measure
+from autosp_aot.passes.options import CEILINGS, Choice, Ladder, choices
 from autosp_aot.passes.segments import QUADRATIC, segments
 from autosp_aot.program import Program
+from autosp_aot.units import bytes_text
 
 # Why a value is kept.
 CARRIES = "the forward pass goes on from it: what follows, up to the next such place, is computed again from it"
@@ -23,12 +32,27 @@ KEEPS = {
     "none": (CARRIES, SENT, ATTENDED, LAST, ROOM),
     "sac": (CARRIES, SENT, ATTENDED, LAST),
     "full": (CARRIES, LAST),
-    "auto": (CARRIES, SENT, ATTENDED, LAST),
 }
 
+# What a solution takes in fact may be above what it was said to: so often it is solved again for less.
+ATTEMPTS = 4
+LISTED = 5
 
-def plan(program: Program, policy: str) -> dict[str, str]:
-    """The values of forward that a policy keeps, and why; some of them backward may not need."""
+
+def plan(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int], schedule: Schedule) -> dict[str, str]:
+    """The values of forward that are kept, and why; some of them backward may not need.
+
+    `schedule` makes the program that keeps given values: what that takes is what counts. Raises BuildError
+    (`budget-too-small`) where the budget cannot be met.
+    """
+    if config.recompute == "auto" and config.memory_budget_bytes is not None:
+        kept = _within(program, config, sequence_dims, schedule)
+        return {name: why for name, why in reasons(program).items() if name in kept}
+    return by_policy(program, "sac" if config.recompute == "auto" else config.recompute)
+
+
+def by_policy(program: Program, policy: str) -> dict[str, str]:
+    """The values of forward that `none`, `sac` or `full` keeps, and why."""
     return {name: why for name, why in reasons(program).items() if why in KEEPS[policy]}
 
 
@@ -42,3 +66,66 @@ def reasons(program: Program) -> dict[str, str]:
     why.update((out.name, LAST) for instr in found[-1].instrs for out in instr.values())
     why.update((name, CARRIES) for segment in found for name in segment.boundary)
     return why
+
+
+def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], schedule: Schedule) -> frozenset[str]:
+    """The values to keep for the fastest step that fits the budget."""
+    ladder = Ladder(program, config.target)
+    options = choices(ladder, measure(ladder, schedule))
+    room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
+    wanted = room
+    for _ in range(ATTEMPTS):
+        within = (cheapest(_under(options, ceiling), wanted) for ceiling in CEILINGS)
+        found = next((found for found in within if found), None)
+        if found is None:
+            break
+        over = _peak(schedule(_kept(found)), ladder) - room
+        if over <= 0:
+            return _kept(found)
+        wanted -= over
+    kept = _kept(tightest(options))
+    least = schedule(kept)
+    if _peak(least, ladder) > room:
+        raise BuildError(_too_small(least, ladder, config.memory_budget_bytes, dims))
+    return kept
+
+
+def _under(options: list[list[Choice]], ceiling: tuple[str, ...]) -> list[list[Choice]]:
+    return [[choice for choice in some if choice.rung in ceiling] for some in options]
+
+
+def _kept(found: list[Choice]) -> frozenset[str]:
+    return frozenset().union(*(choice.kept for choice in found))
+
+
+def _peak(program: Program, ladder: Ladder) -> int:
+    return max(moment.peak_bytes for moment in curve(program, ladder.rank, ladder.target))
+
+
+def _too_small(program: Program, ladder: Ladder, budget_bytes: int, dims: Mapping[str, int]) -> Problem:
+    """Says what the program that takes least needs, and for what."""
+    moments = curve(program, ladder.rank, ladder.target)
+    at = max(range(len(moments)), key=lambda at: moments[at].peak_bytes)
+    parameters = sum(entry.value.nbytes() for entry in program.inputs)
+    least = parameters + moments[at].peak_bytes
+    values = alive(program, ladder.rank, at, ladder.target)
+    given = {name for _, name in program.section("backward").gives}
+    gradients = sum(nbytes for value, nbytes in values if value.name in given)
+    length = max((e.value.shape[dims[e.value.name]] for e in program.inputs if e.value.name in dims), default=0)
+    fits = max(0, length * (budget_bytes - parameters - gradients) // max(least - parameters - gradients, 1))
+    made = {out.name: instr for instr in program.instrs() for out in instr.values()}
+    rest = moments[at].peak_bytes - gradients
+    lines = [f"at the peak, in {moments[at].section} at {moments[at].name}:",
+             f"  {bytes_text(parameters)} parameters and batch",
+             f"  {bytes_text(gradients)} gradients",
+             f"  {bytes_text(rest)} else, of which the largest:"]
+    for value, nbytes in [entry for entry in values if entry[0].name not in given][:LISTED]:
+        source = made[value.name].where.source
+        lines.append(f"    {bytes_text(nbytes)} {value.name}" + (f" ({source})" if source else ""))
+    return Problem(
+        "budget-too-small",
+        f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(budget_bytes)}",
+        why="\n".join(lines),
+        fix=f"give {bytes_text(least)}, more ranks, --offload host, or a sequence of about {fits} (in proportion;"
+        " autosp-aot plan --max-seq searches)",
+    )

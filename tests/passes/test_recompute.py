@@ -15,7 +15,7 @@ from autosp_aot.export.joint import capture
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.partition import partition
 from autosp_aot.passes.pipeline import compile_program
-from autosp_aot.passes.plan import plan
+from autosp_aot.passes.plan import by_policy
 from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
 from autosp_aot.passes.sections import split_sections
@@ -63,7 +63,7 @@ def step():
 
 @pytest.fixture(scope="module")
 def expected(step):
-    return step.results(step.keeping(plan(step.split, "none")))
+    return step.results(step.keeping(by_policy(step.split, "none")))
 
 
 def same_bits(found, expected) -> bool:
@@ -77,11 +77,11 @@ def ops(program: Program, section: str) -> Counter[str]:
 
 @pytest.mark.parametrize("policy", ["sac", "full"])
 def test_every_policy_gives_the_bits_of_none(step, expected, policy):
-    assert same_bits(step.results(step.keeping(plan(step.split, policy))), expected)
+    assert same_bits(step.results(step.keeping(by_policy(step.split, policy))), expected)
 
 
 def test_sac_runs_attention_and_collectives_once_and_full_again(step):
-    none, sac, full = (step.keeping(plan(step.split, policy)) for policy in ("none", "sac", "full"))
+    none, sac, full = (step.keeping(by_policy(step.split, policy)) for policy in ("none", "sac", "full"))
     costly = lambda program: [ops(program, "backward")[op] for op in (ATTENTION, *COLLECTIVES)]  # noqa: E731
     assert costly(sac) == costly(none) and ops(full, "backward")[ATTENTION] == LAYERS
     kept = [len(program.section("backward").takes) for program in (none, sac, full)]
@@ -91,7 +91,7 @@ def test_sac_runs_attention_and_collectives_once_and_full_again(step):
 def test_one_layer_is_computed_again_at_a_time(step):
     """At no time are recomputed values of two layers' MLPs alive together."""
     alive: set[str] = set()
-    for instr in step.keeping(plan(step.split, "sac")).section("backward").instrs:
+    for instr in step.keeping(by_policy(step.split, "sac")).section("backward").instrs:
         if instr.op == "free":
             alive -= set(instr.refs())
         alive |= {out.name for out in instr.values() if out.name.startswith(RECOMPUTED)}
@@ -104,7 +104,7 @@ def test_without_the_boundary_of_a_layer_the_one_before_is_run_to_it_and_its_own
 ):
     boundary = segments(step.split)[1].boundary
     assert boundary == ("model.layers.0.add.1",)
-    program = step.keeping(set(plan(step.split, policy)) - set(boundary))
+    program = step.keeping(set(by_policy(step.split, policy)) - set(boundary))
     assert same_bits(step.results(program), expected)
     names = [out.name for instr in program.section("backward").instrs for out in instr.values()]
     again = Counter(name.removeprefix(RECOMPUTED).removeprefix(RECOMPUTED) for name in names if RECOMPUTED in name)

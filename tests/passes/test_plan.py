@@ -1,0 +1,147 @@
+"""Planning: the budget is kept by what is really scheduled, the numbers stay, and what cannot be met is refused."""
+
+from collections import Counter
+
+import pytest
+import torch
+import transformers as hf
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autosp_aot.builder import model_values
+from autosp_aot.config import BuildConfig
+from autosp_aot.cost import costs
+from autosp_aot.errors import BuildError
+from autosp_aot.export.canonical import canonical_program
+from autosp_aot.export.fake import fake_copy
+from autosp_aot.export.joint import capture
+from autosp_aot.operators import COLLECTIVES
+from autosp_aot.passes.pipeline import compile_program
+from autosp_aot.program import Program
+from autosp_aot.runtime.simulate import simulate
+from examples import llama
+from tests.steps import half_labelled
+
+LAYERS = 4
+DIMS = {"input_ids": 1, "labels": 1}
+SHARES = (0.9, 0.6, 0.3, 0.1, 0.0)  # of the way from the least budget to what `none` takes
+
+
+class Model:
+    """A model's step, and what it takes."""
+
+    def __init__(self, model: torch.nn.Module, ranks: int, length: int):
+        mode, self.ranks = FakeTensorMode(), ranks
+        batch = half_labelled(length)
+        self.whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
+        self.inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
+
+    def build(self, recompute: str, budget_bytes: int | None = None) -> Program:
+        config = BuildConfig(self.ranks, recompute=recompute, memory_budget_bytes=budget_bytes, tile="off")
+        return compile_program(self.whole, DIMS, config).program
+
+    def taken(self, program: Program) -> int:
+        return sum(entry.value.nbytes() for entry in program.inputs) + costs(program).peak_bytes
+
+    def refused(self, budget_bytes: int) -> BuildError:
+        with pytest.raises(BuildError) as caught:
+            self.build("auto", budget_bytes)
+        return caught.value
+
+    def least(self) -> int:
+        """The least budget, as the refusal of one that is far too small says it: the next larger hundredth of a MiB."""
+        said = str(self.refused(1)).partition("a rank needs ")[2].split(" ")[:2]
+        return int((float(said[0]) + 0.01) * {"KiB": 2**10, "MiB": 2**20}[said[1]])
+
+    def results(self, program: Program) -> list[dict]:
+        return simulate([program.for_rank(rank) for rank in range(self.ranks)], self.inputs, torch.ones(()))
+
+
+@pytest.fixture(scope="module")
+def deep() -> Model:
+    torch.manual_seed(0)
+    small = dict(num_hidden_layers=LAYERS, hidden_size=16, num_attention_heads=4, head_dim=4, intermediate_size=32)
+    return Model(llama.build_model(vocab_size=64, num_key_value_heads=2, **small), 3, 97)
+
+
+@pytest.fixture(scope="module")
+def planned(deep) -> list[tuple[int, Program]]:
+    """Budgets from ample to the least, and the program for each."""
+    least, most = deep.least(), deep.taken(deep.build("none"))
+    budgets = [least + int(share * (most - least)) for share in SHARES]
+    return [(budget, deep.build("auto", budget)) for budget in budgets]
+
+
+def test_every_budget_is_kept(deep, planned):
+    assert all(deep.taken(program) <= budget for budget, program in planned)
+
+
+def test_every_plan_gives_the_bits_of_none(deep, planned):
+    expected = deep.results(deep.build("none"))
+    for _, program in planned:
+        for found, wanted in zip(deep.results(program), expected):
+            assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_less_room_means_less_kept_and_more_done_again(planned):
+    kept = [costs(program).kept_bytes for _, program in planned]
+    again = [costs(program).recomputed_flops for _, program in planned]
+    assert kept == sorted(kept, reverse=True) and again == sorted(again) and again[0] < again[-1]
+
+
+def test_collectives_and_attention_are_done_again_only_where_the_budget_needs_it(deep, planned):
+    def costly(program: Program) -> int:
+        ops = Counter(instr.op for instr in program.section("backward").instrs)
+        return sum(ops[op] for op in ("autosp.attention", *COLLECTIVES))
+
+    once = costly(deep.build("none"))
+    assert costly(planned[0][1]) == once < costly(planned[-1][1])
+    sac = deep.build("auto", deep.taken(deep.build("sac")))
+    assert costly(sac) == once
+
+
+def test_room_for_all_means_that_nothing_is_computed_again(deep):
+    none = deep.build("none")
+    assert deep.build("auto", 2 * deep.taken(none)) == none
+
+
+def test_auto_without_a_budget_is_sac(deep):
+    assert deep.build("auto") == deep.build("sac")
+
+
+def test_what_cannot_be_met_is_refused_with_what_it_takes_and_for_what(deep):
+    (problem,) = deep.refused(10_000).problems
+    assert problem.code == "budget-too-small"
+    assert problem.what.endswith(", the budget is 9.77 KiB") and problem.what.startswith("a rank needs ")
+    assert "parameters and batch" in problem.why and "gradients" in problem.why and ".py:" in problem.why
+    assert "a sequence of about 0 " in problem.fix
+
+
+def test_what_is_kept_has_a_reason(deep, planned):
+    config = BuildConfig(deep.ranks, recompute="auto", memory_budget_bytes=planned[1][0], tile="off")
+    compiled = compile_program(deep.whole, DIMS, config)
+    assert set(compiled.program.section("backward").takes) <= set(compiled.kept)
+    assert all(why for why in compiled.kept.values())
+
+
+@pytest.mark.parametrize("name", ["t5", "mamba2"])
+def test_models_of_other_shapes_are_planned_too(name):
+    torch.manual_seed(0)
+    small = dict(vocab_size=64, use_cache=False, pad_token_id=0)
+    model = {
+        "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(
+            **small, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, dropout_rate=0.0,
+            decoder_start_token_id=0)),
+        "mamba2": lambda: hf.Mamba2ForCausalLM(hf.Mamba2Config(
+            **small, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=16, n_groups=2,
+            chunk_size=8, bos_token_id=1, eos_token_id=2)),
+    }[name]().train()  # fmt: skip
+    step = Model(model, 2, 64)
+    none = step.build("none")
+    least, most = step.least(), step.taken(none)
+    assert least < most
+    expected = step.results(none)
+    for budget in (least, (least + most) // 2):
+        program = step.build("auto", budget)
+        assert step.taken(program) <= budget
+        for found, wanted in zip(step.results(program), expected):
+            assert all(torch.equal(found[label], wanted[label]) for label in wanted)

@@ -9,7 +9,8 @@
 
 Where the boundary of a segment is not kept, the way to it leads through the segments before. What costs much there
 (boundaries, attention, collectives) is held until its own segment is differentiated; all else is released on the way
-and computed once more then, as `recompute.recompute.n`.
+and computed once more then, as `recompute.recompute.n`. So is what is large and cheap, such as a norm in fp32, where it
+is read before and after the gradient of an attention: tiles that make it twice need not hold it in between.
 
 Method: checkpointing (Chen et al. 2016, arXiv:1604.06174) selective by operator cost (Korthikanti et al. 2022,
 arXiv:2205.05198; AutoSP, ICLR 2026).
@@ -18,11 +19,15 @@ arXiv:2205.05198; AutoSP, ICLR 2026).
 from collections.abc import Collection
 from dataclasses import replace
 
+from autosp_aot.cost import flops, heaviest
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.segments import QUADRATIC, numbered, segments
 from autosp_aot.program import RECOMPUTED, Instr, Program, rename
 
 COSTLY = (*COLLECTIVES, *QUADRATIC)
+GRADIENTS = tuple(f"{op}_backward" for op in QUADRATIC)
+# What is larger is not held over the gradient of an attention.
+LARGE_BYTES = 2**27
 
 
 def recompute(program: Program, kept: Collection[str]) -> Program:
@@ -38,7 +43,13 @@ class _Recomputation:
         self.segment = numbered(program, found)
         self.held = {name for segment in found for name in segment.boundary}
         self.held |= {name for name, instr in self.made.items() if instr.op in COSTLY}
-        self.names: dict[tuple[str, int | None], str] = {}
+        values, rank = program.values(), heaviest(program)
+        self.passing = {
+            out.name for instr in self.made.values() for out in instr.values()
+            if out.nbytes(rank) > LARGE_BYTES and out.name not in self.held and not flops(instr, values, rank)
+        }  # fmt: skip
+        self.attentions = 0
+        self.names: dict[tuple, str] = {}
         self.again: dict[str, int] = {}
         self.instrs: list[Instr] = []
 
@@ -46,6 +57,7 @@ class _Recomputation:
         backward = self.program.section("backward")
         for instr in backward.instrs:
             self.instrs.append(rename(instr, {ref: self.present(ref, self.segment.get(ref)) for ref in instr.refs()}))
+            self.attentions += instr.op in GRADIENTS
         gives = tuple((label, self.present(name, self.segment.get(name))) for label, name in backward.gives)
         read = {name for instr in self.instrs for name in instr.refs()} | {name for _, name in gives}
         takes = tuple(name for name in self.made if name in read)
@@ -71,9 +83,11 @@ class _Recomputation:
     def name(self, name: str, scope: int | None) -> str:
         return self.names.get(self.key(name, scope), name)
 
-    def key(self, name: str, scope: int | None) -> tuple[str, int | None]:
+    def key(self, name: str, scope: int | None) -> tuple:
         """What is held, or is of no segment, is the same for all."""
-        return name, None if name in self.held or name not in self.segment else scope
+        if name in self.held or name not in self.segment:
+            return name, None
+        return (name, scope, self.attentions) if name in self.passing else (name, scope)
 
     def compute(self, instr: Instr, scope: int | None) -> None:
         names = {ref: self.name(ref, scope) for ref in instr.refs()}

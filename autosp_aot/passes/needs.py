@@ -7,14 +7,19 @@ Segments alike (the same operators and shapes) need alike, so a model of equal l
 one of few layers with a few.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 from autosp_aot.cost import curve
 from autosp_aot.passes.options import RUNGS, Ladder, Needs, names
 from autosp_aot.program import Program, stands_for
 
-Schedule = Callable[[Collection[str]], Program]
+
+class Schedule(Protocol):
+    """Makes the program that keeps given values, in host memory where that is asked for."""
+
+    def __call__(self, kept: Collection[str], on_host: bool = False) -> Program: ...
 
 
 @dataclass

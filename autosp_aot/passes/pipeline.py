@@ -84,10 +84,11 @@ def _tile(step: Compiled, task: Task) -> Compiled:
 
 
 def _plan(step: Compiled, task: Task) -> Compiled:
-    def scheduled(kept: Collection[str]) -> Program:
+    def scheduled(kept: Collection[str], on_host: bool = False) -> Program:
         made = replace(step, kept=dict.fromkeys(kept, ""))
+        tried = replace(task, config=replace(task.config, offload="host" if on_host else "off"))
         for _, run in SCHEDULE:
-            made = run(made, task)
+            made = run(made, tried)
         return made.program
 
     return replace(step, kept=plan(step.program, task.config, task.sequence_dims, scheduled))

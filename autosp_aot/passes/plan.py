@@ -8,7 +8,7 @@
 The last segment is always kept: backward begins there, and would compute it again while all else is alive.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from autosp_aot.config import BuildConfig
 from autosp_aot.cost import alive, curve
@@ -16,7 +16,7 @@ from autosp_aot.errors import BuildError, Problem
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.budget import cheapest, tightest
 from autosp_aot.passes.needs import Schedule, measure
-from autosp_aot.passes.options import CEILINGS, Choice, Ladder, choices
+from autosp_aot.passes.options import CEILINGS, RUNGS, Choice, Ladder, choices
 from autosp_aot.passes.segments import QUADRATIC, segments
 from autosp_aot.program import Program
 from autosp_aot.units import bytes_text
@@ -73,9 +73,27 @@ def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], sche
     ladder = Ladder(program, config.target)
     options = choices(ladder, measure(ladder, schedule))
     room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
+    if config.offload == "off":
+        kept = _solved(options, CEILINGS, room, ladder, schedule)
+    else:
+        on_device = config.offload == "auto" and _solved(options, CEILINGS[:1], room, ladder, schedule)
+        kept = on_device or _on_host(options, room, ladder, schedule)
+    if kept is not None:
+        return kept
+    kept = _kept(tightest(options))
+    least = schedule(kept, config.offload != "off")
+    if _peak(least, ladder) > room:
+        raise BuildError(_too_small(least, ladder, config.memory_budget_bytes, dims))
+    return kept
+
+
+def _solved(
+    options: list[list[Choice]], ceilings: Iterable[tuple[str, ...]], room: int, ladder: Ladder, schedule: Schedule
+) -> frozenset[str] | None:
+    """What is kept on the device, under the lowest ceiling there is an answer for; None where nothing fits."""
     wanted = room
     for _ in range(ATTEMPTS):
-        within = (cheapest(_under(options, ceiling), wanted) for ceiling in CEILINGS)
+        within = (cheapest(_under(options, ceiling), wanted) for ceiling in ceilings)
         found = next((found for found in within if found), None)
         if found is None:
             break
@@ -83,11 +101,32 @@ def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], sche
         if over <= 0:
             return _kept(found)
         wanted -= over
-    kept = _kept(tightest(options))
-    least = schedule(kept)
-    if _peak(least, ladder) > room:
-        raise BuildError(_too_small(least, ladder, config.memory_budget_bytes, dims))
-    return kept
+    return None
+
+
+def _on_host(options: list[list[Choice]], room: int, ladder: Ladder, schedule: Schedule) -> frozenset[str] | None:
+    """What is kept where it waits in host memory: every segment on the same rung, the fastest that fits.
+
+    A step takes as long as its work, or as the copies to the host and back.
+    """
+    work = 3 * sum(map(ladder.seconds, ladder.made.values()))
+
+    def seconds(found: list[Choice]) -> float:
+        copied = 2 * sum(choice.kept_bytes for choice in found) / ladder.device.host_bytes_per_s
+        return max(copied, work + sum(choice.seconds for choice in found))
+
+    every = [[_on_rung(some, level) for some in options[:-1]] for level in range(len(RUNGS))]
+    for found in sorted(every, key=seconds):
+        kept = _kept([*found, *options[-1]])
+        if _peak(schedule(kept, True), ladder) <= room:
+            return kept
+    return None
+
+
+def _on_rung(some: list[Choice], level: int) -> Choice:
+    """The choice of a segment alone on a rung; a rung it does not have keeps what the one before keeps."""
+    alone = {choice.rung: choice for choice in some if choice.length == 1}
+    return next(alone[rung] for rung in reversed(RUNGS[: level + 1]) if rung in alone)
 
 
 def _under(options: list[list[Choice]], ceiling: tuple[str, ...]) -> list[list[Choice]]:

@@ -35,8 +35,10 @@ class Model:
         self.whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
         self.inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
 
-    def build(self, recompute: str, budget_bytes: int | None = None) -> Program:
-        config = BuildConfig(self.ranks, recompute=recompute, memory_budget_bytes=budget_bytes, tile="off")
+    def build(self, recompute: str, budget_bytes: int | None = None, offload: str = "off") -> Program:
+        config = BuildConfig(
+            self.ranks, recompute=recompute, memory_budget_bytes=budget_bytes, tile="off", offload=offload
+        )
         return compile_program(self.whole, DIMS, config).program
 
     def taken(self, program: Program) -> int:
@@ -97,6 +99,23 @@ def test_collectives_and_attention_are_done_again_only_where_the_budget_needs_it
     assert costly(planned[0][1]) == once < costly(planned[-1][1])
     sac = deep.build("auto", deep.taken(deep.build("sac")))
     assert costly(sac) == once
+
+
+@pytest.mark.parametrize("offload", ["host", "auto"])
+def test_what_has_no_room_waits_on_the_host_before_attention_is_done_twice(deep, offload):
+    budget = deep.least()
+    program = deep.build("auto", budget, offload)
+    assert deep.taken(program) <= budget
+    ops = Counter(instr.op for instr in program.instrs())
+    assert ops["offload"] == ops["fetch"] > 0
+    assert costs(program).recomputed_flops < costs(deep.build("auto", budget)).recomputed_flops
+    for found, wanted in zip(deep.results(program), deep.results(deep.build("none"))):
+        assert all(torch.equal(found[label], wanted[label]) for label in wanted)
+
+
+def test_nothing_waits_on_the_host_that_has_room(deep):
+    budget = deep.taken(deep.build("sac"))
+    assert deep.build("auto", budget, "auto") == deep.build("auto", budget)
 
 
 def test_room_for_all_means_that_nothing_is_computed_again(deep):

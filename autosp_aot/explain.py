@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autosp_aot.artifact import Manifest, read_bodies, read_manifest, read_whole
+from autosp_aot.cost import flops, heaviest
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import COPIES, FREE, MOVES
+from autosp_aot.operators import COLLECTIVES, COPIES, FREE, MOVES
 from autosp_aot.passes import decisions
 from autosp_aot.passes.early import compute_early
 from autosp_aot.passes.partition import Choice, Weighed, partition, weigh
 from autosp_aot.passes.plan import reasons
 from autosp_aot.passes.rules.words import factors_text, placement_text, rule_text, strategy_text
 from autosp_aot.passes.sections import split_sections
+from autosp_aot.passes.segments import QUADRATIC
 from autosp_aot.placement import received_bytes
 from autosp_aot.program import ITEMSIZE, RECOMPUTED, Dtype, Instr, PerRank, Program, Ref, Value, map_ints
 from autosp_aot.units import bytes_text
@@ -167,10 +169,20 @@ class _Explainer:
             yield f"{place}, {bytes_text(largest[name].nbytes())} on the rank with the most: {why}"
         elif (again := RECOMPUTED + name) in self.values:
             operands = _some([ref for ref in self.made_by[again].refs() if ref not in self.inputs])
-            yield "computed again: its cost is linear in the sequence, and it follows from what is kept"
+            yield f"computed again: {self.price(name)}"
             yield f"from {operands or 'inputs'}, for {_some([_first(i) for i in self.readers[again]])}"
         else:
             yield "does not need it"
+
+    def price(self, name: str) -> str:
+        """What it takes to have a value of forward once more."""
+        instr = self.made_by[name]
+        if instr.op in COLLECTIVES:
+            return f"not kept under this plan, so {self.received(name, instr)} once more"
+        if instr.op in QUADRATIC:
+            count = flops(instr, self.values, heaviest(self.program))
+            return f"not kept under this plan, so attention's {count:.3g} FLOPs on the rank with the most once more"
+        return "its cost is linear in the sequence, and it follows from what is kept"
 
     def kept(self) -> dict[str, str]:
         taken = decisions.read(self.manifest.cuts, self.manifest.decisions)

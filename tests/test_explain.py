@@ -102,6 +102,17 @@ def test_what_is_computed_again_and_from_what(saved):
     assert again["again"] == ("blocks.0.out.reshape, computed again for backward; explain that for the rest",)
 
 
+def test_what_costs_much_and_is_done_again_says_its_price(tmp_path):
+    model = plain.build_model(**TINY, dtype="float64")
+    config = BuildConfig(2, recompute="full")
+    artifact = compile_model(model, plain.example_batch(2, 5), {"input_ids": 1, "labels": 1}, config, "")
+    path = artifact.save(tmp_path / "a")
+    assert rows(path, "blocks.0.attention_0")["backward"][0] == (
+        "computed again: not kept under this plan, so attention's 320 FLOPs on the rank with the most once more"
+    )
+    assert rows(path, "blocks.0.permute.all_to_all")["backward"][0].endswith("received by the worst rank once more")
+
+
 def test_what_a_segment_begins_with_is_kept(saved):
     assert "the forward pass goes on from it" in rows(saved, "add")["backward"][0]
 

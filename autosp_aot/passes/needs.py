@@ -7,19 +7,15 @@ Segments alike (the same operators and shapes) need alike, so a model of equal l
 one of few layers with a few.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
 
 from autosp_aot.cost import curve
 from autosp_aot.passes.options import RUNGS, Ladder, Needs, names
 from autosp_aot.program import Program, stands_for
 
-
-class Schedule(Protocol):
-    """Makes the program that keeps given values, in host memory where that is asked for."""
-
-    def __call__(self, kept: Collection[str], on_host: bool = False) -> Program: ...
+Schedule = Callable[[Collection[str]], Program]
 
 
 @dataclass
@@ -52,6 +48,7 @@ def measure(ladder: Ladder, schedule: Schedule) -> Needs:
             stretch = in_backward.get(at, _Stretch(before[at + 1], before[at + 1]))
             begun[at] = max(begun[at], stretch.before - before[at + 1])
             works[kinds[at], rung] = max(works.get((kinds[at], rung), 0), stretch.most - stretch.before)
+    begun = list(accumulate(begun, min))  # gradients only grow: what is more is left over from the rung of a neighbour
     most = {rung: max((made for (_, on), made in works.items() if on == rung), default=0) for rung in RUNGS}
     work = {(at, rung): works.get((kinds[at], rung), most[rung]) for at in range(last) for rung in ladder.rungs[at]}
     return Needs(tuple(forward), tuple(begun), work, tail, end)

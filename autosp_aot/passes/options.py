@@ -13,7 +13,7 @@ costs is counted at the rates of the target's data sheet; what it takes is measu
 """
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from autosp_aot.cost import flops, heaviest, received_of
@@ -26,17 +26,19 @@ from autosp_aot.targets import DEVICES
 
 RUNGS = ("all", "products", "sac", "moved", "attended", "full")
 ALONE = RUNGS[:2]
-# No rate says how long ranks wait for each other: collectives are repeated where nothing else fits, attention last.
-CEILINGS = (RUNGS[:3], RUNGS[:5], RUNGS)
+# The choices that are tried one after the other, by rung and whether values may wait on the host: no rate says how long
+# ranks wait for each other, so collectives are repeated where nothing else fits, attention last.
+TIERS = ((RUNGS[:3], False), (RUNGS[:3], True), (RUNGS[:5], True), (RUNGS, True))
 RUNS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice(Option):
-    """An option, the rung it is, and the values that its segments keep."""
+    """An option, the rung it is, the values that its segments keep, and whether these wait in host memory."""
 
     rung: str
     kept: frozenset[str]
+    on_host: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,11 @@ class Ladder:
             attended = all(self.made[name].op in QUADRATIC for name in instr.refs() if name in self.made)
             return RUNGS.index("moved" if attended else "attended")
         return RUNGS.index("sac" if flops(instr, self.values, self.rank) else "products")
+
+    def sendable(self, choice: Choice, run: range) -> bool:
+        """Whether a run keeps only boundaries and what costs much to do again."""
+        boundaries = {name for segment in self.segments for name in segment.boundary}
+        return all(self.made[n].op in COSTLY for at in run for n in self.rungs[at][choice.rung] - boundaries)
 
     def _part(self, at: int, kept: frozenset[str], inner: bool) -> "Part":
         """Segment `at` where it keeps `kept`; `inner` where a later segment of its run needs its boundary again."""
@@ -140,17 +147,21 @@ class Needs:
     end: int
 
 
-def choices(ladder: Ladder, needs: Needs) -> list[list[Choice]]:
-    """For each segment the choices that begin with it; the last has one, to keep all."""
-    found = [
-        [
-            _run(ladder, needs, range(at, at + length), rung)
-            for rung in ladder.rungs[at]
-            for length in RUNS[: 1 if rung in ALONE else None]
-            if at + length <= ladder.last and all(rung in ladder.rungs[other] for other in range(at, at + length))
-        ]
-        for at in range(ladder.last)
-    ]
+def choices(ladder: Ladder, needs: Needs, offload: str) -> list[list[Choice]]:
+    """For each segment the choices that begin with it; the last has one, to keep all.
+
+    With `offload` auto what a run keeps may also wait in host memory, from `sac` on: what is cheap to do again would
+    fill any host. With host all of it does.
+    """
+    found: list[list[Choice]] = []
+    for at in range(ladder.last):
+        runs = [(range(at, at + length), rung) for rung in ladder.rungs[at]
+                for length in RUNS[: 1 if rung in ALONE else None] if at + length <= ladder.last]  # fmt: skip
+        some = [(_run(ladder, needs, run, rung), run) for run, rung in runs
+                if all(rung in ladder.rungs[other] for other in run)]  # fmt: skip
+        here = [choice for choice, _ in some] if offload != "host" else []
+        sent = [one for one in some if offload == "host" or offload == "auto" and ladder.sendable(*one)]
+        found.append(here + [_away(ladder, *one) for one in sent])
     tail = frozenset(names(ladder.segments[-1].instrs))
     return [*found, [Choice(1, 0, needs.tail, 0.0, "all", tail)]]
 
@@ -163,13 +174,26 @@ def _run(ladder: Ladder, needs: Needs, run: range, rung: str) -> Choice:
     for at in run:
         kept = ladder.rungs[at][rung] | {name for name in boundary if ladder.number[name] == at}
         part = ladder.part(at, kept, at != run[-1])
-        most = max(most, kept_bytes + needs.forward[at])
+        again = held_bytes + needs.begun[at] if at != run[-1] else 0  # forward comes this way once more
+        most = max(most, kept_bytes + again + needs.forward[at])
         kept_bytes += part.kept_bytes
         held_bytes += part.held_bytes
         seconds += part.seconds
         most = max(most, kept_bytes + held_bytes + needs.begun[at] + needs.work[at, rung])
         everything |= kept
     return Choice(len(run), kept_bytes, most, seconds, rung, frozenset(everything))
+
+
+def _away(ladder: Ladder, choice: Choice, run: range) -> Choice:
+    """A run whose kept values wait in host memory: they are there as it is worked on, and as much is under way.
+
+    What the copies take longer than the work on the run, forward and back (twice that long), is waited for.
+    """
+    work = sum(ladder.seconds(instr) for at in run for instr in ladder.segments[at].instrs)
+    copy = choice.kept_bytes / ladder.device.host_bytes_per_s
+    waited = max(0.0, copy - work) + max(0.0, copy - 2 * work)
+    needed_bytes = choice.needed_bytes + choice.kept_bytes
+    return replace(choice, kept_bytes=0, needed_bytes=needed_bytes, seconds=choice.seconds + waited, on_host=True)
 
 
 def names(instrs: Iterable[Instr]) -> list[str]:

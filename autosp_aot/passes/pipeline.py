@@ -84,11 +84,11 @@ def _tile(step: Compiled, task: Task) -> Compiled:
 
 
 def _plan(step: Compiled, task: Task) -> Compiled:
-    def scheduled(kept: Collection[str], on_host: bool = False) -> Program:
+    def scheduled(kept: Collection[str], offload: str) -> Program:
         made = replace(step, kept=dict.fromkeys(kept, ""))
-        tried = replace(task, config=replace(task.config, offload="host" if on_host else "off"))
+        told = replace(task, config=replace(task.config, offload=offload))
         for _, run in SCHEDULE:
-            made = run(made, tried)
+            made = run(made, told)
         return made.program
 
     return replace(step, kept=plan(step.program, task.config, task.sequence_dims, scheduled))

@@ -8,15 +8,15 @@
 The last segment is always kept: backward begins there, and would compute it again while all else is alive.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from autosp_aot.config import BuildConfig
 from autosp_aot.cost import alive, curve
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.budget import cheapest, tightest
-from autosp_aot.passes.needs import Schedule, measure
-from autosp_aot.passes.options import CEILINGS, RUNGS, Choice, Ladder, choices
+from autosp_aot.passes.needs import measure
+from autosp_aot.passes.options import TIERS, Choice, Ladder, choices
 from autosp_aot.passes.segments import QUADRATIC, segments
 from autosp_aot.program import Program
 from autosp_aot.units import bytes_text
@@ -38,12 +38,14 @@ KEEPS = {
 ATTEMPTS = 4
 LISTED = 5
 
+Schedule = Callable[[Collection[str], str], Program]
+
 
 def plan(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int], schedule: Schedule) -> dict[str, str]:
     """The values of forward that are kept, and why; some of them backward may not need.
 
-    `schedule` makes the program that keeps given values: what that takes is what counts. Raises BuildError
-    (`budget-too-small`) where the budget cannot be met.
+    `schedule` makes the program that keeps given values and offloads so: what that takes is what counts. Raises
+    BuildError (`budget-too-small`) where the budget cannot be met.
     """
     if config.recompute == "auto" and config.memory_budget_bytes is not None:
         kept = _within(program, config, sequence_dims, schedule)
@@ -71,66 +73,27 @@ def reasons(program: Program) -> dict[str, str]:
 def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], schedule: Schedule) -> frozenset[str]:
     """The values to keep for the fastest step that fits the budget."""
     ladder = Ladder(program, config.target)
-    options = choices(ladder, measure(ladder, schedule))
+    options = choices(ladder, measure(ladder, lambda kept: schedule(kept, "off")), config.offload)
     room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
-    if config.offload == "off":
-        kept = _solved(options, CEILINGS, room, ladder, schedule)
-    else:
-        on_device = config.offload == "auto" and _solved(options, CEILINGS[:1], room, ladder, schedule)
-        kept = on_device or _on_host(options, room, ladder, schedule)
-    if kept is not None:
-        return kept
+    wanted = room
+    for _ in range(ATTEMPTS):
+        within = (cheapest(_tier(options, *tier), wanted) for tier in TIERS)
+        found = next((found for found in within if found), None)
+        if found is None:
+            break
+        over = _peak(schedule(_kept(found), config.offload), ladder) - room
+        if over <= 0:
+            return _kept(found)
+        wanted -= over
     kept = _kept(tightest(options))
-    least = schedule(kept, config.offload != "off")
+    least = schedule(kept, config.offload)
     if _peak(least, ladder) > room:
         raise BuildError(_too_small(least, ladder, config.memory_budget_bytes, dims))
     return kept
 
 
-def _solved(
-    options: list[list[Choice]], ceilings: Iterable[tuple[str, ...]], room: int, ladder: Ladder, schedule: Schedule
-) -> frozenset[str] | None:
-    """What is kept on the device, under the lowest ceiling there is an answer for; None where nothing fits."""
-    wanted = room
-    for _ in range(ATTEMPTS):
-        within = (cheapest(_under(options, ceiling), wanted) for ceiling in ceilings)
-        found = next((found for found in within if found), None)
-        if found is None:
-            break
-        over = _peak(schedule(_kept(found)), ladder) - room
-        if over <= 0:
-            return _kept(found)
-        wanted -= over
-    return None
-
-
-def _on_host(options: list[list[Choice]], room: int, ladder: Ladder, schedule: Schedule) -> frozenset[str] | None:
-    """What is kept where it waits in host memory: every segment on the same rung, the fastest that fits.
-
-    A step takes as long as its work, or as the copies to the host and back.
-    """
-    work = 3 * sum(map(ladder.seconds, ladder.made.values()))
-
-    def seconds(found: list[Choice]) -> float:
-        copied = 2 * sum(choice.kept_bytes for choice in found) / ladder.device.host_bytes_per_s
-        return max(copied, work + sum(choice.seconds for choice in found))
-
-    every = [[_on_rung(some, level) for some in options[:-1]] for level in range(len(RUNGS))]
-    for found in sorted(every, key=seconds):
-        kept = _kept([*found, *options[-1]])
-        if _peak(schedule(kept, True), ladder) <= room:
-            return kept
-    return None
-
-
-def _on_rung(some: list[Choice], level: int) -> Choice:
-    """The choice of a segment alone on a rung; a rung it does not have keeps what the one before keeps."""
-    alone = {choice.rung: choice for choice in some if choice.length == 1}
-    return next(alone[rung] for rung in reversed(RUNGS[: level + 1]) if rung in alone)
-
-
-def _under(options: list[list[Choice]], ceiling: tuple[str, ...]) -> list[list[Choice]]:
-    return [[choice for choice in some if choice.rung in ceiling] for some in options]
+def _tier(options: list[list[Choice]], rungs: tuple[str, ...], host: bool) -> list[list[Choice]]:
+    return [[choice for choice in some if choice.rung in rungs and (host or not choice.on_host)] for some in options]
 
 
 def _kept(found: list[Choice]) -> frozenset[str]:

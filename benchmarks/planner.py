@@ -1,4 +1,4 @@
-"""The longest sequences that issue 4 asks for, planned: bf16, AdamW under ZeRO 1, 3 GiB of each device left to others.
+"""The longest sequences that have to fit, planned: bf16, AdamW under ZeRO 1, 3 GiB of each device left to others.
 
     python -m benchmarks.planner          # minutes; prints a table and fails where a row does not fit
 """

@@ -11,7 +11,7 @@ the tile alone (or the whole of what is no sequence) and makes parts or summands
 loss (Arctic Long Sequence Training, arXiv:2506.13996), found by the rules for whatever is local.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -212,7 +212,9 @@ class Region:
         outs = [out for instr in self.members for out in instr.values() if out.name in later]
         count = self.tiles(rules, outs) if tiles == "auto" else tiles
         count = min(count, self.longest(rules))
-        return [*self.before, self.loop(rules, outs, count), *self.after] if count > 1 else self.instrs
+        loops = (self.loop(rules, outs, tried) for tried in _numbers(count, self.longest(rules)))
+        loop = next((loop for loop in loops if loop), None) if count > 1 else None
+        return [*self.before, loop, *self.after] if loop else self.instrs
 
     def tiles(self, rules: Rules, outs: list[Value]) -> int:
         """How many tiles keep what they hold within the limit; 1 where adding up summands would take as much."""
@@ -247,8 +249,8 @@ class Region:
         homes = (home for name in names if (home := rules.home(name, 1)))
         return min((min(hi - lo for lo, hi in home.cut.bounds) for home in homes), default=0)
 
-    def loop(self, rules: Rules, outs: list[Value], tiles: int) -> Instr:
-        """The members as one instruction with a body."""
+    def loop(self, rules: Rules, outs: list[Value], tiles: int) -> Instr | None:
+        """The members as one instruction with a body; None where so many tiles would cut what is whole (a chunk)."""
         boxes = rules.ranks * tiles
         made: dict[str, Placement] = {}
         slices: dict[tuple[str, Placement], str] = {}
@@ -275,7 +277,8 @@ class Region:
 
         for instr in self.members:
             placed = rules.placed(instr, made, tiles)
-            assert placed is not None, f"{instr.values()[0].name} is local in two tiles and not in {tiles}"
+            if placed is None:
+                return None
             operands = [part(*pair, instr) for pair in zip(instr.refs(), placed.operands)]
             pairs = iter(placed.results)
             results = tuple(out and local(out.name, next(pairs), TILE + out.name) for out in instr.outs)
@@ -294,6 +297,14 @@ class Region:
         shapes = [shape(name, p) for name, p in zip(placed.origin.refs(), placed.operands)]
         results = [shape(out.name, p) for out, p in zip(placed.origin.values(), placed.results)]
         return spec.localize(call.args, Local(placed.strategy, shapes, results))
+
+
+def _numbers(count: int, most: int) -> Iterator[int]:
+    """Numbers of tiles to try: the one that is wanted, then powers of two, above it and below."""
+    powers = [2**at for at in range(1, most.bit_length()) if 2**at != count]
+    yield count
+    yield from (power for power in powers if power > count)
+    yield from reversed([power for power in powers if power < count])
 
 
 def runs(section: Section, rules: Rules, sparing: bool) -> list[Region]:

@@ -9,7 +9,7 @@ from autosp_aot.program_text import print_program
 
 
 class Dump:
-    """Writes `0-capture.program`, `1-<pass>.program` and so on; numbers that differ between ranks stand beside it."""
+    """Writes `00-capture.program`, `01-<pass>.program` and so on; numbers that differ between ranks stand beside it."""
 
     def __init__(self, folder: Path, out: Path):
         """Raise BuildError where `folder` is not empty, or inside the artifact `out` that is being built."""
@@ -22,7 +22,7 @@ class Dump:
     def __call__(self, name: str, program: Program) -> None:
         """Write what the pass `name` made. Raises BuildError where that cannot be."""
         text, constants = print_program(program)
-        stem = f"{self.count}-{name}"
+        stem = f"{self.count:02}-{name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"{stem}.program").write_text(text, encoding="utf-8")

@@ -27,9 +27,9 @@ def programs(dump) -> list[str]:
 
 def test_the_program_after_each_pass_is_there_and_the_last_is_the_artifact_s(tmp_path):
     out, dump = build(tmp_path)
-    assert programs(dump) == [f"{at}-{name}" for at, name in enumerate(NAMES)]
-    assert (dump / "1-query-rows.program").read_text() == (out / "whole.program").read_text()
-    assert (dump / f"{len(NAMES) - 1}-release.program").read_text() == (out / "body.0.program").read_text()
+    assert programs(dump) == [f"{at:02}-{name}" for at, name in enumerate(NAMES)]
+    assert (dump / "01-query-rows.program").read_text() == (out / "whole.program").read_text()
+    assert (dump / f"{len(NAMES) - 1:02}-{NAMES[-1]}.program").read_text() == (out / "body.0.program").read_text()
     for file in dump.glob("*.program"):
         constants = file.with_suffix(".constants.json")
         table = json.loads(constants.read_text()) if constants.exists() else {}
@@ -64,7 +64,7 @@ def test_what_was_done_before_a_pass_refused_is_there_and_no_artifact_is(tmp_pat
     model.write_text(MODEL)
     with pytest.raises(AutospError, match="operator-without-rule"):
         build(tmp_path, model, strict=True)
-    assert programs(tmp_path / "dump") == ["0-capture", "1-query-rows"]
+    assert programs(tmp_path / "dump") == ["00-capture", "01-query-rows"]
     assert not (tmp_path / "out").exists()
 
 

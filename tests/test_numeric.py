@@ -122,7 +122,7 @@ def test_an_artifact_whose_numbers_differ_is_refused(tiny2, tmp_path):
 def test_in_bf16_a_mistake_that_rounding_would_hide_is_found_in_fp32(tmp_path):
     path = compiled(llama.build_model("bfloat16", **SMALL)).save(tmp_path / "a")
     assert [line.split("loss")[0].strip() for line in check_numeric(path)] == ["numbers", "in fp32"]
-    edit_text(path, ", 1e-06)", ", 1e-05)")
+    edit_text(path, ", 1e-06", ", 1e-05")
     with pytest.raises(ArtifactError) as caught:
         check_numeric(path)
     assert "at most 1e-05 is rounding" in str(caught.value)

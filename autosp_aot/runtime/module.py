@@ -110,7 +110,22 @@ class _Step(torch.autograd.Function):
         values["grad_loss"] = grad_loss
         run(ctx.module.executor, "backward", values, ctx.module.comm)
         found = run(ctx.module.executor, "sum_gradients", values, ctx.module.comm)
-        return None, None, None, *(found[f"grad.{name}"] for name in ctx.names)
+        return None, None, None, *_apart([found[f"grad.{name}"] for name in ctx.names])
+
+
+def _apart(gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients, copied where they lie in each other's memory: what comes later is added to each of them there.
+
+    A sum of two parameters has one gradient, which is given to both: as it is, or as views.
+    """
+    last = lambda t: sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))  # noqa: E731
+    ends, apart = 0, list(gradients)
+    for at in sorted((at for at, t in enumerate(gradients) if t.numel()), key=lambda at: gradients[at].data_ptr()):
+        gradient = gradients[at]
+        if gradient.data_ptr() < ends:
+            apart[at] = gradient.clone()
+        ends = max(ends, gradient.data_ptr() + (last(gradient) + 1) * gradient.itemsize)
+    return apart
 
 
 def run(executor: Executor, section: str, values: dict[str, Tensor], comm: Comm) -> dict[str, Tensor]:

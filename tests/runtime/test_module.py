@@ -133,6 +133,29 @@ def test_gradients_of_two_forwards_add_up(module, model):
     assert_same_gradients(module, model)
 
 
+class Summed(nn.Module):
+    """Parameters with one gradient, in several shapes, some of it twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.flat = nn.Embedding(8, 12), nn.Parameter(torch.randn(12))
+        self.square, self.again = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(12))
+        self.front, self.back = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(7))
+
+    def forward(self, input_ids):
+        offset = self.flat + self.square.flatten() + self.again + torch.cat([self.front, self.back])
+        return (self.table(input_ids) + offset).square().mean()
+
+
+def test_gradients_that_are_equal_add_up_apart(tmp_path):
+    model, batch = Summed().double(), {"input_ids": tokens(0)["input_ids"]}
+    module = built(model, batch, tmp_path / "summed.sp1")
+    (2 * model(**batch)).backward()  # in one step: eager's own lie in each other and add up wrong
+    for _ in range(2):
+        module(**batch).backward()
+    assert_same_gradients(module, model)
+
+
 def test_a_scaled_loss_scales_the_gradients(module, model):
     for each in (module, model):
         (each(**tokens(1)) * 0.5).backward()

@@ -18,6 +18,8 @@ from autosp_aot.operators import OURS, TILES, overload
 from autosp_aot.program import Instr
 
 KERNELS = (DispatchKey.CPU, DispatchKey.CompositeExplicitAutograd)
+# These give views that torch does not say are some.
+UNSAID = ("aten::_unsafe_view", "aten::lift", "aten::unsafe_split", "aten::unsafe_split_with_sizes")
 
 
 class Aliases:
@@ -69,5 +71,5 @@ def _shared(instr: Instr) -> list[str]:
 @cache
 def _makes_memory(op: torch._ops.OpOverload) -> bool:
     """No result is said to be a view, and the operator is not made of others that may be."""
-    own_kernel = any(map(op.has_kernel_for_dispatch_key, KERNELS))
+    own_kernel = any(map(op.has_kernel_for_dispatch_key, KERNELS)) and op._schema.name not in UNSAID
     return own_kernel and all(result.alias_info is None for result in op._schema.returns)

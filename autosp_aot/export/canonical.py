@@ -30,14 +30,18 @@ from autosp_aot.program import Dtype, Input, Instr, Program, Ref, Section, Value
 aten = torch.ops.aten
 
 SAME = (
-    aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.contiguous.default,
+    aten.detach.default, aten.alias.default, aten.clone.default, aten.lift.default, aten.lift_fresh_copy.default,
+    aten.contiguous.default,
 )  # fmt: skip
 RESHAPES = (
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints,
 )  # fmt: skip
 PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
-SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int)
+SPLITS = (
+    aten.split_with_sizes.default, aten.split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_split.Tensor,
+    aten.unbind.int,
+)  # fmt: skip
 NOTHING = (
     aten._assert_async.msg, aten._assert_async.default, aten._assert_tensor_metadata.default,
     aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)

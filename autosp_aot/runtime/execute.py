@@ -103,7 +103,7 @@ class Executor:
                 filled[at] = [values[ref.name] if isinstance(ref, Ref) else ref for ref in arg]
             result = function(*filled, **kwargs)
             if single is not None:
-                values[single] = result
+                values[single] = result if isinstance(result, Tensor) else result[0]
                 return
             for name, tensor in zip(names, result):
                 if name is not None:

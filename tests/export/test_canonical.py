@@ -47,6 +47,8 @@ def error(loss, **options) -> float:
 LOSSES = {
     "one_hot": lambda x, t, m: (F.one_hot(t, 7).to(x.dtype).mean() * x).sum(),
     "select": lambda x, t, m: (x[:, 0] * x[:, -1]).sum() + x.unbind(-1)[1].mean(),
+    "one part": lambda x, t, m: x.unsafe_chunk(1, -1)[0].sin().sum() + torch.unsafe_split_with_sizes(x, [2])[0].sum(),
+    "list of one": lambda x, t, m: torch._foreach_sin([x])[0].sum(),
     "logsumexp": lambda x, t, m: torch.logsumexp(x, -1).pow(2).mean(),
     "stack": lambda x, t, m: torch.stack([x, 2 * x], 1).pow(2).mean(),
     "shared head": lambda x, t, m: scaled_dot_product_attention(

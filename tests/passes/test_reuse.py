@@ -81,6 +81,7 @@ LEGAL = TEXT.format(lines=f"""\
     ("\n  free(%v)", "", "v is written into"),
     ("  free(%a)\n", "", "v is written into"),
     ("aten.exp.default(%x)", "aten.permute.default(%x, [0, 1])", "v is written into"),
+    ("aten.reshape.default(%a, [24])\n  free(%a)", "aten._unsafe_view.default(%a, [24])", "v is written into"),
     ("aten.neg.default", "aten.cumsum.default", "aten.cumsum.default cannot write into v"),
     ("%y: f32[24]", "%y: f32[4, 6]", "y is of another type than v, into which it is written"),
 ])  # fmt: skip

@@ -77,6 +77,7 @@ class Layouts:
                 results, workspace_bytes = self._moved(instr.op, *ends, args[0], box, tiles)
             else:
                 results, workspace_bytes = self._run(instr.op, args, dict(kwargs))
+                results = [_declared(result, out) for result, out in zip(results, instr.outs, strict=True)]
             found = self.calls[key] = self._made(instr, operands, results, workspace_bytes)
         return found
 
@@ -117,6 +118,13 @@ class Layouts:
 def storage_bytes(tensor: Tensor) -> int:
     """Bytes of the storage that a tensor lies in."""
     return tensor.untyped_storage().nbytes()
+
+
+def _declared(result: Tensor, out: Value | None) -> Tensor:
+    """The layout in the dtype that the target makes: meta kernels know one (statistics of a norm of half dtypes)."""
+    if out is None or result.dtype == DTYPES[out.dtype]:
+        return result
+    return torch.empty_like(result, dtype=DTYPES[out.dtype])
 
 
 def _move(move: Move, operand: Tensor) -> tuple[list[Tensor], int]:

@@ -128,6 +128,34 @@ def test_so_they_are_in_other_architectures(name):
     assert not compare(compiled.program, 2, inputs, answers(compiled.program, inputs)[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_a_norm_are_of_the_dtype_that_the_target_makes(dtype):
+    model = nn.Sequential(nn.Embedding(64, 12), nn.LayerNorm(12), nn.Linear(12, 64)).to(dtype)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, labels):
+            return nn.functional.cross_entropy(self.model(input_ids).flatten(0, 1), labels.flatten())
+
+    compiled, inputs = built(Loss(), half_labelled(13), 2, tile="off")
+    assert not compare(compiled.program, 0, inputs, answers(compiled.program, inputs)[0])
+
+
+def test_what_a_run_of_rows_found_is_gone_before_the_next_run():
+    torch.manual_seed(0)
+    model = llama.build_model(
+        "float32", vocab_size=64, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=3,
+        head_dim=8,
+    )  # fmt: skip
+    compiled, inputs = built(model, half_labelled(16), 5)
+    heard = answers(compiled.program, inputs)
+    for rank in range(5):
+        assert not compare(compiled.program, rank, inputs, heard[rank])
+
+
 def test_a_release_that_comes_later_is_measured(build_llama):
     compiled, inputs = built(build_llama("float32"), half_labelled(13), 1)
     forward, planned = compiled.program.section("forward"), curve(compiled.program, 0)

@@ -113,6 +113,7 @@ def attention_rows_backward(
             grad_q[:, run.part] += found[0].squeeze(1)
             grad_k[:, run.kv, keys] += found[1]
             grad_v[:, run.kv, keys] += found[2]
+            del found
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 

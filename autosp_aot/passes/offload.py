@@ -25,6 +25,7 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.cost import curve, flops, heaviest, storages
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.release import release
+from autosp_aot.passes.reuse import reuse
 from autosp_aot.program import RECOMPUTED, Instr, Program, Ref, Value, rename
 from autosp_aot.units import bytes_text
 
@@ -78,7 +79,7 @@ def offload(program: Program, config: BuildConfig) -> Program:
     inputs = sum(entry.value.nbytes(rank) for entry in program.inputs)
 
     def needed(count: int) -> int:
-        moments = curve(release(stowed(program, names[:count])), rank, config.target)
+        moments = curve(reuse(release(stowed(program, names[:count])), config.target), rank, config.target)
         return inputs + max(moment.peak_bytes for moment in moments)
 
     budget = config.memory_budget_bytes

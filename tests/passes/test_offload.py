@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from autosp_aot.cost import costs, curve
 from autosp_aot.derive import derive
@@ -164,6 +165,25 @@ def test_offload_gives_the_bits_of_none_and_keeps_less(name, ranks, recompute, t
     kept, stays = costs(off.program), costs(host.program)
     assert stays.kept_bytes < kept.kept_bytes and stays.peak_bytes <= kept.peak_bytes
     assert stays.host_moved_bytes > 0 == kept.host_moved_bytes
+
+
+class Stretched(nn.Module):
+    """Most is alive where a wide result is made element by element."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.wide, self.head = nn.Embedding(64, 8), nn.Linear(8, 256), nn.Linear(256, 1)
+
+    def forward(self, input_ids, labels):
+        return self.head(self.wide(self.table(input_ids)).neg().exp().neg()).square().mean() + 0 * labels.sum()
+
+
+def test_auto_keeps_every_budget_that_host_keeps():
+    torch.manual_seed(0)
+    model, batch = Stretched(), half_labelled(64)
+    program = built(model, batch, 1, recompute="none", tile="off", offload="host")[0].program
+    budget = costs(program).peak_bytes + sum(entry.value.nbytes() for entry in program.inputs)
+    built(model, batch, 1, recompute="none", tile="off", offload="auto", memory_budget_bytes=budget)
 
 
 def test_auto_sends_what_the_budget_needs_and_no_more():

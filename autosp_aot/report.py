@@ -51,11 +51,17 @@ def facts(manifest: Manifest) -> Rows:
         ("recompute", f"{manifest.recompute}, {again:.1%} of the products' FLOPs"),
         *([("memory budget", bytes_text(budget))] if (budget := manifest.memory_budget_bytes) else []),
         ("tiles", str(manifest.tile)),
-        ("offload", manifest.offload),
+        ("offload", f"{manifest.offload}{_on_host(costs)}"),
         ("kept for backward", bytes_text(costs["kept_bytes"])),
         ("peak of activations and gradients", f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"),
         ("computed on every rank", ", ".join(sorted({f["op"] for f in manifest.fallbacks})) or "nothing"),
     ]
+
+
+def _on_host(costs: dict) -> str:
+    if not costs["host_bytes"]:
+        return ""
+    return f", {bytes_text(costs['host_bytes'])} of host memory, {bytes_text(costs['host_moved_bytes'])} there and back"
 
 
 def traffic(manifest: Manifest) -> Rows:

@@ -9,7 +9,7 @@ import pytest
 from autosp_aot.artifact import read_manifest
 from autosp_aot.errors import ArtifactError
 from autosp_aot.program_text import parse_program
-from autosp_aot.report import show, show_json
+from autosp_aot.report import facts, show, show_json
 from autosp_aot.units import bytes_text
 
 
@@ -36,6 +36,12 @@ def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
         "peak of activations and gradients": f"{bytes_text(costs['peak_bytes'])} at sum_gradients: {TOKENS}",
         "computed on every rank": "nothing",
     }
+
+
+def test_show_says_what_waits_in_host_memory(tiny2):
+    costs = tiny2.manifest.costs | {"host_bytes": 1024, "host_moved_bytes": 3072}
+    said = dict(facts(replace(tiny2.manifest, offload="host", costs=costs)))["offload"]
+    assert said == "host, 1.00 KiB of host memory, 3.00 KiB there and back"
 
 
 def test_show_has_a_table_of_what_moves(saved):

@@ -21,7 +21,7 @@ from autosp_aot.passes.rules.words import factors_text, placement_text, rule_tex
 from autosp_aot.passes.sections import split_sections
 from autosp_aot.passes.segments import QUADRATIC
 from autosp_aot.placement import received_bytes
-from autosp_aot.program import ITEMSIZE, RECOMPUTED, Dtype, Instr, PerRank, Program, Ref, Value, map_ints
+from autosp_aot.program import ITEMSIZE, RECOMPUTED, Dtype, Instr, PerRank, Program, Ref, Value, map_ints, stands_for
 from autosp_aot.units import bytes_text
 
 LISTED = 20
@@ -85,7 +85,7 @@ class _Explainer:
         self.made_by = {out.name: instr for instr in program.instrs() for out in instr.values()}
         self.inputs = {entry.value.name: entry.kind for entry in program.inputs}
         self.readers: dict[str, list[Instr]] = {}
-        for instr in program.instrs():
+        for instr in (instr for section in program.sections for instr in section.instrs):
             for name in dict.fromkeys(instr.refs()):
                 if instr.op != FREE:
                     self.readers.setdefault(name, []).append(instr)
@@ -115,13 +115,14 @@ class _Explainer:
 
     def choice(self, name: str) -> Iterator[tuple[str, list[str]]]:
         """Label, rule, the strategy taken and the others."""
-        taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
-        found = weigh(self.whole, self.manifest.sequence_dims, self.manifest.ranks, taken, name)
-        placed = dict(zip((out.name for out in self.made_by[name].values()), found.taken.results))
-        if placed[name] != self.values[name].placement:
+        taken, meaning = decisions.read(self.manifest.cuts, self.manifest.decisions), stands_for(name)
+        found = weigh(self.whole, self.manifest.sequence_dims, self.manifest.ranks, taken, meaning)
+        made = next(i for i in self.whole.instrs() if any(out.name == meaning for out in i.values()))
+        placed = dict(zip((out.name for out in made.values()), found.taken.results))
+        if placed[meaning] != self.values[name].placement:
             why = "taken again, the decisions of the manifest place it otherwise than the program"
             raise decisions.decision_wrong(name, why)
-        labels = found.labels.by_value.get(name, ())
+        labels = found.labels.by_value.get(meaning, ())
         yield "sequence", [f"along dim {at.dim}: {at.extent} positions{_parts(at)}" for at in labels] or ["none in it"]
         if found.spec is None:
             operands = found.taken.received_bytes

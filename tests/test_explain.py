@@ -12,7 +12,7 @@ from autosp_aot.cli import main
 from autosp_aot.config import BuildConfig
 from autosp_aot.errors import ArtifactError
 from autosp_aot.explain import explain
-from autosp_aot.program import RECOMPUTED
+from autosp_aot.program import EARLY, RECOMPUTED
 from examples import plain
 from tests.conftest import TINY
 from tests.sealing import reseal
@@ -199,3 +199,17 @@ def test_the_command(saved):
     found = json.loads(CliRunner().invoke(main, ["explain", str(saved), "gelu", "--json"]).stdout)
     assert found["value"] == "blocks.0.gelu" and found["placed"] == ["Shard(1): of dim 1 rank by rank 0:3 3:5"]
     assert CliRunner().invoke(main, ["explain", str(saved), "nothing.here"]).exit_code == 3
+
+
+def test_whatever_is_computed_in_tiles_early_or_after_a_copy_to_the_host_is_explained(tmp_path):
+    torch.manual_seed(0)
+    config, dims = BuildConfig(2, tile=2, offload="host"), {"input_ids": 1, "labels": 1}
+    model = plain.build_model(**TINY | {"vocab_size": 64})
+    artifact = compile_model(model, plain.example_batch(2, 8), dims, config, "")
+    path = artifact.save(tmp_path / "tiled")
+    for name in artifact.program.values():
+        assert rows(path, name)["placed"]
+    made = [out.name for instr in artifact.program.instrs() if instr.body for out in instr.values()]
+    assert any(name.startswith(EARLY) for name in made)
+    assert all(rows(path, name)["made by"][0].startswith("tiles(") for name in made)
+    assert all(rows(path, name)["rule"] for name in made if not name.startswith(RECOMPUTED))

@@ -39,7 +39,11 @@ class Units(click.ParamType):
 
 
 def _tiles(text: str) -> str | int:
-    return text if text in ("auto", "off") else length_of(text)
+    if text in ("auto", "off"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not auto, off or a number of slices")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -135,7 +135,7 @@ def test_a_refusal_crosses_to_another_process_whole():
     (("--sp", "1", "--seq", "4,"), "'' is not a length like 4096, 128k or 1M"),
     (("--sp", "1", "--seq", "4", "--memory", "80G"), "'80G' is not a size like 70GiB, 80GB or 512MiB"),
     (("--sp", "1", "--seq", "4", "--memory", "2GiB"), "--reserve leaves nothing of --memory"),
-    (("--sp", "1", "--seq", "4", "--tile", "some"), "'some' is not a length"),
+    (("--sp", "1", "--seq", "4", "--tile", "some"), "'some' is not auto, off or a number of slices"),
     (("--sp", "1", "--seq", "4", "--target", "tpu"), "'tpu' is not one of"),
     (("--seq", "4"), "Missing option '--sp'"),
 ])  # fmt: skip

@@ -85,8 +85,9 @@ def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], sche
         if over <= 0:
             return _kept(found)
         wanted -= over
-    kept = _kept(tightest(options))
-    least = schedule(kept, config.offload)
+    last = (_kept(tightest(options)), frozenset(by_policy(program, "full")))
+    tried = [(kept, schedule(kept, config.offload)) for kept in last]
+    kept, least = min(tried, key=lambda one: _peak(one[1], ladder))
     if _peak(least, ladder) > room:
         raise BuildError(_too_small(least, ladder, config.memory_budget_bytes, dims))
     return kept

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot import __version__
-from autosp_aot.artifact import FORMAT, Artifact, Manifest, refuse_existing, specs
+from autosp_aot.artifact import FORMAT, Manifest, specs
+from autosp_aot.artifact_write import Artifact, refuse_existing
 from autosp_aot.config import BuildConfig, checked_config
 from autosp_aot.cost import costs
 from autosp_aot.dump import Dump

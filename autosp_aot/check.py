@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from autosp_aot.artifact import BUFFERS, Manifest, TensorSpec, read_bodies, read_manifest, read_tensors, read_whole
+from autosp_aot.artifact import BUFFERS, Manifest, TensorSpec
+from autosp_aot.artifact_read import read_bodies, read_manifest, read_tensors, read_whole
 from autosp_aot.collectives import check_collectives, collectives_of
 from autosp_aot.cost import costs
 from autosp_aot.derive import derive

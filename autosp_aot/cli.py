@@ -139,7 +139,7 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
     MODEL.py defines build_model(**options) -> nn.Module, whose forward returns the loss, and
     example_batch(batch_size, seq_len) -> dict of the keyword inputs of forward.
     """
-    from autosp_aot.artifact import read_manifest
+    from autosp_aot.artifact_read import read_manifest
     from autosp_aot.builder import build_file
     from autosp_aot.report import facts
     from autosp_aot.runtime.groups import present_target

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autosp_aot.artifact import RANKS, Manifest, read_bodies, read_manifest
+from autosp_aot.artifact import RANKS, Manifest
+from autosp_aot.artifact_read import read_bodies, read_manifest
 from autosp_aot.operators import COLLECTIVES, FREE
 from autosp_aot.program import RECOMPUTED, Program
 

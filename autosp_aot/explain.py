@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autosp_aot.artifact import Manifest, read_bodies, read_manifest, read_whole
+from autosp_aot.artifact import Manifest
+from autosp_aot.artifact_read import read_bodies, read_manifest, read_whole
 from autosp_aot.cost import flops, heaviest
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.operators import COLLECTIVES, COPIES, FREE, MOVES

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autosp_aot.artifact import BUFFERS, Manifest, read_manifest, read_rank, read_tensors, read_whole
+from autosp_aot.artifact import BUFFERS, Manifest
+from autosp_aot.artifact_read import read_manifest, read_rank, read_tensors, read_whole
 from autosp_aot.cost import costs
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.inputs import made_up

@@ -4,7 +4,8 @@ from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
-from autosp_aot.artifact import Manifest, read_manifest, read_rank
+from autosp_aot.artifact import Manifest
+from autosp_aot.artifact_read import read_manifest, read_rank
 from autosp_aot.collectives import collectives_of
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.program import ITEMSIZE, Program

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from autosp_aot.artifact import read_bodies, read_manifest, read_whole
+from autosp_aot.artifact_read import read_bodies, read_manifest, read_whole
 from autosp_aot.builder import build_file
 from autosp_aot.collectives import collectives_of
 from autosp_aot.config import BuildConfig

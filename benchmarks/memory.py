@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 import autosp_aot
-from autosp_aot.artifact import read_bodies
+from autosp_aot.artifact_read import read_bodies
 from autosp_aot.cost import curve
 from autosp_aot.plan_report import plan_text
 from autosp_aot.planning import Asked, Setting, sweep

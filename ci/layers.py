@@ -18,8 +18,8 @@ NEVER_REACHES = {
     "export": ("autosp_aot.passes", "autosp_aot.runtime", "transformers"),
     **{
         part: ("autosp_aot.export", "autosp_aot.passes", "autosp_aot.runtime", "torch.distributed")
-        for part in ("artifact", "program", "program_text", "placement", "operators", "verify", "cost", "collectives",
-                     "layouts", "moves", "workspace")
+        for part in ("artifact", "artifact_read", "artifact_write", "program", "program_text", "placement", "operators",
+                     "verify", "cost", "collectives", "layouts", "moves", "workspace")
     },
     "cli": ("transformers",),
 }

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,3 +24,15 @@ def tiny2():
     torch.manual_seed(0)
     model = plain.build_model(**TINY, dtype="float64")
     return compile_model(model, plain.example_batch(2, 5), {"input_ids": 1, "labels": 1}, BuildConfig(2), "")
+
+
+@pytest.fixture(scope="session")
+def full(tiny2):
+    """`tiny2` with weights and a buffer."""
+    weights = {spec.name: torch.ones(spec.shape, dtype=torch.float64) for spec in tiny2.manifest.parameters}
+    return replace(tiny2, weights=weights, buffers={"b": torch.arange(3)})
+
+
+@pytest.fixture
+def saved(full, tmp_path):
+    return full.save(tmp_path / "a")

@@ -6,6 +6,11 @@ from pathlib import Path
 
 from autosp_aot.artifact import MANIFEST, sealed
 
+FILES = (
+    "body.0.program", "buffers.safetensors", "manifest.json", "ranks.json", "report.html",
+    "weights/model.safetensors", "whole.program",
+)  # fmt: skip
+
 
 def reseal(path: Path, **changes) -> None:
     """Write a manifest with `changes` and the hashes of the files that are there now."""

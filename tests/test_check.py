@@ -8,7 +8,8 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner
 
-from autosp_aot.artifact import MANIFEST, read_manifest
+from autosp_aot.artifact import MANIFEST
+from autosp_aot.artifact_read import read_manifest
 from autosp_aot.check import check
 from autosp_aot.cli import main
 from autosp_aot.errors import ArtifactError

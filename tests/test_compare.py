@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from autosp_aot.artifact import read_manifest
+from autosp_aot.artifact_read import read_manifest
 from autosp_aot.builder import compile_model
 from autosp_aot.compare import compare
 from autosp_aot.config import BuildConfig

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autosp_aot.artifact import read_rank
+from autosp_aot.artifact_read import read_rank
 from autosp_aot.builder import build, model_values
 from autosp_aot.check import check
 from autosp_aot.config import BuildConfig

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from autosp_aot.artifact import read_manifest
+from autosp_aot.artifact_read import read_manifest
 from autosp_aot.errors import ArtifactError
 from autosp_aot.program_text import parse_program
 from autosp_aot.report import facts, show, show_json

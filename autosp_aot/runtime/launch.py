@@ -19,7 +19,8 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from autosp_aot.artifact import Manifest, read_manifest
+from autosp_aot.artifact import Manifest
+from autosp_aot.artifact_read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem
 from autosp_aot.runtime.data import Feed, open_feed
 from autosp_aot.runtime.groups import Group, check_devices

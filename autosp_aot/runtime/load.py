@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autosp_aot.artifact import BUFFERS, Manifest, read_manifest, read_rank, read_tensors
+from autosp_aot.artifact import BUFFERS, Manifest
+from autosp_aot.artifact_read import read_manifest, read_rank, read_tensors
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.operators import STRUCTURE, schema
 from autosp_aot.program import Program

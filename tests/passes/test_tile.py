@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autosp_aot.artifact import read_bodies
+from autosp_aot.artifact_read import read_bodies
 from autosp_aot.builder import compile_model
 from autosp_aot.check import check
 from autosp_aot.config import BuildConfig

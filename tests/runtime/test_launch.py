@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autosp_aot.artifact import read_manifest
+from autosp_aot.artifact_read import read_manifest
 from autosp_aot.builder import build
 from autosp_aot.runtime.data import open_feed
 from examples import plain

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from autosp_aot.artifact import read_manifest
+from autosp_aot.artifact_read import read_manifest
 from autosp_aot.builder import build
 from autosp_aot.runtime.data import open_feed
 from autosp_aot.runtime.groups import Group

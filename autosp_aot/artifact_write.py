@@ -1,0 +1,110 @@
+"""An artifact in memory, and how it is written: whole or not at all, and the same bytes for the same build."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from autosp_aot.artifact import BUFFERS, MANIFEST, RANKS, REPORT, WEIGHTS, WHOLE, Manifest, sealed, sha256_of
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.program import Program
+from autosp_aot.program_text import print_program
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A build in memory: its manifest (without file hashes until it is written), programs and values."""
+
+    manifest: Manifest
+    whole: Program
+    program: Program
+    buffers: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
+    report: str
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact, replacing one that is there; raises BuildError for any other existing path."""
+        return write_artifact(self, Path(path))
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise BuildError (`output-exists`) where something that is no artifact stands at `path`."""
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise BuildError(
+            Problem("output-exists", f"{path} exists and is not an artifact", str(path),
+                    "only an artifact is ever replaced", "give another folder with -o, or move it away")
+        )  # fmt: skip
+
+
+def write_artifact(artifact: Artifact, path: Path) -> Path:
+    """Write all files beside `path` and put them in place in one step: an artifact is whole or not there."""
+    refuse_existing(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            made = Path(scratch, "new")
+            made.mkdir()
+            _write_files(artifact, made)
+            _put(made, path, Path(scratch, "old"))
+    except OSError as error:
+        raise BuildError(
+            Problem("output-unwritable", f"{path} cannot be written", str(path), str(error),
+                    "give another folder with -o, or make room there")
+        ) from error  # fmt: skip
+    return path
+
+
+def _put(made: Path, path: Path, old: Path) -> None:
+    """Move `made` to `path`; what was there goes to `old`, and back if the move fails."""
+    if not path.exists():
+        os.rename(made, path)
+        return
+    os.rename(path, old)
+    try:
+        os.rename(made, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+
+
+def _write_files(artifact: Artifact, path: Path) -> None:
+    body, constants = print_program(artifact.program)
+    whole, _ = print_program(artifact.whole)
+    ranks = artifact.manifest.ranks
+    entries = [
+        {"body": "body.0.program", "constants": {name: _own(values, rank, ranks) for name, values in constants.items()}}
+        for rank in range(ranks)
+    ]
+    texts = {WHOLE: whole, "body.0.program": body, RANKS: _ranks_text(entries), REPORT: artifact.report}
+    for name, text in texts.items():
+        (path / name).write_text(text, encoding="utf-8")
+    _write_tensors(artifact.buffers, path / BUFFERS)
+    if artifact.weights is not None:
+        (path / WEIGHTS).parent.mkdir()
+        _write_tensors(artifact.weights, path / WEIGHTS)
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    manifest = asdict(artifact.manifest) | {"files": {name: sha256_of(path / name) for name in names}}
+    (path / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    apart = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(apart, path)
+    path.chmod(0o644)  # safetensors makes it readable for its owner only
+
+
+def _own(values: tuple[int, ...], rank: int, ranks: int) -> int | tuple[int, ...]:
+    """A rank's number of a constant, or its numbers of all tiles."""
+    tiles = len(values) // ranks
+    return values[rank] if tiles == 1 else values[rank * tiles : (rank + 1) * tiles]
+
+
+def _ranks_text(ranks: list[dict]) -> str:
+    """One line a rank, so that a changed constant is a changed line."""
+    return "[\n" + ",\n".join(json.dumps(rank) for rank in ranks) + "\n]\n"

@@ -27,17 +27,55 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Group:
-    """One rank among `size`, on `device`; a group of one needs no process group."""
+    """One rank among `size`, on `device`; a group of one, and torch's default group, have no `process_group`."""
 
     rank: int
     size: int
     device: torch.device
+    process_group: dist.ProcessGroup | None = None
+
+    def exchange(self, buffer: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        """Send `buffer` (1-D) split by `send_sizes` to the ranks in order; returns what they sent here, in order."""
+        if self.size == 1:
+            return buffer
+        received = buffer.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=self.process_group)
+        return received
+
+    def sum(self, buffer: Tensor) -> Tensor:
+        """The sum of `buffer` over all ranks, in the same storage."""
+        if self.size > 1:
+            dist.all_reduce(buffer, group=self.process_group)
+        return buffer
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A rank's place among dp x sp ranks: `world` is all of them, `sequence` those that share its sequences.
+
+    dp = 2, sp = 4        sequence ranks
+    replica 0             0  1  2  3
+    replica 1             4  5  6  7       of the world
+    """
+
+    world: Group
+    sequence: Group
+
+    @property
+    def replicas(self) -> int:
+        """How many groups of ranks train on sequences of their own (dp)."""
+        return self.world.size // self.sequence.size
+
+    @property
+    def replica(self) -> int:
+        return self.world.rank // self.sequence.size
 
     @staticmethod
-    def join(target: str) -> "Group":
+    def join(target: str, sp: int, dp: int | None = None) -> "Mesh":
         """Join the default group if there is one, else the ranks of torchrun's environment, else be a group of one.
 
-        Raises ArtifactError `wrong-device` where this machine lacks the target's device for this rank.
+        Raises ArtifactError: `wrong-device` where this machine lacks the target's device for this rank, `world-size`
+        where there are not `dp` (None: any number of) groups of `sp` ranks.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         check_devices(target, local_rank + 1)
@@ -47,29 +85,39 @@ class Group:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-                return Group(0, 1, device)
+                check_size(1, sp, dp)
+                return Mesh(Group(0, 1, device), Group(0, 1, device))
             dist.init_process_group(kind.backend, device_id=device if device.type == "cuda" else None)
-        return Group(dist.get_rank(), dist.get_world_size(), device)
+        world = Group(dist.get_rank(), dist.get_world_size(), device)
+        check_size(world.size, sp, dp)
+        return Mesh(world, _sequence_group(world, sp))
 
     def leave(self) -> None:
-        """Wait for the others and take the process group down."""
-        if self.size > 1:
+        """Wait for the others and take the process groups down."""
+        if self.world.size > 1:
             dist.barrier()
             dist.destroy_process_group()
 
-    def exchange(self, buffer: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
-        """Send `buffer` (1-D) split by `send_sizes` to the ranks in order; returns what they sent here, in order."""
-        if self.size == 1:
-            return buffer
-        received = buffer.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(received, buffer, receive_sizes, send_sizes)
-        return received
 
-    def sum(self, buffer: Tensor) -> Tensor:
-        """The sum of `buffer` over all ranks, in the same storage."""
-        if self.size > 1:
-            dist.all_reduce(buffer)
-        return buffer
+def _sequence_group(world: Group, sp: int) -> Group:
+    if sp == world.size:
+        return world
+    if sp == 1:
+        return Group(0, 1, world.device)
+    groups = [dist.new_group(list(range(first, first + sp))) for first in range(0, world.size, sp)]
+    return Group(world.rank % sp, sp, world.device, groups[world.rank // sp])
+
+
+def check_size(size: int, sp: int, dp: int | None = None) -> None:
+    """Raises ArtifactError `world-size` unless `size` ranks are `dp` (None: any number of) groups of `sp`."""
+    if size % sp == 0 and dp in (None, size // sp):
+        return
+    groups = {None: "a number of groups of ", 1: ""}.get(dp, f"{dp} groups of ")
+    raise ArtifactError(Problem(
+        "world-size", f"the artifact is for {groups}{sp} ranks, and here are {size}",
+        why="each rank of a group runs a program of its own",
+        fix=f"start {sp * (dp or 1)} processes, or build for another --sp",
+    ))  # fmt: skip
 
 
 def present_target() -> str:

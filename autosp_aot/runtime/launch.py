@@ -23,8 +23,7 @@ from autosp_aot.artifact import Manifest
 from autosp_aot.artifact_read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem
 from autosp_aot.runtime.data import Feed, open_feed
-from autosp_aot.runtime.groups import Group, check_devices
-from autosp_aot.runtime.load import check_size
+from autosp_aot.runtime.groups import Mesh, check_devices, check_size
 from autosp_aot.runtime.train import Training, train
 
 INTERRUPTED = 128  # a shell's exit code for a process that signal n ended is 128 + n
@@ -45,7 +44,7 @@ def run(training: Training, data: Path | None, batch_file: Path | None) -> None:
     _check(manifest, training)
     feed = open_feed(manifest.batch, training.seed, data, batch_file)
     if "WORLD_SIZE" in os.environ or manifest.ranks == 1:
-        _join_and_train(training, manifest.target, feed)
+        _join_and_train(training, manifest.target, manifest.ranks, feed)
     else:
         _launch(training, manifest, feed)
 
@@ -53,7 +52,7 @@ def run(training: Training, data: Path | None, batch_file: Path | None) -> None:
 def _check(manifest: Manifest, training: Training) -> None:
     """What would fail on every rank alike fails here, before a process is started (`load` checks the rest)."""
     if "WORLD_SIZE" in os.environ:
-        check_size(training.artifact, manifest, int(os.environ["WORLD_SIZE"]))
+        check_size(int(os.environ["WORLD_SIZE"]), manifest.ranks, dp=1)
     else:
         check_devices(manifest.target, manifest.ranks)
     for option, path in (("--metrics", training.metrics), ("--dump", training.dump)):
@@ -61,10 +60,10 @@ def _check(manifest: Manifest, training: Training) -> None:
             raise AutospError(Problem("no-such-folder", f"{option} {path}: the folder does not exist"))
 
 
-def _join_and_train(training: Training, target: str, feed: Feed) -> None:
-    group = Group.join(target)
-    train(training, feed, group)
-    group.leave()
+def _join_and_train(training: Training, target: str, ranks: int, feed: Feed) -> None:
+    mesh = Mesh.join(target, ranks, dp=1)
+    train(training, feed, mesh.sequence)
+    mesh.leave()
 
 
 def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
@@ -76,7 +75,7 @@ def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
     with tempfile.TemporaryDirectory(prefix="autosp-aot-") as folder:
         logging.disable(logging.ERROR)  # the launcher repeats what we report
         try:
-            elastic_launch(config, _worker)(training, manifest.target, feed, folder)
+            elastic_launch(config, _worker)(training, manifest.target, manifest.ranks, feed, folder)
         except ChildFailedError as error:
             raise _reported(Path(folder)) or _failed(error) from None
         except SignalException as stopped:
@@ -85,16 +84,16 @@ def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
             logging.disable(logging.NOTSET)
 
 
-def _worker(training: Training, target: str, feed: Feed, folder: str) -> None:
+def _worker(training: Training, target: str, ranks: int, feed: Feed, folder: str) -> None:
     """The process of one rank; leaves an AutospError in `folder`, for the parent to raise, and fails."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank at once; the parent says what there is to say
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
     if target == "cpu":
         os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     try:
-        _join_and_train(training, target, feed)
+        _join_and_train(training, target, ranks, feed)
     except AutospError as error:
         problems = json.dumps([asdict(problem) for problem in error.problems])
         Path(folder, f"{rank:06}.json").write_text(problems)

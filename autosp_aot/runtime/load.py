@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from autosp_aot.artifact import BUFFERS, Manifest
 from autosp_aot.artifact_read import read_manifest, read_rank, read_tensors
@@ -12,7 +11,7 @@ from autosp_aot.operators import STRUCTURE, schema
 from autosp_aot.program import Program
 from autosp_aot.runtime.checkpoint import read_weights
 from autosp_aot.runtime.execute import Executor
-from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.groups import Mesh, check_size
 from autosp_aot.runtime.module import Comm, ShardedModel
 from autosp_aot.scores import check
 
@@ -22,18 +21,20 @@ def load(
     init_from: str | Path | None = None,
     device: torch.device | str | None = None,
     comm: Comm | None = None,
-) -> nn.Module:
+    sum_gradients: bool = True,
+) -> ShardedModel:
     """A module for this rank: forward returns the loss, backward fills `.grad`, parameters have the original's names.
 
     Rank and ranks come from `comm`, by default the torchrun environment (or the process group that is there already).
+    Without `sum_gradients` what backward leaves in `.grad` are summands, to be added up over the ranks.
     `init_from` is a safetensors file or a folder of them, used instead of the stored weights. Raises ArtifactError.
     """
     path = Path(path)
     manifest = read_manifest(path)
     if comm is None:
-        group = Group.join(manifest.target)
-        comm, device = group, device or group.device
-    check_size(path, manifest, comm.size)
+        comm = Mesh.join(manifest.target, manifest.ranks, dp=1).sequence
+        device = device or comm.device
+    check_size(comm.size, manifest.ranks, dp=1)
     device = torch.device(device or "cpu")
     if (device.type == "cpu") != (manifest.target == "cpu"):
         what = f"the artifact is for {manifest.target}, the device is {device.type}"
@@ -42,15 +43,8 @@ def load(
     program = read_rank(path, comm.rank)
     check_operators(program, manifest)
     weights = read_weights(path, manifest, None if init_from is None else Path(init_from))
-    return ShardedModel(manifest, Executor(program, comm.rank, device), weights, read_tensors(path, BUFFERS), comm)
-
-
-def check_size(path: Path, manifest: Manifest, size: int) -> None:
-    """Raise ArtifactError (`world-size`) unless there are as many ranks as the artifact has programs."""
-    if size != manifest.ranks:
-        what = f"the artifact is for {manifest.ranks} ranks, and here are {size}"
-        fix = f"start {manifest.ranks} processes, or build for {size}"
-        raise ArtifactError(Problem("world-size", what, str(path), "each rank runs its own program", fix))
+    executor = Executor(program, comm.rank, device)
+    return ShardedModel(manifest, executor, weights, read_tensors(path, BUFFERS), comm, sum_gradients)
 
 
 def check_operators(program: Program, manifest: Manifest) -> None:

@@ -29,7 +29,8 @@ class ShardedModel(nn.Module):
     """The model of an artifact on one of its ranks, with the original's parameter names.
 
     `forward(**batch)` takes the whole batch on every rank (shapes, dtypes as built) and returns the loss, the same on
-    every rank; `backward` adds the gradients of the whole step to `.grad`, the same on every rank.
+    every rank; `backward` adds the gradients of the whole step to `.grad`, the same on every rank. Without
+    `sum_gradients` what it adds are summands: over the ranks they add up to those gradients, and have the same shapes.
 
     What the step draws (dropout) follows from `seed` and `step` alone, both plain numbers and the same on every rank:
     `step` goes up by one with each forward in training mode. To resume before step k, set both. In eval mode the
@@ -46,9 +47,10 @@ class ShardedModel(nn.Module):
         weights: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         comm: Comm,
+        sum_gradients: bool = True,
     ):
         super().__init__()
-        self.manifest, self.executor, self.comm = manifest, executor, comm
+        self.manifest, self.executor, self.comm, self.sum_gradients = manifest, executor, comm, sum_gradients
         self.seed, self.step, self.loss_scale = 0, 0, 1.0
         self.guesses = [entry.value for entry in executor.program.inputs if entry.kind == "guess"]
         self.seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
@@ -108,9 +110,20 @@ class _Step(torch.autograd.Function):
         _ = ctx.saved_tensors
         ctx.values = None
         values["grad_loss"] = grad_loss
-        run(ctx.module.executor, "backward", values, ctx.module.comm)
-        found = run(ctx.module.executor, "sum_gradients", values, ctx.module.comm)
+        module = ctx.module
+        found = run(module.executor, "backward", values, module.comm)
+        if module.sum_gradients:
+            found = run(module.executor, "sum_gradients", values, module.comm)
+        elif module.comm.rank:
+            found = _without_whole(found, module.executor)
         return None, None, None, *_apart([found[f"grad.{name}"] for name in ctx.names])
+
+
+def _without_whole(found: dict[str, Tensor], executor: Executor) -> dict[str, Tensor]:
+    """Zeros for the gradients that are no summands: every rank has all of them, and one rank's are enough."""
+    names = dict(executor.program.section("backward").gives)
+    summand = {label: executor.values[name].placement.partial for label, name in names.items()}
+    return {label: gradient if summand[label] else torch.zeros_like(gradient) for label, gradient in found.items()}
 
 
 def _apart(gradients: list[Tensor]) -> list[Tensor]:

@@ -47,9 +47,8 @@ def test_other_weights_are_used_instead_of_the_stored_ones(saved, tiny2, tmp_pat
 def test_another_number_of_ranks_is_refused(saved):
     assert refusal(saved, Group(0, 3, CPU)) == (
         "error[world-size]: the artifact is for 2 ranks, and here are 3\n"
-        f"  where  {saved}\n"
-        "  why    each rank runs its own program\n"
-        "  fix    start 2 processes, or build for 3"
+        "  why    each rank of a group runs a program of its own\n"
+        "  fix    start 2 processes, or build for another --sp"
     )
 
 

@@ -59,6 +59,7 @@ def test_what_fits_is_what_leaves_the_reserve():
     asked = ("--sp", "2", "--seq", "13", "--recompute", "sac", "--reserve", "1KiB", "--memory")
     assert points(*asked, room + 1024)[0]["fits"]
     assert not points(*asked, room + 1023)[0]["fits"]
+    assert points(*asked[:-2], "0MiB", "--memory", room)[0]["fits"]
 
 
 def test_a_point_that_cannot_be_made_to_fit_is_a_row_with_what_it_would_need():

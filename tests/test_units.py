@@ -5,12 +5,20 @@ from autosp_aot.units import bytes_of, bytes_text, length_of, length_text
 
 @pytest.mark.parametrize("text, count", [
     ("80GiB", 80 * 2**30), ("80GB", 80 * 10**9), ("1.5KiB", 1536), ("7", 7), ("7 B", 7), ("2TiB", 2 * 2**40),
+    ("0", 0), ("0MiB", 0),
 ])  # fmt: skip
 def test_sizes_are_powers_of_1024_or_of_1000_as_the_unit_says(text, count):
     assert bytes_of(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "80G", "80gib", "1e3", "0.3B", "nan"])
+@pytest.mark.parametrize("text, count", [
+    ("65.7GiB", 657 * 2**30 // 10), ("0.3B", 0), ("0.001GB", 10**6), ("9007199254740993.9B", 2**53 + 1),
+])  # fmt: skip
+def test_a_part_of_a_byte_is_left_out_exactly(text, count):
+    assert bytes_of(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "80G", "80gib", "1e3", "nan", "1/2GiB"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size like 70GiB"):
         bytes_of(text)

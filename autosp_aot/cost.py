@@ -11,6 +11,7 @@ from math import prod
 
 from torch import Tensor
 
+from autosp_aot.alike import unlike_ranks
 from autosp_aot.layouts import Layouts, storage_bytes
 from autosp_aot.operators import COLLECTIVES, FREE, TILES, wide
 from autosp_aot.placement import received_bytes
@@ -52,7 +53,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the rank whose values have the most bytes. Parameters and optimizer state are not in it.
+    """Of the rank with the highest peak. Parameters and optimizer state are not in it.
 
     `host_bytes` is the pool of what waits in host memory, `host_moved_bytes` what goes there and comes back.
     """
@@ -69,8 +70,7 @@ class Costs:
 
 def costs(program: Program, target: str = "cpu") -> Costs:
     """The costs of a program of all ranks on a target (cpu, cuda, rocm)."""
-    rank = heaviest(program)
-    moments = curve(program, rank, target)
+    rank, moments = highest(program, target)
     worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
     kept = next((moment.alive_bytes for moment in reversed(moments) if moment.section == "forward"), 0)
     values, flops = program.values(), Counter()
@@ -92,10 +92,21 @@ def pool_bytes(program: Program, rank: int) -> int:
 
 
 def heaviest(program: Program) -> int:
-    """The rank whose values have the most bytes in all."""
+    """The rank whose values have the most bytes in all: likely, before it is known when each is alive, the highest."""
     shapes = Counter((value.shape, value.dtype) for value in program.values().values())
     kinds = [(Value("", dtype, shape), count) for (shape, dtype), count in shapes.items()]
     return max(range(program.ranks), key=lambda rank: sum(value.nbytes(rank) * count for value, count in kinds))
+
+
+def highest(program: Program, target: str = "cpu") -> tuple[int, list[Moment]]:
+    """The rank with the highest peak, and its curve."""
+    curves = ((rank, curve(program, rank, target)) for rank in unlike_ranks(program))
+    return max(curves, key=lambda entry: max((moment.peak_bytes for moment in entry[1]), default=0))
+
+
+def peak_bytes(program: Program, target: str = "cpu") -> int:
+    """The highest peak of any rank, beside inputs."""
+    return max((moment.peak_bytes for moment in highest(program, target)[1]), default=0)
 
 
 def curve(program: Program, rank: int, target: str = "cpu") -> list[Moment]:

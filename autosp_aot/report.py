@@ -40,7 +40,7 @@ def _program(path, manifest: Manifest, rank: int) -> Program:
 
 
 def facts(manifest: Manifest) -> Rows:
-    """What was built, and what it costs the rank with the largest boxes."""
+    """What was built, and what it costs the rank with the highest peak."""
     costs = manifest.costs
     weights = sum(prod(spec.shape) * ITEMSIZE[spec.dtype] for spec in manifest.parameters)
     again = costs["recomputed_flops"] / max(costs["flops"], 1)

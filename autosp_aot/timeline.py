@@ -9,7 +9,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from autosp_aot.cost import Lifetime, Moment, curve, heaviest, lifetimes
+from autosp_aot.cost import Lifetime, Moment, highest, lifetimes
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.program import Program
 from autosp_aot.state import TrainingState
@@ -36,9 +36,8 @@ class Timeline:
 
 
 def timeline(program: Program, target: str) -> Timeline:
-    """The timeline of the rank whose values have the most bytes, on cpu, cuda or rocm."""
-    rank = heaviest(program)
-    moments = curve(program, rank, target)
+    """The timeline of the rank with the highest peak, on cpu, cuda or rocm."""
+    rank, moments = highest(program, target)
     ends = {moment.section: at for at, moment in enumerate(moments)}
     storages = tuple((_kind(life, ends), life) for life in lifetimes(program, rank, target))
     collectives = {instr.values()[0].name for instr in program.instrs() if instr.op in COLLECTIVES}

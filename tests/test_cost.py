@@ -80,6 +80,18 @@ def test_the_rank_with_the_largest_boxes_is_counted():
     assert found.peak_bytes == 12
 
 
+def test_the_peak_is_that_of_the_rank_where_most_is_alive_at_once_not_of_the_one_with_most_in_all():
+    found = costs(parse_program(
+        "autosp program 1\nranks 2\nlayout left = 0:4 4:5\nlayout right = 0:1 1:6\nconstants $0 $1\n"
+        "batch %x: f32[5] @ Replicate\nbatch %y: f32[6] @ Replicate\nsection step takes ()\n"
+        "  %a: f32[$0] @ Shard(0, left) = shard(%x)\n  %b: f32[$0] @ Shard(0, left) = aten.neg.default(%a)\n"
+        "  free(%a)\n  free(%b)\n  %c: f32[$0] @ Shard(0, left) = shard(%x)\n  free(%c)\n"
+        "  %d: f32[$1] @ Shard(0, right) = shard(%y)\n  %e: f32[$1] @ Shard(0, right) = aten.neg.default(%d)\n"
+        "gives ()\n", {"$0": (4, 1), "$1": (1, 5)},
+    ))  # fmt: skip
+    assert (found.peak_bytes, found.peak_at) == (20, "step: e")
+
+
 # --- FLOPs --------------------------------------------------------------------------------------------------------
 
 

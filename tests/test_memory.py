@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autosp_aot.cost import curve
+from autosp_aot.cost import costs, curve, heaviest
 from autosp_aot.program import Instr, Program
 from autosp_aot.runtime.execute import Executor, Run
 from autosp_aot.runtime.module import run
@@ -154,6 +154,16 @@ def test_what_a_run_of_rows_found_is_gone_before_the_next_run():
     heard = answers(compiled.program, inputs)
     for rank in range(5):
         assert not compare(compiled.program, rank, inputs, heard[rank])
+
+
+@pytest.mark.parametrize("name, ranks, length, options", [
+    ("mamba2", 2, 13, {"recompute": "none", "tile": 3}), ("mamba2", 3, 64, {"recompute": "sac", "tile": "off"}),
+])  # fmt: skip
+def test_the_peak_is_the_highest_of_all_ranks(name, ranks, length, options):
+    compiled, inputs = built(ARCHITECTURES[name].build(), half_labelled(length), ranks, **options)
+    program, heard = compiled.program, answers(compiled.program, inputs)
+    peaks = [max(peak for _, peak in measured(program, rank, inputs, heard[rank])) for rank in range(ranks)]
+    assert costs(program).peak_bytes == max(peaks) > peaks[heaviest(program)]
 
 
 def test_a_release_that_comes_later_is_measured(build_llama):

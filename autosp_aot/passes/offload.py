@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from autosp_aot.config import BuildConfig
-from autosp_aot.cost import curve, flops, heaviest, storages
+from autosp_aot.cost import flops, heaviest, peak_bytes, storages
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.release import release
 from autosp_aot.passes.reuse import reuse
@@ -73,14 +73,13 @@ def offload(program: Program, config: BuildConfig) -> Program:
     """
     if config.offload == "off":
         return program
-    names, rank = worth_it(program), heaviest(program)
+    names = worth_it(program)
     if config.offload == "host":
         return stowed(program, names)
-    inputs = sum(entry.value.nbytes(rank) for entry in program.inputs)
+    inputs = sum(entry.value.nbytes() for entry in program.inputs)
 
     def needed(count: int) -> int:
-        moments = curve(reuse(release(stowed(program, names[:count])), config.target), rank, config.target)
-        return inputs + max(moment.peak_bytes for moment in moments)
+        return inputs + peak_bytes(reuse(release(stowed(program, names[:count])), config.target), config.target)
 
     budget = config.memory_budget_bytes
     count = bisect_left(range(len(names)), True, key=lambda count: needed(count) <= budget)

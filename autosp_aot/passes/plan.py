@@ -11,7 +11,7 @@ The last segment is always kept: backward begins there, and would compute it aga
 from collections.abc import Callable, Collection, Mapping
 
 from autosp_aot.config import BuildConfig
-from autosp_aot.cost import alive, curve
+from autosp_aot.cost import alive, highest, peak_bytes
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.budget import cheapest, tightest
@@ -81,15 +81,15 @@ def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], sche
         found = next((found for found in within if found), None)
         if found is None:
             break
-        over = _peak(schedule(_kept(found), config.offload), ladder) - room
+        over = peak_bytes(schedule(_kept(found), config.offload), config.target) - room
         if over <= 0:
             return _kept(found)
         wanted -= over
     last = (_kept(tightest(options)), frozenset(by_policy(program, "full")))
     tried = [(kept, schedule(kept, config.offload)) for kept in last]
-    kept, least = min(tried, key=lambda one: _peak(one[1], ladder))
-    if _peak(least, ladder) > room:
-        raise BuildError(_too_small(least, ladder, config.memory_budget_bytes, dims))
+    kept, least = min(tried, key=lambda one: peak_bytes(one[1], config.target))
+    if peak_bytes(least, config.target) > room:
+        raise BuildError(_too_small(least, config, dims))
     return kept
 
 
@@ -101,17 +101,14 @@ def _kept(found: list[Choice]) -> frozenset[str]:
     return frozenset().union(*(choice.kept for choice in found))
 
 
-def _peak(program: Program, ladder: Ladder) -> int:
-    return max(moment.peak_bytes for moment in curve(program, ladder.rank, ladder.target))
-
-
-def _too_small(program: Program, ladder: Ladder, budget_bytes: int, dims: Mapping[str, int]) -> Problem:
+def _too_small(program: Program, config: BuildConfig, dims: Mapping[str, int]) -> Problem:
     """Says what the program that takes least needs, and for what."""
-    moments = curve(program, ladder.rank, ladder.target)
+    budget_bytes = config.memory_budget_bytes
+    rank, moments = highest(program, config.target)
     at = max(range(len(moments)), key=lambda at: moments[at].peak_bytes)
     parameters = sum(entry.value.nbytes() for entry in program.inputs)
     least = parameters + moments[at].peak_bytes
-    values = alive(program, ladder.rank, at, ladder.target)
+    values = alive(program, rank, at, config.target)
     given = {name for _, name in program.section("backward").gives}
     gradients = sum(nbytes for value, nbytes in values if value.name in given)
     length = max((e.value.shape[dims[e.value.name]] for e in program.inputs if e.value.name in dims), default=0)

@@ -90,6 +90,7 @@ def writer(name: str) -> tuple[torch._ops.OpOverload, str] | None:
     return None
 
 
+@cache
 def makes_view(name: str) -> bool:
     """Whether an operator of ATen gives its operand's storage under another shape."""
     found = overload(name)

@@ -57,7 +57,7 @@ def _memory(manifest: Manifest, program: Program) -> list[str]:
     peak = sum(levels[found.peak_at].values())
     said = f"The peak is {bytes_text(peak)}, at {found.moments[found.peak_at].name}. The table below has the figures."
     chart = areas("Memory of a rank over one step", said, levels, ("parameters", *KINDS), starts)
-    note = "<p>Of the rank whose values have the most bytes; the optimizer's state comes on top.</p>"
+    note = "<p>Of the rank with the highest peak; the optimizer's state comes on top.</p>"
     return [
         section("Memory over the step", note, chart, table(by_section(found, parameters), head=True)),
         section("Alive at the peak", table(at_peak(program, found), head=True)),

@@ -20,8 +20,9 @@ from autosp_aot.cost import costs
 from autosp_aot.errors import BuildError
 from autosp_aot.export.model_file import make_batch, make_model, read_model_file
 from autosp_aot.longest import longest
-from autosp_aot.operators import FREE, overload
+from autosp_aot.operators import FREE, makes_view
 from autosp_aot.passes.pipeline import compile_program
+from autosp_aot.passes.too_small import BudgetTooSmall
 from autosp_aot.program import Program, values_of
 from autosp_aot.state import training_state
 from autosp_aot.targets import Device, step_seconds
@@ -171,11 +172,8 @@ class Planner:
         problem = ""
         try:
             program = compile_program(whole, sequence_dims, config).program
-        except BuildError as error:
-            if error.problems[0].code != "budget-too-small":
-                raise
-            problem = str(error)
-            program = compile_program(whole, sequence_dims, _least(config)).program
+        except BudgetTooSmall as error:
+            problem, program = str(error), error.least
         taken, parts = costs(program, setting.device.kind), breakdown(program, state, setting.device.kind)
         peak, moved_bytes = sum(parts.values()), sum(moved.received_bytes for moved in taken.moved)
         traffic = traffic_bytes(program)
@@ -188,13 +186,6 @@ class Planner:
         )  # fmt: skip
 
 
-def _least(config: BuildConfig) -> BuildConfig:
-    """The options that take the least memory of those that were left open."""
-    recompute = "full" if config.recompute == "auto" else config.recompute
-    offload = "host" if config.offload == "auto" else config.offload
-    return replace(config, recompute=recompute, offload=offload, memory_budget_bytes=None)
-
-
 def traffic_bytes(program: Program, rank: int = 0) -> int:
     """What the operators of a rank read and write, views apart: no two operators share a pass over memory."""
     values, count = program.values(), 0
@@ -202,14 +193,8 @@ def traffic_bytes(program: Program, rank: int = 0) -> int:
         calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
         made = values_of(calls)
         for call in calls:
-            if call.op not in (FREE, "wait") and not _view(call.op):
+            if call.op not in (FREE, "wait") and not makes_view(call.op):
                 names = (*call.refs(), *values_of([call]))
                 boxes = (made[n].nbytes(rank * tiles) if n in made else values[n].nbytes(rank) for n in names)
                 count += tiles * sum(boxes)
     return count
-
-
-@cache
-def _view(op: str) -> bool:
-    found = overload(op)
-    return found is not None and found._schema.returns[0].alias_info is not None

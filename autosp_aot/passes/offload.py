@@ -17,17 +17,16 @@ Method: activation offload with prefetch (Rhu et al. 2016, vDNN, arXiv:1602.0812
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from autosp_aot.config import BuildConfig
 from autosp_aot.cost import flops, heaviest, peak_bytes, storages
-from autosp_aot.errors import BuildError, Problem
 from autosp_aot.passes.release import release
 from autosp_aot.passes.reuse import reuse
+from autosp_aot.passes.too_small import too_small
 from autosp_aot.program import RECOMPUTED, Instr, Program, Ref, Value, rename
-from autosp_aot.units import bytes_text
 
 # What a device computes while a byte goes over its link to the host: about half its peak in bf16 over 25 (PCIe 4) or 50
 # GB/s (PCIe 5), from the data sheets of A100, H100 and MI300X. Only the distances follow from it, never a number.
@@ -66,10 +65,10 @@ class _Copy:
     nbytes: int
 
 
-def offload(program: Program, config: BuildConfig) -> Program:
+def offload(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int]) -> Program:
     """Apply `host`, all that is worth it; `auto`, the first of that with which the budget is kept, or all; or `off`.
 
-    Raises BuildError (`budget-too-small`) where all is not enough and `recompute` is not `auto`, which has its own say.
+    Raises BudgetTooSmall where all is not enough and `recompute` is not `auto`, which has its own say.
     """
     if config.offload == "off":
         return program
@@ -78,13 +77,15 @@ def offload(program: Program, config: BuildConfig) -> Program:
         return stowed(program, names)
     inputs = sum(entry.value.nbytes() for entry in program.inputs)
 
-    def needed(count: int) -> int:
-        return inputs + peak_bytes(reuse(release(stowed(program, names[:count])), config.target), config.target)
+    def made(count: int) -> Program:
+        return reuse(release(stowed(program, names[:count])), config.target)
 
-    budget = config.memory_budget_bytes
-    count = bisect_left(range(len(names)), True, key=lambda count: needed(count) <= budget)
-    if config.recompute != "auto" and needed(count) > budget:
-        raise BuildError(_too_small(needed(count), config))
+    def fits(count: int) -> bool:
+        return inputs + peak_bytes(made(count), config.target) <= config.memory_budget_bytes
+
+    count = bisect_left(range(len(names)), True, key=fits)
+    if config.recompute != "auto" and not fits(count):
+        raise too_small(made(count), config, sequence_dims)
     return stowed(program, names[:count])
 
 
@@ -132,15 +133,6 @@ def worth_it(program: Program) -> list[str]:
     sizes = sorted(stay.value.nbytes(rank) for stay in long)
     least = next((size for size, up_to in zip(sizes, accumulate(sizes)) if up_to * SMALL >= sum(sizes)), 0)
     return [name for stay in long if stay.value.nbytes(rank) >= least for name in stay.crossing]
-
-
-def _too_small(least: int, config: BuildConfig) -> Problem:
-    return Problem(
-        "budget-too-small",
-        f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(config.memory_budget_bytes)}",
-        why=f"all that is worth it waits in host memory, and recompute is {config.recompute}",
-        fix=f"--recompute auto, more ranks, a shorter sequence, or a budget of {bytes_text(least)}",
-    )
 
 
 def _work(program: Program) -> dict[str, list[int]]:

@@ -99,7 +99,7 @@ SCHEDULE: tuple[tuple[str, Pass], ...] = (
     ("tile", _tile),
     ("order", _on_ranks(lambda program, task: order(program, task.config.target))),
     # After whatever moves instructions: a copy's place is where it overlaps with work.
-    ("offload", _on_ranks(lambda program, task: offload(program, task.config))),
+    ("offload", _on_ranks(lambda program, task: offload(program, task.config, task.sequence_dims))),
     ("release", _on_ranks(lambda program, task: release(program))),
     ("reuse", _on_ranks(lambda program, task: reuse(program, task.config.target))),
 )

@@ -11,15 +11,14 @@ The last segment is always kept: backward begins there, and would compute it aga
 from collections.abc import Callable, Collection, Mapping
 
 from autosp_aot.config import BuildConfig
-from autosp_aot.cost import alive, highest, peak_bytes
-from autosp_aot.errors import BuildError, Problem
+from autosp_aot.cost import peak_bytes
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.budget import cheapest, tightest
 from autosp_aot.passes.needs import measure
 from autosp_aot.passes.options import TIERS, Choice, Ladder, choices
 from autosp_aot.passes.segments import QUADRATIC, segments
+from autosp_aot.passes.too_small import too_small
 from autosp_aot.program import Program
-from autosp_aot.units import bytes_text
 
 # Why a value is kept.
 CARRIES = "the forward pass goes on from it: what follows, up to the next such place, is computed again from it"
@@ -36,7 +35,6 @@ KEEPS = {
 
 # What a solution takes in fact may be above what it was said to: so often it is solved again for less.
 ATTEMPTS = 4
-LISTED = 5
 
 Schedule = Callable[[Collection[str], str], Program]
 
@@ -45,7 +43,7 @@ def plan(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int]
     """The values of forward that are kept, and why; some of them backward may not need.
 
     `schedule` makes the program that keeps given values and offloads so: what that takes is what counts. Raises
-    BuildError (`budget-too-small`) where the budget cannot be met.
+    BudgetTooSmall where the budget cannot be met.
     """
     if config.recompute == "auto" and config.memory_budget_bytes is not None:
         kept = _within(program, config, sequence_dims, schedule)
@@ -89,7 +87,7 @@ def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], sche
     tried = [(kept, schedule(kept, config.offload)) for kept in last]
     kept, least = min(tried, key=lambda one: peak_bytes(one[1], config.target))
     if peak_bytes(least, config.target) > room:
-        raise BuildError(_too_small(least, config, dims))
+        raise too_small(least, config, dims)
     return kept
 
 
@@ -99,33 +97,3 @@ def _tier(options: list[list[Choice]], rungs: tuple[str, ...], host: bool) -> li
 
 def _kept(found: list[Choice]) -> frozenset[str]:
     return frozenset().union(*(choice.kept for choice in found))
-
-
-def _too_small(program: Program, config: BuildConfig, dims: Mapping[str, int]) -> Problem:
-    """Says what the program that takes least needs, and for what."""
-    budget_bytes = config.memory_budget_bytes
-    rank, moments = highest(program, config.target)
-    at = max(range(len(moments)), key=lambda at: moments[at].peak_bytes)
-    parameters = sum(entry.value.nbytes() for entry in program.inputs)
-    least = parameters + moments[at].peak_bytes
-    values = alive(program, rank, at, config.target)
-    given = {name for _, name in program.section("backward").gives}
-    gradients = sum(nbytes for value, nbytes in values if value.name in given)
-    length = max((e.value.shape[dims[e.value.name]] for e in program.inputs if e.value.name in dims), default=0)
-    fits = max(0, length * (budget_bytes - parameters - gradients) // max(least - parameters - gradients, 1))
-    made = {out.name: instr for instr in program.instrs() for out in instr.values()}
-    rest = moments[at].peak_bytes - gradients
-    lines = [f"at the peak, in {moments[at].section} at {moments[at].name}:",
-             f"  {bytes_text(parameters)} parameters and batch",
-             f"  {bytes_text(gradients)} gradients",
-             f"  {bytes_text(rest)} else, of which the largest:"]
-    for value, nbytes in [entry for entry in values if entry[0].name not in given][:LISTED]:
-        source = made[value.name].where.source
-        lines.append(f"    {bytes_text(nbytes)} {value.name}" + (f" ({source})" if source else ""))
-    return Problem(
-        "budget-too-small",
-        f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(budget_bytes)}",
-        why="\n".join(lines),
-        fix=f"give {bytes_text(least)}, more ranks, --offload host, or a sequence of about {fits} (in proportion;"
-        " autosp-aot plan --max-seq searches)",
-    )

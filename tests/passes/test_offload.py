@@ -203,11 +203,11 @@ def test_auto_sends_what_the_budget_needs_and_no_more():
     assert moved[0] > moved[1] > moved[2] == 0
     with pytest.raises(BuildError) as caught:
         program("auto", least - 1)
-    assert str(caught.value) == (
-        f"error[budget-too-small]: a rank needs {bytes_text(least)} at least, the budget is {bytes_text(least - 1)}\n"
-        "  why    all that is worth it waits in host memory, and recompute is none\n"
-        f"  fix    --recompute auto, more ranks, a shorter sequence, or a budget of {bytes_text(least)}"
-    )
+    (problem,) = caught.value.problems
+    assert problem.code == "budget-too-small"
+    assert problem.what == f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(least - 1)}"
+    assert problem.fix.startswith(f"give {bytes_text(least)}, more ranks, --recompute auto, or a sequence of about 12 ")
+    assert inputs + costs(caught.value.least).peak_bytes == least
 
 
 @pytest.mark.parametrize("ranks, recompute", [(1, "none"), (3, "sac")])

@@ -1,5 +1,6 @@
 """Planning: the budget is kept by what is really scheduled, the numbers stay, and what cannot be met is refused."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -10,14 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autosp_aot.builder import model_values
 from autosp_aot.config import BuildConfig
 from autosp_aot.cost import costs
-from autosp_aot.errors import BuildError
 from autosp_aot.export.canonical import canonical_program
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.pipeline import compile_program
+from autosp_aot.passes.too_small import BudgetTooSmall
 from autosp_aot.program import Program
 from autosp_aot.runtime.simulate import simulate
+from autosp_aot.units import bytes_text
 from examples import llama
 from tests.steps import half_labelled
 
@@ -44,15 +46,14 @@ class Model:
     def taken(self, program: Program) -> int:
         return sum(entry.value.nbytes() for entry in program.inputs) + costs(program).peak_bytes
 
-    def refused(self, budget_bytes: int) -> BuildError:
-        with pytest.raises(BuildError) as caught:
+    def refused(self, budget_bytes: int) -> BudgetTooSmall:
+        with pytest.raises(BudgetTooSmall) as caught:
             self.build("auto", budget_bytes)
         return caught.value
 
     def least(self) -> int:
-        """The least budget, as the refusal of one that is far too small says it: the next larger hundredth of a MiB."""
-        said = str(self.refused(1)).partition("a rank needs ")[2].split(" ")[:2]
-        return int((float(said[0]) + 0.01) * {"KiB": 2**10, "MiB": 2**20}[said[1]])
+        """The least budget that can be kept, as the refusal of one that is far too small has it."""
+        return self.taken(self.refused(1).least)
 
     def results(self, program: Program) -> list[dict]:
         return simulate([program.for_rank(rank) for rank in range(self.ranks)], self.inputs, torch.ones(()))
@@ -128,11 +129,19 @@ def test_auto_without_a_budget_is_sac(deep):
 
 
 def test_what_cannot_be_met_is_refused_with_what_it_takes_and_for_what(deep):
-    (problem,) = deep.refused(10_000).problems
+    least = deep.least()
+    (problem,) = deep.refused(least - 1).problems
     assert problem.code == "budget-too-small"
-    assert problem.what.endswith(", the budget is 9.77 KiB") and problem.what.startswith("a rank needs ")
+    assert problem.what == f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(least - 1)}"
     assert "parameters and batch" in problem.why and "gradients" in problem.why and ".py:" in problem.why
-    assert "a sequence of about 0 " in problem.fix
+    assert re.match(r"give .* KiB, more ranks, --offload host, or a sequence of about 96 ", problem.fix)
+
+
+def test_where_gradients_and_sums_of_them_have_no_room_no_other_length_is_advised(deep):
+    (problem,) = deep.refused(10_000).problems
+    assert problem.what.endswith(", the budget is 9.77 KiB")
+    assert "or train fewer or narrower parameters: with gradients and sums" in problem.fix
+    assert "which neither more ranks nor a shorter sequence changes" in problem.fix and "--" not in problem.fix
 
 
 def test_what_is_kept_has_a_reason(deep, planned):

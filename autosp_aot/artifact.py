@@ -4,6 +4,7 @@
     whole.program        the canonical unsharded step
     body.0.program       the text that ranks of one structure share
     ranks.json           by rank: its body, and the constants that differ
+    checkpoint.json      how a checkpoint of the model names and lays out its tensors, and its config
     buffers.safetensors  values that a checkpoint does not hold
     weights/             optional: initial weights
     report.html          the same facts for people
@@ -20,14 +21,15 @@ from pathlib import Path
 
 from autosp_aot.program import Value
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 BUFFERS = "buffers.safetensors"
 WHOLE = "whole.program"
 RANKS = "ranks.json"
+CHECKPOINT = "checkpoint.json"
 REPORT = "report.html"
-REQUIRED = frozenset({WHOLE, RANKS, BUFFERS, REPORT})
+REQUIRED = frozenset({WHOLE, RANKS, CHECKPOINT, BUFFERS, REPORT})
 BODY = re.compile(r"body\.\d+\.program")
 
 

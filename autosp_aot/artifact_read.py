@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autosp_aot.artifact import (
     BODY,
+    CHECKPOINT,
     FORMAT,
     MANIFEST,
     RANKS,
@@ -25,6 +26,7 @@ from autosp_aot.config import checked_config
 from autosp_aot.errors import ArtifactError, BuildError, Problem
 from autosp_aot.program import ITEMSIZE, Program
 from autosp_aot.program_text import parse_program
+from autosp_aot.recipe import Recipe, parse_recipe
 from autosp_aot.verify import verify
 
 TARGETS = ("cpu", "cuda", "rocm")
@@ -114,6 +116,15 @@ def _text(path: Path) -> str:
 def read_whole(path: str | Path) -> Program:
     """The unsharded step of an artifact."""
     return _parsed(Path(path) / WHOLE, {}, 1)
+
+
+def read_recipe(path: str | Path, manifest: Manifest) -> Recipe:
+    """How a checkpoint of the model is read and written. Raises ArtifactError (`checkpoint-damaged`)."""
+    try:
+        return parse_recipe(_text(Path(path) / CHECKPOINT), manifest.parameters)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{Path(path) / CHECKPOINT} cannot be followed"
+        raise _damaged("checkpoint-damaged", what, str(error)) from error
 
 
 def read_rank(path: str | Path, rank: int) -> Program:

@@ -1,8 +1,6 @@
 """An artifact in memory, and how it is written: whole or not at all, and the same bytes for the same build."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +9,23 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from autosp_aot.artifact import BUFFERS, MANIFEST, RANKS, REPORT, WEIGHTS, WHOLE, Manifest, sealed, sha256_of
+from autosp_aot.artifact import (
+    BUFFERS,
+    CHECKPOINT,
+    MANIFEST,
+    RANKS,
+    REPORT,
+    WEIGHTS,
+    WHOLE,
+    Manifest,
+    sealed,
+    sha256_of,
+)
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.folder import replacing
 from autosp_aot.program import Program
 from autosp_aot.program_text import print_program
+from autosp_aot.recipe import Recipe, print_recipe
 
 
 @dataclass(frozen=True)
@@ -24,12 +35,13 @@ class Artifact:
     manifest: Manifest
     whole: Program
     program: Program
+    recipe: Recipe
     buffers: dict[str, Tensor]
     weights: dict[str, Tensor] | None
     report: str
 
     def save(self, path: str | Path) -> Path:
-        """Write the artifact, replacing one that is there; raises BuildError for any other existing path."""
+        """Write the artifact, replacing one that is there; raises AutospError for any other existing path."""
         return write_artifact(self, Path(path))
 
 
@@ -43,34 +55,11 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_artifact(artifact: Artifact, path: Path) -> Path:
-    """Write all files beside `path` and put them in place in one step: an artifact is whole or not there."""
+    """Write all files and put them in place in one step; raises BuildError (`output-exists`), AutospError."""
     refuse_existing(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            made = Path(scratch, "new")
-            made.mkdir()
-            _write_files(artifact, made)
-            _put(made, path, Path(scratch, "old"))
-    except OSError as error:
-        raise BuildError(
-            Problem("output-unwritable", f"{path} cannot be written", str(path), str(error),
-                    "give another folder with -o, or make room there")
-        ) from error  # fmt: skip
+    with replacing(path) as made:
+        _write_files(artifact, made)
     return path
-
-
-def _put(made: Path, path: Path, old: Path) -> None:
-    """Move `made` to `path`; what was there goes to `old`, and back if the move fails."""
-    if not path.exists():
-        os.rename(made, path)
-        return
-    os.rename(path, old)
-    try:
-        os.rename(made, path)
-    except OSError:
-        os.rename(old, path)
-        raise
 
 
 def _write_files(artifact: Artifact, path: Path) -> None:
@@ -82,6 +71,7 @@ def _write_files(artifact: Artifact, path: Path) -> None:
         for rank in range(ranks)
     ]
     texts = {WHOLE: whole, "body.0.program": body, RANKS: _ranks_text(entries), REPORT: artifact.report}
+    texts[CHECKPOINT] = print_recipe(artifact.recipe)
     for name, text in texts.items():
         (path / name).write_text(text, encoding="utf-8")
     _write_tensors(artifact.buffers, path / BUFFERS)

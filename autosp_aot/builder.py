@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from autosp_aot.page import artifact_page
 from autosp_aot.passes.decisions import written
 from autosp_aot.passes.pipeline import Watch, compile_program, unwatched
 from autosp_aot.program import Program, Value
+from autosp_aot.recipe import Recipe
 from autosp_aot.runtime.groups import present_target
 from autosp_aot.units import bytes_of
 
@@ -148,8 +150,10 @@ def compile_model(
         decisions=decisions,
         files={},
     )
+    recipe = _recipe(model, manifest)
     report = artifact_page(manifest, compiled.program)
-    return Artifact(manifest, compiled.whole, compiled.program, {v.name: buffers[v.name] for v in kept}, None, report)
+    values = {v.name: buffers[v.name] for v in kept}
+    return Artifact(manifest, compiled.whole, compiled.program, recipe, values, None, report)
 
 
 def capture_model(model: nn.Module, batch, target: str) -> tuple[Program, dict[str, Tensor]]:
@@ -199,6 +203,15 @@ def _unused(model: nn.Module, inputs: dict[str, list[Value]]) -> list[Value]:
     read = {value.name for value in inputs["buffer"]}
     state, buffers = set(_state_names(model)), dict(model.named_buffers())
     return [Value(n, DTYPES[b.dtype], tuple(b.shape)) for n, b in buffers.items() if n in state and n not in read]
+
+
+def _recipe(model: nn.Module, manifest: Manifest) -> Recipe:
+    """How a checkpoint of the model is laid out; transformers is asked where the model could come from it."""
+    if "transformers" not in sys.modules:
+        return Recipe()
+    from autosp_aot.export.hugging_face import recipe_of
+
+    return recipe_of(model, manifest.parameters, manifest.aliases)
 
 
 def _versions(model: nn.Module) -> dict[str, str]:

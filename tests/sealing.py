@@ -7,7 +7,7 @@ from pathlib import Path
 from autosp_aot.artifact import MANIFEST, sealed
 
 FILES = (
-    "body.0.program", "buffers.safetensors", "manifest.json", "ranks.json", "report.html",
+    "body.0.program", "buffers.safetensors", "checkpoint.json", "manifest.json", "ranks.json", "report.html",
     "weights/model.safetensors", "whole.program",
 )  # fmt: skip
 

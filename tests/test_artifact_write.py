@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from autosp_aot.artifact import MANIFEST
-from autosp_aot.artifact_read import read_bodies, read_manifest, read_rank, read_tensors, read_whole
-from autosp_aot.errors import BuildError
+from autosp_aot.artifact_read import read_bodies, read_manifest, read_rank, read_recipe, read_tensors, read_whole
+from autosp_aot.errors import AutospError, BuildError
 from tests.sealing import FILES
 
 
@@ -18,6 +18,7 @@ def test_what_is_read_is_what_was_built(full, saved):
     assert tuple(sorted(manifest.files)) == tuple(name for name in FILES if name != MANIFEST)
     assert read_whole(saved) == full.whole
     assert [read_rank(saved, rank) for rank in (0, 1)] == [full.program.for_rank(rank) for rank in (0, 1)]
+    assert read_recipe(saved, manifest) == full.recipe
     assert read_bodies(saved) == [((0, 1), full.program)]
     assert torch.equal(read_tensors(saved, "buffers.safetensors")["b"], full.buffers["b"])
     assert read_tensors(saved, "weights/model.safetensors").keys() == full.weights.keys()
@@ -72,7 +73,7 @@ def test_a_write_that_fails_midway_leaves_what_was_there(full, saved):
 
 def test_a_file_where_a_folder_should_be_is_said(full, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(BuildError) as caught:
+    with pytest.raises(AutospError) as caught:
         full.save(tmp_path / "file" / "a")
     assert "error[output-unwritable]" in str(caught.value)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -1,7 +1,10 @@
-"""Weights for an artifact: read, checked by name, shape and dtype, all offenders at once."""
+"""Weights for an artifact: all of it checked by name, shape and dtype, then read into place a tensor at a time."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -10,47 +13,59 @@ from safetensors import safe_open
 from torch import Tensor
 
 from autosp_aot.artifact import WEIGHTS, Manifest, TensorSpec
+from autosp_aot.artifact_read import read_recipe
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.names import folded
+from autosp_aot.recipe import Recipe, Stored, whole
 from autosp_aot.runtime.execute import DTYPES
 
+FLOATS = ("f64", "f32", "bf16", "f16")
+FILES = ("model.safetensors", "model.safetensors.index.json")
 
-def read_weights(path: Path, manifest: Manifest, init_from: Path | None) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, from `init_from` (a safetensors file or a folder) or the artifact.
 
-    A tied weight may be given under any of its names, or under several with one value. Raises ArtifactError:
-    `no-weights`, `weights-unreadable`, `weights-mismatch`.
+@dataclass(frozen=True)
+class Given:
+    """A tensor of a file, under `name` there, that is all or a part of the model's tensors."""
+
+    file: Path
+    name: str
+    stored: Stored
+
+
+def read_weights(
+    path: Path, manifest: Manifest, init_from: Path | None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name on `device`, from `init_from` or the artifact.
+
+    `init_from` is a safetensors file, or a folder of them as save_pretrained writes it. Names and layouts are those of
+    the model's checkpoint, by the artifact's recipe, or the model's own; names of a base model lack its prefix. A tied
+    weight has any of its names, or several with one value. Floating dtypes are cast as `.to` does: exactly into a wider
+    one, else rounded to nearest. Each tensor is allocated once and filled from the mapped file.
+
+    Raises ArtifactError with all offenders: `no-weights`, `weights-unreadable`, `weights-mismatch`.
     """
     if init_from is None and not manifest.has_weights:
         raise ArtifactError(Problem("no-weights", "the artifact has no stored weights", str(path),
                                     "it was built with --no-weights, or they are 1 GB or more",
                                     "give --init-from: a safetensors file or a folder of them"))  # fmt: skip
     files = [path / WEIGHTS] if init_from is None else _files(init_from)
-    wanted = {spec.name: spec for spec in manifest.parameters}
-    names = {name: name for name in wanted} | manifest.aliases
-    found: dict[str, Tensor] = {}
-    problems: list[str] = []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if name not in names:
-                        problems.append(f"{name} is not the model's")
-                        continue
-                    tensor = tensors.get_tensor(name)
-                    if not _same(found.setdefault(names[name], tensor), tensor):
-                        problems.append(f"{name} is there twice, with different values")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise _unreadable(file, str(error)) from error
-    _check(wanted, found, problems, str(init_from or path))
-    return found
+    recipe = Recipe() if init_from is None else read_recipe(path, manifest)
+    specs = {spec.name: spec for spec in manifest.parameters}
+    casts = () if init_from is None else FLOATS
+    given, odd = _given(files, _known(recipe, manifest), recipe, specs, casts)
+    _refuse([*_incomplete(recipe, specs, {entry.stored for entry in given}), *odd], init_from or path, recipe)
+    values = {spec.name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device) for spec in specs.values()}
+    _refuse(list(_fill(values, given)), init_from or path, recipe)
+    return values
 
 
 def _files(init_from: Path) -> list[Path]:
+    """The file; of a folder what from_pretrained reads, or all there is."""
     if not init_from.is_dir():
         return [init_from]
-    files = sorted(init_from.glob("*.safetensors"))
-    index = init_from / "model.safetensors.index.json"
-    if index.is_file():
+    one, index = (init_from / name for name in FILES)
+    files = [one] if one.is_file() else sorted(init_from.glob("*.safetensors"))
+    if not one.is_file() and index.is_file():
         try:
             files = sorted({init_from / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -60,22 +75,104 @@ def _files(init_from: Path) -> list[Path]:
     return files
 
 
+def _known(recipe: Recipe, manifest: Manifest) -> dict[str, Stored]:
+    """What a name in a file means: a tensor of the checkpoint, or the model's own under any of its names."""
+    known = {stored.name: stored for stored in recipe.all_tensors(manifest.parameters)}
+    own = {spec.name: whole(spec) for spec in manifest.parameters}
+    own |= {alias: own[name] for alias, name in manifest.aliases.items()}
+    known = own | known
+    if recipe.prefix:
+        start = f"{recipe.prefix}."
+        known = {name.removeprefix(start): stored for name, stored in known.items()} | known
+        known = {start + name: stored for name, stored in known.items()} | known
+    return known
+
+
+def _given(
+    files: list[Path], known: dict[str, Stored], recipe: Recipe, specs: dict[str, TensorSpec], casts: tuple[str, ...]
+) -> tuple[list[Given], list[tuple[str, str]]]:
+    """What the files hold of the model, by their headers alone; and what is wrong in them, as (name, what).
+
+    Dtypes in `casts` stand for each other.
+    """
+    ignored = [re.compile(pattern) for pattern in recipe.ignored]
+    given, problems = [], []
+    for file in files:
+        with _opened(file) as tensors:
+            for name in tensors.keys():
+                stored = known.get(name)
+                if stored is None:
+                    if not any(pattern.search(name) for pattern in ignored):
+                        problems.append((name, "is not the model's"))
+                    continue
+                header = tensors.get_slice(name)
+                shape, dtype = tuple(header.get_shape()), _dtype(header.get_dtype())
+                wanted = specs[stored.pieces[0].name].dtype
+                if shape != stored.shape or (dtype != wanted and not {dtype, wanted} <= set(casts)):
+                    said = f"is {dtype} {list(shape)}, the model's is {wanted} {list(stored.shape)}"
+                    problems.append((name, said))
+                given.append(Given(file, name, stored))
+    return given, problems
+
+
+def _dtype(code: str) -> str:
+    """Our name of a dtype of safetensors."""
+    return {"BOOL": "b8"}.get(code, code.lower())
+
+
+def _incomplete(recipe: Recipe, specs: dict[str, TensorSpec], given: set[Stored]) -> Iterator[tuple[str, str]]:
+    """A tensor of the model is given whole under its own name, or by all of the checkpoint that have a part of it."""
+    parts: dict[str, list[Stored]] = {name: [] for name in specs}
+    for stored in recipe.all_tensors(specs.values()):
+        for name in dict.fromkeys(piece.name for piece in stored.pieces):
+            parts[name].append(stored)
+    for name, spec in specs.items():
+        own = whole(spec)
+        if own not in given:
+            yield from ((part.name, "is missing") for part in parts[name] if part not in given)
+        elif any(part in given and part.pieces != own.pieces for part in parts[name]):
+            yield name, "is there whole, and in parts too"
+
+
+def _fill(values: dict[str, Tensor], given: list[Given]) -> Iterator[tuple[str, str]]:
+    """Copy what is given into place; what is given again has to be what is there."""
+    filled: set[tuple] = set()
+    for file in dict.fromkeys(entry.file for entry in given):
+        with _opened(file) as tensors:
+            for name, stored in ((entry.name, entry.stored) for entry in given if entry.file == file):
+                tensor = tensors.get_tensor(name)
+                for piece in stored.pieces:
+                    source = piece.there.of(tensor, piece.sizes)
+                    target = piece.here.of(values[piece.name], piece.sizes)
+                    if stored.pieces not in filled:
+                        target.copy_(source)
+                    elif not torch.equal(target, source.to(target)):
+                        yield name, "is there twice, with different values"
+                filled.add(stored.pieces)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _unreadable(file, str(error)) from error
+
+
 def _unreadable(file: Path, why: str) -> ArtifactError:
     return ArtifactError(Problem("weights-unreadable", f"{file} cannot be read", str(file), why,
                                  "give a safetensors file, or a folder of them"))  # fmt: skip
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.dtype == b.dtype and torch.equal(a, b))
-
-
-def _check(wanted: Mapping[str, TensorSpec], found: Mapping[str, Tensor], problems: list[str], place: str) -> None:
-    problems = [*(f"{name} is missing" for name in wanted if name not in found), *problems]
-    for name, tensor in found.items():
-        spec = wanted[name]
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
-            wants = f"the model's is {spec.dtype} {list(spec.shape)}"
-            problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, {wants}")
-    if problems:
-        raise ArtifactError(Problem("weights-mismatch", "the weights are not this model's", place, "\n".join(problems),
-                                    "give weights saved from the model that was built"))  # fmt: skip
+def _refuse(problems: Iterable[tuple[str, str]], place: Path, recipe: Recipe) -> None:
+    """Raise ArtifactError (`weights-mismatch`) where there are problems: names of which the same is wrong, together."""
+    names: dict[str, list[str]] = {}
+    for name, said in problems:
+        names.setdefault(said, []).append(name)
+    lines = [f"{name} {said}" for said, named in names.items() for name in folded(named)]
+    if lines and recipe.refused:
+        lines.append(f"names can only be those of the module: no recipe was found at build ({recipe.refused})")
+    if lines:
+        raise ArtifactError(Problem("weights-mismatch", "the weights are not this model's", str(place),
+                                    "\n".join(lines), "give weights saved from the model that was built"))  # fmt: skip

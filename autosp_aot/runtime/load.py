@@ -27,7 +27,8 @@ def load(
 
     Rank and ranks come from `comm`, by default the torchrun environment (or the process group that is there already).
     Without `sum_gradients` what backward leaves in `.grad` are summands, to be added up over the ranks.
-    `init_from` is a safetensors file or a folder of them, used instead of the stored weights. Raises ArtifactError.
+    `init_from` is a safetensors file or a folder of them, as save_pretrained or `--save` writes it, used instead of the
+    stored weights. Raises ArtifactError.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -42,7 +43,7 @@ def load(
         raise ArtifactError(Problem("wrong-device", what, str(path), why, fix))
     program = read_rank(path, comm.rank)
     check_operators(program, manifest)
-    weights = read_weights(path, manifest, None if init_from is None else Path(init_from))
+    weights = read_weights(path, manifest, None if init_from is None else Path(init_from), device)
     executor = Executor(program, comm.rank, device)
     return ShardedModel(manifest, executor, weights, read_tensors(path, BUFFERS), comm, sum_gradients)
 

@@ -1,20 +1,15 @@
 """Weights out: folders that from_pretrained reads, whole or not there."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-import transformers as hf
-from safetensors.torch import load_file
 
 from autosp_aot.builder import build
-from autosp_aot.errors import AutospError
 from autosp_aot.runtime.checkpoint import read_weights
-from autosp_aot.runtime.save import refuse_saving, save_weights
+from autosp_aot.runtime.save import save_weights
 from tests.architectures import ARCHITECTURES
 
-CPU = torch.device("cpu")
 BATCH = {name: torch.arange(3, 16).view(1, 13) for name in ("input_ids", "labels")}
 ROUND_TRIPS = {
     "dense": ("llama", {}),

@@ -1,0 +1,59 @@
+"""Exporting a rank's program as a file for others: which rank, where to, and written whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from autosp_aot.artifact import Manifest
+from autosp_aot.artifact_read import read_manifest, read_rank
+from autosp_aot.errors import ArtifactError, BuildError, Problem
+from autosp_aot.program import Program
+
+# Writes a rank's program to a file: program, manifest, rank, the artifact's folder, the file.
+Writer = Callable[[Program, Manifest, int, Path, Path], None]
+
+
+def export_rank(path: Path, rank: int, out: Path | None, suffix: str, write: Writer) -> Path:
+    """Write rank `rank`'s program to `out`, by default beside the artifact as `<artifact>.rank<r>.<suffix>`.
+
+    Raises ArtifactError (`no-such-rank`), BuildError (`output-inside`, `output-unwritable`) and what `write` raises.
+    """
+    manifest = read_manifest(path)
+    if rank >= manifest.ranks:
+        why = f"the artifact has ranks 0 to {manifest.ranks - 1}"
+        raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path), why, "give another --rank"))
+    whole = path.resolve()
+    out = whole.parent / f"{whole.name}.rank{rank}.{suffix}" if out is None else out
+    if whole in out.resolve().parents:
+        raise BuildError(Problem("output-inside", f"{out} is in the artifact", str(out),
+                                 "an artifact holds what its manifest lists and nothing else",
+                                 "give a file beside the artifact with -o"))  # fmt: skip
+    write(read_rank(path, rank), manifest, rank, path, out)
+    return out
+
+
+def write_whole(out: Path, write: Callable[[Path], None]) -> None:
+    """Have a file written beside `out`, then put it in place in one step. Raises BuildError (`output-unwritable`)."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        os.close(descriptor)
+        try:
+            write(Path(name))
+            Path(name).chmod(0o644)
+            Path(name).replace(out)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise BuildError(Problem(
+            "output-unwritable", f"{out} cannot be written", str(out), str(error),
+            "give another file with -o, or make room there")) from error  # fmt: skip
+
+
+def need_package(name: str) -> None:
+    """Raise BuildError (`package-missing`) unless an optional package, the name of its extra too, is installed."""
+    if find_spec(name) is None:
+        what = f"--format {name} needs the package {name}, which is not installed"
+        raise BuildError(Problem("package-missing", what, fix=f"pip install autosp-aot[{name}]"))

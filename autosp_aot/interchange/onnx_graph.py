@@ -218,7 +218,7 @@ def _name(constant: Constant) -> str:
 
 
 def info_of(value: Value, kind: str = "") -> onnx.ValueInfoProto:
-    info = helper.make_tensor_valueinfo_of(value.name, TYPES[value.dtype], value.shape)
+    info = helper.make_tensor_value_info(value.name, TYPES[value.dtype], value.shape)
     _say(info.metadata_props, kind=kind, placement=_said(value.placement))
     return info
 

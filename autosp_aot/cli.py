@@ -11,6 +11,7 @@ import click
 
 from autosp_aot.config import OFFLOAD, RECOMPUTE, checked_config
 from autosp_aot.errors import AutospError
+from autosp_aot.runtime.schedule import SCHEDULES, Schedule
 from autosp_aot.state import OPTIMIZERS
 from autosp_aot.targets import DEVICES
 from autosp_aot.units import bytes_of, length_of
@@ -19,6 +20,7 @@ PATH = click.Path(path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 POSITIVE = click.IntRange(min=1)
+NOT_NEGATIVE = click.FloatRange(min=0)
 CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -200,27 +202,47 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
 @main.command()
 @click.argument("artifact", metavar="DIR", type=PATH)
 @click.option("--steps", type=POSITIVE, default=10, help="Steps to train.")
+@click.option("--dp", type=POSITIVE, default=1, help="Groups of ranks, each with sequences of its own.")
+@click.option("--accumulate", type=POSITIVE, default=1, help="Batches of each group in a step.")
 @click.option("--data", type=EXISTING, help="Text, a folder of text, or a .npy of token ids; default random tokens.")
 @click.option("--init-from", type=EXISTING, help="Weights: a safetensors file, or a folder of them.")
-@click.option("--lr", type=click.FloatRange(min=0), default=1e-3, help="AdamW's learning rate.")
+@click.option("--lr", type=NOT_NEGATIVE, default=1e-3, help="AdamW's learning rate, the highest of a schedule.")
+@click.option("--warmup", type=click.IntRange(min=0), default=0, help="Steps in which it rises from 0 in a line.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), default="constant", help="And what it does then.")
+@click.option("--min-lr", type=NOT_NEGATIVE, default=0.0, help="Where cosine and linear end.")
+@click.option("--weight-decay", type=NOT_NEGATIVE, default=0.01, help="Of all parameters, as torch's AdamW.")
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True),
+              help="The longest that the gradient may be, norms and biases included.  [default: any length]")
+@click.option("--zero", type=click.Choice(["0", "1"]), default="0",
+              help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the order of the data, and of dropout.")
 @click.option("--metrics", metavar="FILE.jsonl", type=OUTPUT_FILE, help="Write a JSON line a step.")
 @click.option("--batch-file", metavar="FILE.safetensors", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="Train on this batch, tensors by input name.")
+              help="Train on this batch, tensors by input name: one batch, or the rows of all batches of a step.")
 @click.option("--dump", metavar="FILE.safetensors", type=OUTPUT_FILE,
               help="Write loss and gradients of the first step, and stop.")  # fmt: skip
-def run(artifact: Path, steps: int, data: Path | None, init_from: Path | None, lr: float, seed: int,
+def run(artifact: Path, steps: int, dp: int, accumulate: int, data: Path | None, init_from: Path | None, lr: float,
+        warmup: int, schedule: str, min_lr: float, weight_decay: float, clip: float | None, zero: str, seed: int,
         metrics: Path | None, batch_file: Path | None, dump: Path | None) -> None:  # fmt: skip
     """Train with an artifact: AdamW, a line a step.
 
-    Starts one process a rank on this machine, or joins those that torchrun started.
+    Starts dp x sp processes on this machine, or joins those that torchrun started. A step is `--dp` x `--accumulate`
+    batches of the shape that was built for; its gradient is that of the mean of their losses.
     """
     from autosp_aot.runtime import launch
     from autosp_aot.runtime.train import Training
 
     if data is not None and batch_file is not None:
         raise click.UsageError("--data and --batch-file exclude each other")
-    launch.run(Training(artifact, steps, lr, init_from, metrics, dump, seed), data, batch_file)
+    if min_lr > lr:
+        raise click.UsageError("--min-lr is above --lr")
+    if min_lr and schedule == "constant":
+        raise click.UsageError("--min-lr is for --schedule cosine or linear")
+    training = Training(
+        artifact, steps, dp, accumulate, Schedule(lr, schedule, steps, warmup, min_lr), int(zero), clip, weight_decay,
+        init_from, metrics, dump, seed,
+    )  # fmt: skip
+    launch.run(training, data, batch_file)
 
 
 @main.command()

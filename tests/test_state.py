@@ -5,7 +5,8 @@ import torch
 
 from autosp_aot.builder import capture_model
 from autosp_aot.program_text import parse_program
-from autosp_aot.runtime.train import AdamW
+from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.optimizer import AdamW
 from autosp_aot.state import TrainingState, training_state
 from examples import plain
 
@@ -39,12 +40,13 @@ def test_without_an_optimizer_there_are_parameters_and_gradients():
     assert training_state(program("f32"), "none", zero=0, ranks=1) == TrainingState(17 * 4, 12 * 4, 0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_without_zero_it_is_what_run_holds(dtype):
     model = plain.build_model(vocab_size=8, hidden_size=4, layers=1, heads=2, kv_heads=1, max_length=8, dtype=dtype)
     whole, _ = capture_model(model, plain.example_batch(1, 4), "cpu")
-    optimizer = AdamW(list(model.parameters()), 1e-3)
-    moments = sum(tensor.nbytes for tensor in (*optimizer.averages, *optimizer.squares))
+    optimizer = AdamW(model.parameters(), Group(0, 1, torch.device("cpu")))
+    held = [(bucket.master, bucket.average, bucket.square) for bucket in optimizer.buckets]
+    moments = sum(tensor.nbytes for tensors in held for tensor in tensors if tensor is not None)
     found = training_state(whole, "adamw", zero=0, ranks=2)
     assert found.optimizer == moments
     assert found.parameters == sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())

@@ -1,10 +1,11 @@
 """What `run` trains on: text as bytes, token ids, random tokens or one stored batch.
 
-    window       tokens[start : start + S]       start drawn from (seed, step); a row of the batch each
-    input_ids    the B windows                   every integer [B, S] input is the same windows
-    labels       the B windows                   (the model shifts labels itself)
+    window       tokens[start : start + S]       sample n: start drawn from (seed, n) alone
+    input_ids    B windows                       every integer [B, S] input is the same windows
+    labels       B windows                       (the model shifts labels itself)
 
-Every rank draws the same batch.
+Micro-batches are numbered through all replicas and steps: number m has samples m B to m B + B - 1. So a step has
+the same samples however it is shared out. Ranks of a replica draw alike.
 """
 
 import bisect
@@ -90,15 +91,16 @@ class Windows:
     vocabulary: int | None
     seed: int
 
-    def at(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step, by input name; raises ArtifactError `token-out-of-range`."""
+    def at(self, number: int) -> dict[str, Tensor]:
+        """Micro-batch `number` of all, by input name; raises ArtifactError `token-out-of-range`."""
         rows, length = self.inputs[0].shape
-        rng = np.random.default_rng((self.seed, step))
-        tokens = np.stack([self.source.draw(rng, length) for _ in range(rows)])
+        samples = range(number * rows, (number + 1) * rows)
+        tokens = np.stack([self.source.draw(np.random.default_rng((self.seed, n)), length) for n in samples])
         if self.vocabulary is not None and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
             raise ArtifactError(Problem(
                 "token-out-of-range", f"token ids reach from {tokens.min()} to {tokens.max()}",
-                f"--data, in the batch of step {step + 1}", f"the model has embeddings for 0 to {self.vocabulary - 1}",
+                f"--data, in samples {samples.start} to {samples.stop - 1}",
+                f"the model has embeddings for 0 to {self.vocabulary - 1}",
                 "give data made with this model's tokenizer, or build the model with a larger vocabulary",
             ))  # fmt: skip
         return {entry.name: torch.from_numpy(tokens).to(DTYPES[entry.dtype]) for entry in self.inputs}
@@ -106,26 +108,40 @@ class Windows:
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """The same batch for every step, from a safetensors file."""
+    """The same for every step, from a safetensors file: one micro-batch, or the rows of all `count` of a step.
 
+    `inputs` have the shapes of one micro-batch. An input that is `count` times as long in dim 0 is cut.
+    """
+
+    inputs: tuple[TensorSpec, ...]
     path: Path
+    count: int
 
-    def at(self, step: int) -> dict[str, Tensor]:
-        return load_file(self.path)
+    def at(self, number: int) -> dict[str, Tensor]:
+        """Micro-batch `number` of all, by input name."""
+        given, part = load_file(self.path), number % self.count
+        return {
+            entry.name: given[entry.name]
+            if tuple(given[entry.name].shape) == entry.shape
+            else given[entry.name][part * entry.shape[0] : (part + 1) * entry.shape[0]]
+            for entry in self.inputs
+        }
 
 
 Feed = Windows | StoredBatch
 
 
-def open_feed(inputs: tuple[TensorSpec, ...], seed: int, data: Path | None, batch_file: Path | None) -> Feed:
-    """The batches of a run; looks at sizes only, so that a large corpus costs nothing.
+def open_feed(
+    inputs: tuple[TensorSpec, ...], seed: int, data: Path | None, batch_file: Path | None, count: int = 1
+) -> Feed:
+    """The micro-batches of a run, `count` a step; looks at sizes only, so that a large corpus costs nothing.
 
     `inputs` are the inputs of forward with their whole shapes. Raises ArtifactError: `batch-mismatch` and
     `no-tokens-for-input` with all offenders, `vocabulary-unknown`, `bad-token-file`, `data-too-short`.
     """
     if batch_file is not None:
-        _check_batch(inputs, batch_file)
-        return StoredBatch(batch_file)
+        _check_batch(inputs, batch_file, count)
+        return StoredBatch(inputs, batch_file, count)
     _check_token_inputs(inputs)
     vocabulary = min((entry.vocabulary for entry in inputs if entry.vocabulary is not None), default=None)
     source, size = _open_source(vocabulary, data)
@@ -138,21 +154,26 @@ def open_feed(inputs: tuple[TensorSpec, ...], seed: int, data: Path | None, batc
     return Windows(inputs, source, vocabulary, seed)
 
 
-def _check_batch(inputs: tuple[TensorSpec, ...], path: Path) -> None:
+def _check_batch(inputs: tuple[TensorSpec, ...], path: Path, count: int) -> None:
     try:
         given = load_file(path)
     except SafetensorError as error:
         raise ArtifactError(Problem("batch-unreadable", f"{path} is not a safetensors file", why=str(error))) from error
-    wanted = {entry.name: (DTYPES[entry.dtype], tuple(entry.shape)) for entry in inputs}
+    one = {entry.name: (DTYPES[entry.dtype], entry.shape) for entry in inputs}
+    step = {name: (dtype, (count * shape[0], *shape[1:])) for name, (dtype, shape) in one.items() if shape}
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
-    problems = [
-        Problem(
-            "batch-mismatch", f"{name}: the file holds {_described(found.get(name))}", str(path),
-            f"the program was built for {_described(wanted.get(name))}", "change the file, or build for this batch",
-        )
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]  # fmt: skip
+    cut = {one[name] for name in step if found.get(name) == step[name] != one[name]}
+    problems = []
+    for name in sorted(one.keys() | found.keys()):
+        kinds = (step,) if one.get(name) in cut else (one, step)
+        wanted = list(dict.fromkeys(kind[name] for kind in kinds if name in kind))
+        if found.get(name) not in wanted:
+            described = " or, for all of a step, ".join(map(_described, wanted or [None]))
+            problems.append(Problem(
+                "batch-mismatch", f"{name}: the file holds {_described(found.get(name))}", str(path),
+                f"the program was built for {described}",
+                "change the file, or build for this batch",
+            ))  # fmt: skip
     for entry in inputs:
         ids = given.get(entry.name)
         if entry.vocabulary is not None and ids is not None and not 0 <= ids.min() <= ids.max() < entry.vocabulary:

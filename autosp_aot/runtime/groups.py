@@ -48,6 +48,21 @@ class Group:
             dist.all_reduce(buffer, group=self.process_group)
         return buffer
 
+    def reduce_scatter(self, buffer: Tensor) -> Tensor:
+        """This rank's of `size` equal parts of the sum of `buffer` (1-D) over all ranks, added in their order."""
+        if self.size == 1:
+            return buffer
+        sizes = [buffer.numel() // self.size] * self.size
+        return self.exchange(buffer, sizes, sizes).view(self.size, -1).sum(0)
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        """The equally long parts (1-D) of all ranks, end to end."""
+        if self.size == 1:
+            return part
+        whole = part.new_empty(part.numel() * self.size)
+        dist.all_gather(list(whole.chunk(self.size)), part, group=self.process_group)
+        return whole
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -69,6 +84,10 @@ class Mesh:
     @property
     def replica(self) -> int:
         return self.world.rank // self.sequence.size
+
+    def sum_replicas(self, value: Tensor) -> Tensor:
+        """The sum over replicas of what the ranks of each have the same of."""
+        return self.world.sum(value.clone() if self.sequence.rank == 0 else torch.zeros_like(value))
 
     @staticmethod
     def join(target: str, sp: int, dp: int | None = None) -> "Mesh":

@@ -36,14 +36,14 @@ class RankFailed(AutospError):
 
 
 def run(training: Training, data: Path | None, batch_file: Path | None) -> None:
-    """Train with an artifact, on as many ranks as it was built for.
+    """Train with an artifact, on as many replicas of its ranks as `training` says.
 
     Raises ArtifactError for whatever does not fit (artifact, machine, weights, data), RankFailed where a process dies.
     """
     manifest = read_manifest(training.artifact)
     _check(manifest, training)
-    feed = open_feed(manifest.batch, training.seed, data, batch_file)
-    if "WORLD_SIZE" in os.environ or manifest.ranks == 1:
+    feed = open_feed(manifest.batch, training.seed, data, batch_file, training.dp * training.accumulate)
+    if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:
         _join_and_train(training, manifest.target, manifest.ranks, feed)
     else:
         _launch(training, manifest, feed)
@@ -52,23 +52,23 @@ def run(training: Training, data: Path | None, batch_file: Path | None) -> None:
 def _check(manifest: Manifest, training: Training) -> None:
     """What would fail on every rank alike fails here, before a process is started (`load` checks the rest)."""
     if "WORLD_SIZE" in os.environ:
-        check_size(int(os.environ["WORLD_SIZE"]), manifest.ranks, dp=1)
+        check_size(int(os.environ["WORLD_SIZE"]), manifest.ranks, training.dp)
     else:
-        check_devices(manifest.target, manifest.ranks)
+        check_devices(manifest.target, manifest.ranks * training.dp)
     for option, path in (("--metrics", training.metrics), ("--dump", training.dump)):
         if path is not None and not path.absolute().parent.is_dir():
             raise AutospError(Problem("no-such-folder", f"{option} {path}: the folder does not exist"))
 
 
 def _join_and_train(training: Training, target: str, ranks: int, feed: Feed) -> None:
-    mesh = Mesh.join(target, ranks, dp=1)
-    train(training, feed, mesh.sequence)
+    mesh = Mesh.join(target, ranks, training.dp)
+    train(training, feed, mesh)
     mesh.leave()
 
 
 def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=manifest.ranks, run_id=uuid.uuid4().hex, role="rank",
+        min_nodes=1, max_nodes=1, nproc_per_node=manifest.ranks * training.dp, run_id=uuid.uuid4().hex, role="rank",
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
         max_restarts=0, monitor_interval=0.05, shutdown_timeout=5,
     )  # fmt: skip

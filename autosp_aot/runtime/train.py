@@ -1,124 +1,153 @@
-"""The training loop of `run`: AdamW on every rank alike, a line a step."""
+"""The training loop of `run`: micro-batches of all replicas are a step, and a step is a line.
 
-import json
-import math
-import sys
+    step k, micro-batches a = 0 .. accumulate - 1 on replica r of dp:
+      number = (k * accumulate + a) * dp + r     of the micro-batch; what it draws and its samples follow from it alone
+      engine.accumulate(batch)                   loss, and gradients added to those before
+    engine.step()                                one reduction over dp x sp, clipping, AdamW
+"""
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
-from torch.optim.adamw import adamw
+from torch import Tensor
 
 from autosp_aot.runtime.data import Feed
-from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.groups import Mesh
 from autosp_aot.runtime.load import load
+from autosp_aot.runtime.log import Log
+from autosp_aot.runtime.module import ShardedModel
+from autosp_aot.runtime.optimizer import AdamW
+from autosp_aot.runtime.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Training:
     """What `run` is told, the batches apart.
 
-    steps       how many to take          init_from   safetensors file or folder instead of the stored weights
-    lr          AdamW's learning rate     metrics     JSON lines: step, loss, grad_norm, lr, tokens_per_s
-    seed        of data and dropout       dump        write loss and gradients of the first step, and stop
+    steps         how many to take
+    dp            replicas: groups of ranks, each with sequences of its own
+    accumulate    micro-batches of a replica in a step
+    schedule      learning rates
+    zero          1: optimizer state is shared out over all ranks
+    clip          the greatest norm that all gradients may have together
+    weight_decay  AdamW's
+    init_from     safetensors file or folder instead of the stored weights
+    metrics       JSON lines: step, loss, grad_norm, lr, tokens_per_s
+    dump          write loss and gradients of the first step, and stop
+    seed          of data and dropout
     """
 
     artifact: Path
     steps: int = 10
-    lr: float = 1e-3
+    dp: int = 1
+    accumulate: int = 1
+    schedule: Schedule = Schedule(1e-3)
+    zero: int = 0
+    clip: float | None = None
+    weight_decay: float = 0.01
     init_from: Path | None = None
     metrics: Path | None = None
     dump: Path | None = None
     seed: int = 0
 
 
-class AdamW:
-    """torch's AdamW with torch's defaults (betas 0.9 and 0.999, eps 1e-8, weight decay 0.01), bit for bit.
+class Engine(Protocol):
+    """Whoever adds up gradients and changes parameters: ours, or another's over the same module."""
 
-    It calls the functional form: constructing `torch.optim.AdamW` imports torch.compile, 1.7 s for nothing used here.
-    """
+    def accumulate(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a micro-batch, whose gradients are added to those since the last step."""
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float):
-        self.parameters, self.lr = parameters, lr
-        self.averages = [torch.zeros_like(p, requires_grad=False) for p in parameters]
-        self.squares = [torch.zeros_like(p, requires_grad=False) for p in parameters]
-        self.steps = [torch.zeros(()) for _ in parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Change every parameter that has a gradient, and let its gradient go."""
-        state = zip(self.parameters, self.averages, self.squares, self.steps)
-        parameters, averages, squares, steps = zip(*(entry for entry in state if entry[0].grad is not None))
-        adamw(
-            list(parameters), [p.grad for p in parameters], list(averages), list(squares), [], list(steps),
-            foreach=True, amsgrad=False, maximize=False,
-            lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01,
-        )  # fmt: skip
-        for parameter in parameters:
-            parameter.grad = None
+    def step(self) -> tuple[float, float]:
+        """Change the parameters; the norm of all gradients before clipping, and the learning rate."""
 
 
-def train(training: Training, feed: Feed, group: Group) -> None:
-    """Train as one rank of `group`; rank 0 writes a line a step to stdout.
+class Plain:
+    """An engine of torch alone. Gradients are those of the mean over a step's micro-batches, of all replicas."""
 
-    A loss that is not finite is said so, and training goes on, as a loop in eager torch would.
-    """
-    module = load(training.artifact, training.init_from, group.device, group)
-    module.seed = training.seed
-    named = dict(module.named_parameters())
-    optimizer = AdamW(list(named.values()), training.lr)
-    talking = group.rank == 0
-    metrics = training.metrics.open("w") if training.metrics and talking else None
-    for step in range(training.steps):
-        started = time.perf_counter()
-        batch = {name: tensor.to(group.device) for name, tensor in feed.at(step).items()}
-        module.step = step
-        loss = module(**batch)
+    def __init__(self, module: ShardedModel, training: Training, mesh: Mesh):
+        self.module, self.training = module, training
+        self.optimizer = AdamW(module.parameters(), mesh.world, training.zero, training.weight_decay)
+        self.scale = 1 / (mesh.replicas * training.accumulate)
+        self.taken = 0
+
+    def accumulate(self, batch: dict[str, Tensor]) -> Tensor:
+        loss = self.module(**batch)
         loss.backward()
-        gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
-        if training.dump is not None:
-            if talking:
-                _dump(training.dump, loss, gradients)
-            return
-        norm = float(get_total_norm(list(gradients.values())))
-        optimizer.step()
-        tokens_per_s = _tokens(batch) / (time.perf_counter() - started)
-        if talking:
-            _report(step, training, float(loss.detach()), norm, tokens_per_s, metrics)
-    if metrics is not None:
-        metrics.close()
+        if self.training.accumulate > 1:
+            self.optimizer.accumulate()
+        return loss.detach()
+
+    def step(self) -> tuple[float, float]:
+        lr = self.training.schedule.at(self.taken)
+        self.taken += 1
+        return self.optimizer.step(lr, self.scale, self.training.clip), lr
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Instead of a step: the gradients that it would take, before clipping, as `grad.NAME`, on the host."""
+        found = self.optimizer.gradients(self.scale)
+        return {f"grad.{name}": found[p].cpu() for name, p in self.module.named_parameters() if p in found}
 
 
-def _dump(path: Path, loss: Tensor, gradients: dict[str, Tensor]) -> None:
-    tensors = {"loss": loss.detach(), **{f"grad.{name}": grad for name, grad in gradients.items()}}
-    save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
+@dataclass(frozen=True)
+class Loop:
+    """One rank's steps: `engine` runs `module` on the micro-batches of `feed` that are this replica's."""
+
+    engine: Engine
+    module: ShardedModel
+    training: Training
+    feed: Feed
+    mesh: Mesh
+
+    def run(self) -> None:
+        """Take all steps; rank 0 writes a line a step.
+
+        A loss that is not finite is said so, and training goes on, as a loop in eager torch would.
+        """
+        talking = self.mesh.world.rank == 0
+        log = Log(self.training.steps, self.training.metrics) if talking else None
+        for step in range(self.training.steps):
+            started = time.perf_counter()
+            loss, tokens = self.accumulate(step)
+            norm, lr = self.engine.step()
+            seconds = time.perf_counter() - started
+            if log is not None:
+                log.step(step + 1, loss, norm, lr, tokens / seconds)
+        if log is not None:
+            log.close()
+
+    def accumulate(self, step: int) -> tuple[float, int]:
+        """Accumulate a step's micro-batches; the mean of their losses over all replicas, and all their positions."""
+        replicas, count = self.mesh.replicas, self.training.accumulate
+        first = step * count * replicas + self.mesh.replica
+        losses, tokens = [], 0
+        for number in range(first, first + count * replicas, replicas):
+            batch = {name: tensor.to(self.mesh.world.device) for name, tensor in self.feed.at(number).items()}
+            self.module.step = number
+            losses.append(self.engine.accumulate(batch))
+            tokens += replicas * _tokens(batch)
+        total = self.mesh.sum_replicas(torch.stack(losses).double().sum())
+        return float(total) / (count * replicas), tokens
+
+
+def train(training: Training, feed: Feed, mesh: Mesh) -> None:
+    """Train as one rank of `mesh` with torch alone, or write the dump."""
+    module = load(training.artifact, training.init_from, mesh.world.device, mesh.sequence, sum_gradients=False)
+    module.seed = training.seed
+    engine = Plain(module, training, mesh)
+    loop = Loop(engine, module, training, feed, mesh)
+    if training.dump is None:
+        loop.run()
+        return
+    loss, _ = loop.accumulate(0)
+    gradients = engine.gradients()
+    if mesh.world.rank == 0:
+        save_file({"loss": torch.tensor(loss, dtype=torch.float64), **gradients}, training.dump)
 
 
 def _tokens(batch: dict[str, Tensor]) -> int:
-    """Positions a step trains on: batch times sequence of the largest integer input, 0 without one."""
+    """Positions of a micro-batch: batch times sequence of the largest integer input, 0 without one."""
     return max((tensor.numel() for tensor in batch.values() if not tensor.is_floating_point()), default=0)
-
-
-def _report(step: int, training: Training, loss: float, norm: float, tokens_per_s: float, metrics) -> None:
-    remark = "" if math.isfinite(loss) else "  (not finite)"
-    _progress(None, training.steps)
-    line = f"step {step + 1:<5} loss {loss:<9.5f} grad_norm {norm:<9.4f} tokens/s {tokens_per_s:.0f}{remark}"
-    print(line, flush=True)
-    _progress(step + 1, training.steps)
-    if metrics is not None:
-        row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": training.lr, "tokens_per_s": tokens_per_s}
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        print(json.dumps(finite), file=metrics, flush=True)
-
-
-def _progress(done: int | None, steps: int) -> None:
-    """Draw the bar on stderr where that is a terminal; None wipes it away, as the last step does."""
-    if not sys.stderr.isatty():
-        return
-    filled = 0 if done is None else 30 * done // steps
-    bar = "" if done in (None, steps) else f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{steps}"
-    print(f"\r\033[K{bar}", end="", file=sys.stderr, flush=True)

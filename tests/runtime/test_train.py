@@ -8,13 +8,14 @@ from torch import nn
 from autosp_aot.artifact_read import read_manifest
 from autosp_aot.builder import build
 from autosp_aot.runtime.data import open_feed
-from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.groups import Group, Mesh
 from autosp_aot.runtime.load import load
-from autosp_aot.runtime.train import AdamW, Training, train
+from autosp_aot.runtime.schedule import Schedule
+from autosp_aot.runtime.train import Training, train
 from examples import plain
 
 TINY = {"vocab_size": 8, "hidden_size": 4, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8, "dtype": "float64"}
-ALONE = Group(0, 1, torch.device("cpu"))
+ALONE = Mesh(Group(0, 1, torch.device("cpu")), Group(0, 1, torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +37,9 @@ def random_tokens(artifact):
     return open_feed(read_manifest(artifact).batch, 0, None, None)
 
 
-def test_adamw_is_torchs_bit_for_bit():
-    torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1))]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    optimizers = AdamW(ours, 1e-2), torch.optim.AdamW(theirs, 1e-2)
-    for _ in range(4):
-        for a, b in zip(ours[:2], theirs):  # the third has no gradient
-            gradient = torch.randn(a.shape)
-            a.grad, b.grad = gradient, gradient.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-
-
 def test_every_step_is_a_line_and_a_json_line(artifact, tmp_path, capsys):
-    train(Training(artifact, steps=3, lr=0.5, metrics=tmp_path / "m.jsonl"), random_tokens(artifact), ALONE)
+    training = Training(artifact, steps=3, schedule=Schedule(0.5), metrics=tmp_path / "m.jsonl")
+    train(training, random_tokens(artifact), ALONE)
     lines = capsys.readouterr().out.splitlines()
     rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert [line.split()[:2] for line in lines] == [["step", "1"], ["step", "2"], ["step", "3"]]
@@ -74,8 +62,8 @@ def test_a_step_draws_by_the_seed_and_its_number(tmp_path, seed):
     path = build(Dropping(), batch, 1, target="cpu").save(tmp_path / "dropping.sp1")
     save_file(batch, tmp_path / "batch")
     feed = open_feed(read_manifest(path).batch, seed, None, tmp_path / "batch")
-    train(Training(path, steps=3, lr=0.0, metrics=tmp_path / "m.jsonl", seed=seed), feed, ALONE)
-    module = load(path, comm=ALONE)
+    train(Training(path, steps=3, schedule=Schedule(0.0), metrics=tmp_path / "m.jsonl", seed=seed), feed, ALONE)
+    module = load(path, comm=ALONE.sequence)
     module.seed, module.step = seed, 1
     losses = [json.loads(line)["loss"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert len(set(losses)) == 3 and [float(module(**batch).detach()) for _ in range(2)] == losses[1:]

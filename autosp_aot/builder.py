@@ -97,6 +97,7 @@ def build(
     where that is the length of some tokens [B, S] or they all agree). `memory_budget` is in bytes, or text as "70GiB":
     what parameters, gradients, activations and workspace of a rank take together. `recompute` is auto, sac, full or
     none (default: auto with a budget, else sac), `tile` a number of slices, auto or off, `offload` off, auto or host.
+    `target` is cpu, cuda, rocm (default: what torch finds here), or a device of `targets.DEVICES`.
 
     The module is left alone; its present weights are stored unless `weights` is False. With `path` the artifact is
     written there. Raises BuildError, and ValueError for text that is no size.

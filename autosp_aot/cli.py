@@ -13,7 +13,7 @@ from autosp_aot.config import OFFLOAD, RECOMPUTE, checked_config
 from autosp_aot.errors import AutospError
 from autosp_aot.runtime.schedule import SCHEDULES, Schedule
 from autosp_aot.state import OPTIMIZERS
-from autosp_aot.targets import DEVICES
+from autosp_aot.targets import DEVICES, KINDS
 from autosp_aot.units import bytes_of, length_of
 
 PATH = click.Path(path_type=Path)
@@ -128,7 +128,9 @@ def step_options(command: Callable) -> Callable:
 @click.option("--memory-budget", type=SIZE, help="What parameters, gradients, activations and workspace of a rank may "
               "take together, as 70GiB; optimizer state comes on top.")
 @click.option("-o", "--out", metavar="DIR", type=PATH, help="Where to write; default ./<model file stem>.sp<P>.")
-@click.option("--target", type=click.Choice(["cpu", "cuda", "rocm"]), help="Default: what torch finds here.")
+@click.option("--target", type=click.Choice(list(dict.fromkeys((*KINDS, *DEVICES)))),
+              help="What for: a kind of device, or a device, whose rates say what is worth computing again.  "
+                   "[default: the kind that torch finds here]")
 @click.option("--strict", is_flag=True, help="Refuse operators without a rule instead of computing them on every rank.")
 @click.option("--seed", type=int, default=0, help="Of the initial weights.")
 @click.option("--no-weights", is_flag=True, help="Store no initial weights.")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.targets import DEVICES, KINDS, Device
 
 RECOMPUTE = ("auto", "sac", "full", "none")
 OFFLOAD = ("off", "auto", "host")
@@ -20,6 +21,7 @@ class BuildConfig:
                 what parameters, gradients, activations and workspace of a rank may take together
     tile        how many slices of the sequence loss and MLP are computed in: a number, `auto` (by size) or `off`
     offload     which kept values wait in host memory: `off`, `host` (all), `auto` (what the budget needs)
+    device      at whose rates a budget's choices are priced; None, the first of `targets.DEVICES` of the target's kind
     strict      refuse operators without a rule instead of computing them on every rank
     """
 
@@ -30,6 +32,7 @@ class BuildConfig:
     memory_budget_bytes: int | None = None
     tile: str | int = "auto"
     offload: str = "off"
+    device: Device | None = None
 
 
 def checked_config(
@@ -41,11 +44,14 @@ def checked_config(
     offload: str = "off",
     strict: bool = False,
 ) -> BuildConfig:
-    """The options as people give them; recompute None is `auto` with a budget and `sac` without.
+    """The options as people give them: `target` a kind (cuda) or a device (h100), recompute None `auto` with a budget
+    and `sac` without.
 
     Raises BuildError: `no-such-choice`, `budget-missing` for an auto with nothing to choose by, and `budget-unused` for
     a budget that nothing would be chosen by.
     """
+    _one_of("target", target, target in (*KINDS, *DEVICES), (*KINDS, *DEVICES))
+    device = None if target in KINDS else DEVICES[target]
     recompute = recompute or ("sac" if memory_budget_bytes is None else "auto")
     _one_of("recompute", recompute, recompute in RECOMPUTE, RECOMPUTE)
     _one_of("offload", offload, offload in OFFLOAD, OFFLOAD)
@@ -62,7 +68,8 @@ def checked_config(
             "budget-unused", f"{said}, with a memory budget", why="with both of them said, nothing is left to choose",
             fix="leave one of them auto, or leave the budget out: autosp-aot plan says whether it fits",
         ))  # fmt: skip
-    return BuildConfig(ranks, target, recompute, strict, memory_budget_bytes, tile, offload)
+    kind = target if device is None else device.kind
+    return BuildConfig(ranks, kind, recompute, strict, memory_budget_bytes, tile, offload, device)
 
 
 def _one_of(name: str, given: object, known: bool, choices: tuple[str, ...]) -> None:

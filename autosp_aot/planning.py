@@ -168,7 +168,7 @@ class Planner:
         budget = max(available - state.optimizer, 1)
         chooses = "auto" in (setting.recompute, setting.offload)
         config = BuildConfig(sp, setting.device.kind, setting.recompute, False, budget if chooses else None,
-                             setting.tile, setting.offload)  # fmt: skip
+                             setting.tile, setting.offload, setting.device)  # fmt: skip
         problem = ""
         try:
             program = compile_program(whole, sequence_dims, config).program

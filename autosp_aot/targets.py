@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 GIB = 2**30
+KINDS = ("cpu", "cuda", "rocm")
 
 
 @dataclass(frozen=True)
 class Device:
     """One device, one rank.
 
-    kind                    what build's --target calls it
+    kind                    of `KINDS`: what a program is made for
     memory_bytes            what the driver gives to programs, all of it
     flops_per_s             dense bf16 products
     memory_bytes_per_s      its own memory

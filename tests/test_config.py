@@ -5,6 +5,7 @@ import pytest
 from autosp_aot.builder import build
 from autosp_aot.config import BuildConfig, checked_config
 from autosp_aot.errors import BuildError
+from autosp_aot.targets import DEVICES
 from examples import plain
 
 
@@ -16,6 +17,14 @@ def refusal(**options) -> str:
 
 def test_the_default_is_the_config_s():
     assert checked_config(2, "cpu") == BuildConfig(2)
+
+
+def test_a_device_is_a_kind_with_rates():
+    named, kind = checked_config(2, "h200"), checked_config(2, "cuda")
+    assert (named.target, named.device) == ("cuda", DEVICES["h200"])
+    assert (kind.target, kind.device) == ("cuda", None)
+    with pytest.raises(BuildError, match="no-such-choice.*target is 'tpu'"):
+        checked_config(2, "tpu")
 
 
 def test_a_budget_alone_means_auto():

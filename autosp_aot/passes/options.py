@@ -9,13 +9,14 @@
     full        nothing                                            attention
 
 From `sac` on, several segments may be on a rung together, with the boundaries between them not kept either. What a rung
-costs is counted at the rates of the target's data sheet; what it takes is measured, see `needs.py`.
+costs is counted at the rates of the device's data sheet; what it takes is measured, see `needs.py`.
 """
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
+from autosp_aot.config import BuildConfig
 from autosp_aot.cost import flops, heaviest, received_of
 from autosp_aot.operators import COLLECTIVES, makes_view
 from autosp_aot.passes.budget import Option
@@ -53,9 +54,9 @@ class Part:
 class Ladder:
     """The segments of a program that has sections and is not scheduled yet, and what each keeps on every rung."""
 
-    def __init__(self, program: Program, target: str):
-        self.ranks, self.rank, self.target = program.ranks, heaviest(program), target
-        self.device = next(device for device in DEVICES.values() if device.kind == target)
+    def __init__(self, program: Program, config: BuildConfig):
+        self.ranks, self.rank, self.target = program.ranks, heaviest(program), config.target
+        self.device = config.device or next(d for d in DEVICES.values() if d.kind == config.target)
         self.segments, self.values = segments(program), program.for_rank(self.rank).values()
         self.last = len(self.segments) - 1
         self.made = {name: i for i in program.section("forward").instrs for name in names([i])}

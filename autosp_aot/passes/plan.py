@@ -70,7 +70,7 @@ def reasons(program: Program) -> dict[str, str]:
 
 def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], schedule: Schedule) -> frozenset[str]:
     """The values to keep for the fastest step that fits the budget."""
-    ladder = Ladder(program, config.target)
+    ladder = Ladder(program, config)
     options = choices(ladder, measure(ladder, lambda kept: schedule(kept, "off")), config.offload)
     room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
     wanted = room

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.passes.too_small import BudgetTooSmall
 from autosp_aot.program import Program
 from autosp_aot.runtime.simulate import simulate
+from autosp_aot.targets import DEVICES, Device
 from autosp_aot.units import bytes_text
 from examples import llama
 from tests.steps import half_labelled
@@ -37,10 +39,11 @@ class Model:
         self.whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
         self.inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
 
-    def build(self, recompute: str, budget_bytes: int | None = None, offload: str = "off") -> Program:
-        config = BuildConfig(
-            self.ranks, recompute=recompute, memory_budget_bytes=budget_bytes, tile="off", offload=offload
-        )
+    def build(
+        self, recompute: str, budget_bytes: int | None = None, offload: str = "off", device: Device | None = None
+    ) -> Program:
+        options = dict(recompute=recompute, memory_budget_bytes=budget_bytes, offload=offload, device=device)
+        config = BuildConfig(self.ranks, tile="off", **options)
         return compile_program(self.whole, DIMS, config).program
 
     def taken(self, program: Program) -> int:
@@ -122,6 +125,15 @@ def test_nothing_waits_on_the_host_that_has_room(deep):
 def test_room_for_all_means_that_nothing_is_computed_again(deep):
     none = deep.build("none")
     assert deep.build("auto", 2 * deep.taken(none)) == none
+
+
+def test_choices_are_priced_at_the_rates_of_the_device_asked_for(deep, planned):
+    budget, program = planned[1]
+    cpu = DEVICES["cpu"]
+    fast, slow = (replace(cpu, flops_per_s=flops, memory_bytes_per_s=rate) for flops, rate in ((1e30, 1), (1, 1e30)))
+    assert deep.build("auto", budget, device=cpu) == program
+    dear, cheap = (costs(deep.build("auto", budget, device=device)).recomputed_flops for device in (slow, fast))
+    assert dear < cheap
 
 
 def test_auto_without_a_budget_is_sac(deep):

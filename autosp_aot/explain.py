@@ -5,7 +5,7 @@ again over `whole.program`, up to the call in question.
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,11 +18,30 @@ from autosp_aot.passes import decisions
 from autosp_aot.passes.early import compute_early
 from autosp_aot.passes.partition import Choice, Weighed, partition, weigh
 from autosp_aot.passes.plan import reasons
-from autosp_aot.passes.rules.words import factors_text, placement_text, rule_text, strategy_text
+from autosp_aot.passes.rules.words import (
+    call_text,
+    factors_text,
+    placement_text,
+    rule_text,
+    strategy_text,
+    type_text,
+)
 from autosp_aot.passes.sections import split_sections
 from autosp_aot.passes.segments import QUADRATIC
-from autosp_aot.placement import received_bytes
-from autosp_aot.program import ITEMSIZE, RECOMPUTED, Dtype, Instr, PerRank, Program, Ref, Value, map_ints, stands_for
+from autosp_aot.placement import Placement, received_bytes
+from autosp_aot.program import (
+    ITEMSIZE,
+    RECOMPUTED,
+    TILE,
+    Instr,
+    PerRank,
+    Program,
+    Ref,
+    Value,
+    map_ints,
+    stands_for,
+    values_of,
+)
 from autosp_aot.units import bytes_text
 
 LISTED = 20
@@ -56,7 +75,8 @@ def explain(path: str | Path, value: str) -> Explanation:
     """
     manifest, whole = read_manifest(path), read_whole(path)
     program = read_bodies(path)[0][1]
-    name = _resolved(value, list(program.values()), str(path))
+    names = dict.fromkeys((*program.values(), *values_of(program.instrs())))
+    name = _resolved(value, list(names), str(path))
     rows = _Explainer(manifest, whole, program).rows(name)
     return Explanation(name, tuple((heading, tuple(lines)) for heading, lines in rows if any(lines)))
 
@@ -65,7 +85,7 @@ def _resolved(text: str, names: list[str], place: str) -> str:
     if text in names:
         return text
     found = [name for name in names if name.startswith(text) or name.endswith(text)]
-    found = [name for name in found if not name.startswith(RECOMPUTED)] or found
+    found = [name for name in found if _again(name) == min(map(_again, found))]
     if len(found) == 1:
         return found[0]
     if found:
@@ -79,26 +99,65 @@ def _resolved(text: str, names: list[str], place: str) -> str:
                                 "autosp-aot show lists the values"))  # fmt: skip
 
 
+def _again(name: str) -> tuple[bool, bool]:
+    """Whether a value is computed again, and whether only tiles know it."""
+    return name.removeprefix(TILE).startswith(RECOMPUTED), name.startswith(TILE)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The program, or the body of a `tiles` instruction: what is known there, who makes it and who reads it."""
+
+    values: Mapping[str, Value]
+    made_by: Mapping[str, Instr]
+    readers: Mapping[str, list[Instr]]
+    instrs: tuple[Instr, ...]
+
+    @classmethod
+    def of(cls, instrs: Iterable[Instr], outer: Mapping[str, Value]) -> "_Place":
+        instrs = tuple(instrs)
+        readers: dict[str, list[Instr]] = {}
+        for instr in instrs:
+            for name in dict.fromkeys(instr.refs()):
+                if instr.op != FREE:
+                    readers.setdefault(name, []).append(instr)
+        made_by = {out.name: instr for instr in instrs for out in instr.values()}
+        return cls(outer | values_of(instrs), made_by, readers, instrs)
+
+
 class _Explainer:
     def __init__(self, manifest: Manifest, whole: Program, program: Program):
         self.manifest, self.whole, self.program = manifest, whole, program
-        self.values = program.values()
-        self.made_by = {out.name: instr for instr in program.instrs() for out in instr.values()}
         self.inputs = {entry.value.name: entry.kind for entry in program.inputs}
-        self.readers: dict[str, list[Instr]] = {}
-        for instr in (instr for section in program.sections for instr in section.instrs):
-            for name in dict.fromkeys(instr.refs()):
-                if instr.op != FREE:
-                    self.readers.setdefault(name, []).append(instr)
+        instrs = (instr for section in program.sections for instr in section.instrs)
+        self.place = _Place.of(instrs, program.values())
+        self.values, self.made_by, self.readers = self.place.values, self.place.made_by, self.place.readers
 
     def rows(self, name: str) -> Iterator[tuple[str, list[str]]]:
+        return self.outside(name) if name in self.values else self.inside(name)
+
+    def inside(self, name: str) -> Iterator[tuple[str, list[str]]]:
+        """Of a value that only the tiles of one instruction know: the first that makes it."""
+        tiles = next(i for i in self.place.instrs if i.body and name in values_of(i.body.instrs))
+        place, means = _Place.of(tiles.body.instrs, self.values), stands_for(name)
+        instr, value = place.made_by[name], place.values[name]
+        yield from self.maker(instr, value, place.values)
+        yield "tiles", [f"{tiles.body.tiles} a rank, one after the other, for {_some([*values_of([tiles])])}"]
+        yield "placed", [placement_text(value.placement, "tile")]
+        yield "stands for", [f"a tile's {'summand' if value.placement.partial else 'part'} of {means}"]
+        if instr.op not in MOVES and means in self.whole.values():
+            yield from self.choice(means, None)
+        yield "read by", [_some([_first(reader) for reader in place.readers.get(name, [])])]
+        yield "gives", [out.name for out, inner in zip(tiles.values(), tiles.body.gives) if inner == name]
+        after = _last_before_release(place.instrs, name)
+        yield "released", [f"in each tile after {after}"] if after else []
+
+    def outside(self, name: str) -> Iterator[tuple[str, list[str]]]:
         value, instr = self.values[name], self.made_by.get(name)
         if instr is None:
-            yield "is", [f"the {self.inputs[name]} {_type(value)}, given whole to every rank"]
+            yield "is", [f"the {self.inputs[name]} {type_text(value)}, given whole to every rank"]
         else:
-            yield "made by", [_call(instr, self.values)]
-            yield "at", [" in ".join(part for part in (instr.where.source, instr.where.module) if part)]
-            yield "is", [_type(value)]
+            yield from self.maker(instr, value, self.values)
         yield "placed", [placement_text(value.placement)]
         if name.startswith(RECOMPUTED):
             yield "again", [f"{name.removeprefix(RECOMPUTED)}, computed again for backward; explain that for the rest"]
@@ -108,21 +167,34 @@ class _Explainer:
         elif instr is not None and instr.op in COPIES:
             yield "copy of", [f"{instr.refs()[0]}, to host memory or back; explain what it was made of for the rest"]
         elif instr is not None:
-            yield from self.choice(name)
+            yield from self.choice(stands_for(name), value.placement)
         yield "moves", list(self.moves(name))
         yield "read by", [_some([_first(i) for i in self.readers.get(name, []) if i.op not in MOVES])]
         yield "backward", list(self.backward(name))
         yield "released", [self.released(name)]
 
-    def choice(self, name: str) -> Iterator[tuple[str, list[str]]]:
-        """Label, rule, the strategy taken and the others."""
-        taken, meaning = decisions.read(self.manifest.cuts, self.manifest.decisions), stands_for(name)
+    def maker(self, instr: Instr, value: Value, values: Mapping[str, Value]) -> Iterator[tuple[str, list[str]]]:
+        """The call, in tiles that of a tile; where it comes from, and what it makes."""
+        if instr.body is None:
+            yield "made by", [call_text(instr, values)]
+        else:
+            yield "made by", [f"{call_text(instr, values)} in {instr.body.tiles}"]
+            inner = _Place.of(instr.body.instrs, values)
+            gives = dict(zip((out.name for out in instr.values()), instr.body.gives))
+            instr = inner.made_by[gives[value.name]]
+            yield "in a tile", [call_text(instr, inner.values)]
+        yield "at", [" in ".join(part for part in (instr.where.source, instr.where.module) if part)]
+        yield "is", [type_text(value)]
+
+    def choice(self, meaning: str, placement: Placement | None) -> Iterator[tuple[str, list[str]]]:
+        """Label, rule, the strategy taken, which gives `placement` unless that is None, and the others."""
+        taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
         found = weigh(self.whole, self.manifest.sequence_dims, self.manifest.ranks, taken, meaning)
         made = next(i for i in self.whole.instrs() if any(out.name == meaning for out in i.values()))
         placed = dict(zip((out.name for out in made.values()), found.taken.results))
-        if placed[meaning] != self.values[name].placement:
+        if placement not in (None, placed[meaning]):
             why = "taken again, the decisions of the manifest place it otherwise than the program"
-            raise decisions.decision_wrong(name, why)
+            raise decisions.decision_wrong(meaning, why)
         labels = found.labels.by_value.get(meaning, ())
         yield "sequence", [f"along dim {at.dim}: {at.extent} positions{_parts(at)}" for at in labels] or ["none in it"]
         if found.spec is None:
@@ -193,35 +265,21 @@ class _Explainer:
         return reasons(compute_early(split_sections(placed.program), self.whole, dims, self.manifest.tile))
 
     def released(self, name: str) -> str:
-        last = "the beginning"
         for section in self.program.sections:
-            for instr in section.instrs:
-                if instr.op == FREE and Ref(name) in instr.args:
-                    return f"in {section.name} after {last}"
-                last = _first(instr) if instr.values() else last
+            if after := _last_before_release(section.instrs, name):
+                return f"in {section.name} after {after}"
         given = [label for section in self.program.sections for label, given in section.gives if given == name]
         return f"never: it is {', '.join(dict.fromkeys(given)) or 'an input'}"
 
 
-def _call(instr: Instr, values: dict[str, Value]) -> str:
-    """The call with the placement of each operand."""
-    args = [_argument(arg, values) for arg in instr.args]
-    return f"{instr.op}({', '.join([*args, *(f'{k}={_argument(v, values)}' for k, v in instr.kwargs)])})"
-
-
-def _argument(arg, values: dict[str, Value]) -> str:
-    if isinstance(arg, tuple):
-        return f"[{', '.join(_argument(item, values) for item in arg)}]"
-    if isinstance(arg, Ref):
-        return f"{arg.name} @ {placement_text(values[arg.name].placement).partition(':')[0]}"
-    if isinstance(arg, PerRank):
-        return "/".join(map(str, arg.values))
-    return arg.name if isinstance(arg, Dtype) else str(arg)
-
-
-def _type(value: Value) -> str:
-    shape = ", ".join(_argument(n, {}) for n in value.shape)
-    return f"{value.dtype}[{shape}]" + (f", of {list(value.whole_shape)}" if value.placement.cut else "")
+def _last_before_release(instrs: Iterable[Instr], name: str) -> str | None:
+    """What is made last before a value is released; None where none of these instructions does."""
+    last = "the beginning"
+    for instr in instrs:
+        if instr.op == FREE and Ref(name) in instr.args:
+            return last
+        last = _first(instr) if instr.values() else last
+    return None
 
 
 def _priced(found: Weighed, choice: Choice) -> str:

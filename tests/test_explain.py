@@ -12,7 +12,7 @@ from autosp_aot.cli import main
 from autosp_aot.config import BuildConfig
 from autosp_aot.errors import ArtifactError
 from autosp_aot.explain import explain
-from autosp_aot.program import EARLY, RECOMPUTED
+from autosp_aot.program import EARLY, RECOMPUTED, values_of
 from examples import plain
 from tests.conftest import TINY
 from tests.sealing import reseal
@@ -207,9 +207,25 @@ def test_whatever_is_computed_in_tiles_early_or_after_a_copy_to_the_host_is_expl
     model = plain.build_model(**TINY | {"vocab_size": 64})
     artifact = compile_model(model, plain.example_batch(2, 8), dims, config, "")
     path = artifact.save(tmp_path / "tiled")
-    for name in artifact.program.values():
+    bodies = [instr.body.instrs for instr in artifact.program.instrs() if instr.body]
+    for name in artifact.program.values() | values_of(max(bodies, key=len)):
         assert rows(path, name)["placed"]
     made = [out.name for instr in artifact.program.instrs() if instr.body for out in instr.values()]
     assert any(name.startswith(EARLY) for name in made)
     assert all(rows(path, name)["made by"][0].startswith("tiles(") for name in made)
     assert all(rows(path, name)["rule"] for name in made if not name.startswith(RECOMPUTED))
+
+
+def test_what_tiles_give_and_what_they_make_on_the_way(tmp_path):
+    model, config = plain.build_model(**TINY | {"vocab_size": 64}), BuildConfig(2, tile=2)
+    artifact = compile_model(model, plain.example_batch(2, 8), {"input_ids": 1, "labels": 1}, config, "")
+    path = artifact.save(tmp_path / "tiled")
+    given, inner = rows(path, "add"), rows(path, "blocks.0.gelu")
+    assert given["made by"][0].endswith(" in 2")
+    assert given["in a tile"][0].startswith("aten.add.Tensor(tile.tokens.embedding @ Shard(1), ")
+    assert given["at"] == ("plain.py:40",) and "Shard(1): of dim 1 rank by rank 0:4 4:8" in given["placed"]
+    assert explain(path, "blocks.0.gelu").value == "tile.blocks.0.gelu"
+    assert inner["tiles"][0].startswith("2 a rank, one after the other, for ")
+    assert inner["placed"] == ("Shard(1): of dim 1 tile by tile 0:2 2:4 4:6 6:8",)
+    assert inner["stands for"] == ("a tile's part of blocks.0.gelu",)
+    assert inner["taken"] and inner["released"][0].startswith("in each tile after tile.")

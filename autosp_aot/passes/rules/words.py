@@ -1,4 +1,4 @@
-"""Rules and strategies in words: factors as letters, upper case where a factor must be whole.
+"""Rules, strategies, placements and calls in words: factors as letters, upper case where a factor must be whole.
 
     aten.mm        a b, b c -> a c         a=26 b=32 c=48
     aten.reshape   a b C -> (a b) C        a dim of two factors
@@ -6,10 +6,12 @@
     convolution    e may be seen as e*2+3  place e reads three places from 2e on
 """
 
+from collections.abc import Mapping
 from string import ascii_lowercase
 
 from autosp_aot.passes.rules.spec import Axis, Dims, Spec, Strategy
 from autosp_aot.placement import Bounds, Placement, disjoint
+from autosp_aot.program import Dtype, Instr, PerRank, Ref, Value
 
 RANKS_SHOWN = 4
 
@@ -44,13 +46,13 @@ def strategy_text(spec: Spec | None, strategy: Strategy) -> str:
     return f"{text}, operand {summands} a summand" if summands else text
 
 
-def placement_text(placement: Placement) -> str:
-    """Where a value lives."""
+def placement_text(placement: Placement, box: str = "rank") -> str:
+    """Where a value lives; `box` is what has a box of it, a rank or a tile."""
     if placement.cut is None:
-        return "Partial: a summand on every rank" if placement.partial else "Replicate: the whole on every rank"
+        return f"Partial: a summand on every {box}" if placement.partial else f"Replicate: the whole on every {box}"
     cut = placement.cut
     of = f"dim {cut.dim}" if cut.outer == 1 else f"each of the {cut.outer} parts of dim {cut.dim}"
-    said = f"Shard({cut.dim}): of {of} rank by rank {bounds_text(cut.bounds)}"
+    said = f"Shard({cut.dim}): of {of} {box} by {box} {bounds_text(cut.bounds)}"
     if not disjoint(cut.bounds):
         said += ", copies where they overlap"
     return f"{said}, each a summand" if placement.partial else said
@@ -61,6 +63,28 @@ def bounds_text(bounds: Bounds) -> str:
     if len(shown) > RANKS_SHOWN:
         shown = [*shown[: RANKS_SHOWN - 1], "...", shown[-1]]
     return " ".join(shown)
+
+
+def call_text(instr: Instr, values: Mapping[str, Value]) -> str:
+    """The call with the placement of each operand."""
+    args = [_argument(arg, values) for arg in instr.args]
+    return f"{instr.op}({', '.join([*args, *(f'{k}={_argument(v, values)}' for k, v in instr.kwargs)])})"
+
+
+def type_text(value: Value) -> str:
+    """Dtype and a rank's shape, numbers that differ one after the other, and the whole shape."""
+    shape = ", ".join(_argument(n, {}) for n in value.shape)
+    return f"{value.dtype}[{shape}]" + (f", of {list(value.whole_shape)}" if value.placement.cut else "")
+
+
+def _argument(arg, values: Mapping[str, Value]) -> str:
+    if isinstance(arg, tuple):
+        return f"[{', '.join(_argument(item, values) for item in arg)}]"
+    if isinstance(arg, Ref):
+        return f"{arg.name} @ {placement_text(values[arg.name].placement).partition(':')[0]}"
+    if isinstance(arg, PerRank):
+        return "/".join(map(str, arg.values))
+    return arg.name if isinstance(arg, Dtype) else str(arg)
 
 
 def _dims(spec: Spec, dims: Dims) -> str:

@@ -15,7 +15,6 @@ to be homogeneous in it. Method: fused loss (Arctic Long Sequence Training, arXi
 arXiv:2410.10989).
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,7 +22,7 @@ from autosp_aot.operators import RESCALE
 from autosp_aot.passes.labels import find_labels
 from autosp_aot.passes.rules.homogeneous import homogeneous
 from autosp_aot.passes.rules.table import spec_of
-from autosp_aot.passes.segments import QUADRATIC
+from autosp_aot.passes.segments import QUADRATIC, alive_after
 from autosp_aot.passes.tile import LIMIT_BYTES, Region, Rules, runs
 from autosp_aot.program import EARLY, Input, Instr, Program, Ref, Value, rename, values_of
 
@@ -128,17 +127,8 @@ def _needed(instrs: Sequence[Instr], wanted: Iterable[Instr]) -> list[Instr]:
 
 def _alive_bytes(instrs: Sequence[Instr], rules: Rules) -> list[int]:
     """Bytes of the sequences that these instructions made and will read again, after each."""
-    last = {name: at for at, instr in enumerate(instrs) for name in instr.refs()}
-    ends: Counter[int] = Counter()
-    total, found = 0, []
-    for at, instr in enumerate(instrs):
-        for out in instr.values():
-            if last.get(out.name, -1) > at and rules.home(out.name, 1):
-                total += out.nbytes()
-                ends[last[out.name]] += out.nbytes()
-        total -= ends[at]
-        found.append(total)
-    return found
+    sequences = {name: value.nbytes() for name, value in values_of(instrs).items() if rules.home(name, 1)}
+    return [sum(sequences[name] for name in names) for names in alive_after(instrs, sequences)]
 
 
 def _scaled(instrs: Iterable[Instr], whole: Program, tangent: str) -> dict[str, str] | None:

@@ -7,15 +7,12 @@ Segments alike (the same operators and shapes) need alike, so a model of equal l
 one of few layers with a few.
 """
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import accumulate
 
 from autosp_aot.cost import curve
-from autosp_aot.passes.options import RUNGS, Ladder, Needs, names
+from autosp_aot.passes.options import RUNGS, Ladder, Needs, Schedule, names
 from autosp_aot.program import Program, stands_for
-
-Schedule = Callable[[Collection[str]], Program]
 
 
 @dataclass
@@ -27,7 +24,7 @@ class _Stretch:
 
 
 def measure(ladder: Ladder, schedule: Schedule) -> Needs:
-    """Measure the segments in turns on the rungs; `schedule` makes the program that keeps given values."""
+    """Measure the segments in turns on the rungs; nothing waits on the host."""
     last = ladder.last
     kinds = [_kind(ladder, at) for at in range(last)]
     alike = [[at for at in range(last) if kinds[at] == kind] for kind in dict.fromkeys(kinds)]
@@ -37,7 +34,7 @@ def measure(ladder: Ladder, schedule: Schedule) -> Needs:
         taken = {at: _turn(list(ladder.rungs[at]), place + turn * len(group))
                  for group in alike for place, at in enumerate(group)}  # fmt: skip
         kept = set(names(ladder.segments[-1].instrs)).union(*(segment.boundary for segment in ladder.segments))
-        program = schedule(kept.union(*(ladder.rungs[at][rung] for at, rung in taken.items())))
+        program = schedule(kept.union(*(ladder.rungs[at][rung] for at, rung in taken.items())), "off")
         before = _kept_before(ladder, program)
         in_forward, in_backward, after = _stretches(ladder, program)
         end = max(end, after)

@@ -12,7 +12,7 @@ From `sac` on, several segments may be on a rung together, with the boundaries b
 costs is counted at the rates of the device's data sheet; what it takes is measured, see `needs.py`.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -31,6 +31,9 @@ ALONE = RUNGS[:2]
 # ranks wait for each other, so collectives are repeated where nothing else fits, attention last.
 TIERS = ((RUNGS[:3], False), (RUNGS[:3], True), (RUNGS[:5], True), (RUNGS, True))
 RUNS = (1, 2, 4, 8)
+
+# Makes the program that keeps these values, with this policy of what waits in host memory.
+Schedule = Callable[[Collection[str], str], Program]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@
 The last segment is always kept: backward begins there, and would compute it again while all else is alive.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 
 from autosp_aot.config import BuildConfig
 from autosp_aot.cost import peak_bytes
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.budget import cheapest, tightest
 from autosp_aot.passes.needs import measure
-from autosp_aot.passes.options import TIERS, Choice, Ladder, choices
+from autosp_aot.passes.options import TIERS, Choice, Ladder, Schedule, choices
 from autosp_aot.passes.segments import QUADRATIC, segments
 from autosp_aot.passes.too_small import too_small
 from autosp_aot.program import Program
@@ -36,13 +36,11 @@ KEEPS = {
 # What a solution takes in fact may be above what it was said to: so often it is solved again for less.
 ATTEMPTS = 4
 
-Schedule = Callable[[Collection[str], str], Program]
-
 
 def plan(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int], schedule: Schedule) -> dict[str, str]:
     """The values of forward that are kept, and why; some of them backward may not need.
 
-    `schedule` makes the program that keeps given values and offloads so: what that takes is what counts. Raises
+    What counts is what the program takes that `schedule` makes. Raises
     BudgetTooSmall where the budget cannot be met.
     """
     if config.recompute == "auto" and config.memory_budget_bytes is not None:
@@ -71,7 +69,7 @@ def reasons(program: Program) -> dict[str, str]:
 def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], schedule: Schedule) -> frozenset[str]:
     """The values to keep for the fastest step that fits the budget."""
     ladder = Ladder(program, config)
-    options = choices(ladder, measure(ladder, lambda kept: schedule(kept, "off")), config.offload)
+    options = choices(ladder, measure(ladder, schedule), config.offload)
     room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
     wanted = room
     for _ in range(ATTEMPTS):

@@ -11,9 +11,10 @@
 What does not depend on both weights and batch (positions, rotary tables) is of no segment: it is cheap and shared.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from autosp_aot.program import Instr, Program, Section
+from autosp_aot.program import Instr, Program
 
 QUADRATIC = ("autosp.attention", "autosp.attention_rows")
 
@@ -32,7 +33,8 @@ class Segment:
 def segments(program: Program) -> tuple[Segment, ...]:
     """The segments of the section forward, in order; one where nothing divides it."""
     forward = program.section("forward")
-    alive = _alive(program, forward)
+    flowing = {out.name for instr in _flowing(program) for out in instr.values()}
+    alive = alive_after(forward.instrs, flowing)
     values = program.values()
     size = [sum(values[name].nbytes() for name in names) for names in alive]
     anchors = [at for at, instr in enumerate(forward.instrs) if instr.op in QUADRATIC] or _rises(size)
@@ -82,14 +84,13 @@ def _flowing(program: Program) -> list[Instr]:
     return found
 
 
-def _alive(program: Program, forward: Section) -> list[list[str]]:
-    """After each instruction, the values of the chain that later instructions of forward read."""
-    last_use = {name: at for at, instr in enumerate(forward.instrs) for name in instr.refs()}
-    flowing = {out.name for instr in _flowing(program) for out in instr.values()}
+def alive_after(instrs: Sequence[Instr], counted: Collection[str]) -> list[list[str]]:
+    """After each instruction, those of the values counted that these make and will read again, as they are made."""
+    last_use = {name: at for at, instr in enumerate(instrs) for name in instr.refs()}
     alive: dict[str, None] = {}
     found: list[list[str]] = []
-    for at, instr in enumerate(forward.instrs):
-        made = [out.name for out in instr.values() if out.name in flowing]
+    for at, instr in enumerate(instrs):
+        made = [out.name for out in instr.values() if out.name in counted]
         alive.update((name, None) for name in made if last_use.get(name, -1) > at)
         for name in instr.refs():
             if last_use[name] == at:

@@ -46,7 +46,7 @@ def save_weights(
         for name, config in recipe.configs.items():
             (made / name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, shard in zip(names, shards):
-            save_file({stored.name: _joined(stored, tensors) for stored in shard}, made / name, {"format": "pt"})
+            save_file({stored.name: joined(stored, tensors) for stored in shard}, made / name, {"format": "pt"})
             (made / name).chmod(0o644)  # safetensors makes it readable for its owner only
         if len(shards) > 1:
             (made / INDEX).write_text(_index(names, shards, specs), encoding="utf-8")
@@ -89,7 +89,7 @@ def _nbytes(stored: Stored, specs: Mapping[str, TensorSpec]) -> int:
     return prod(stored.shape) * ITEMSIZE[specs[stored.pieces[0].name].dtype]
 
 
-def _joined(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
+def joined(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
     """A tensor of the checkpoint in host memory: the model's own where it is one, as it lies or copied."""
     parts = [(piece, tensors[piece.name].detach().contiguous()) for piece in stored.pieces]
     piece, source = parts[0]

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from autosp_aot.artifact import BUFFERS, Manifest, TensorSpec
-from autosp_aot.artifact_read import read_bodies, read_manifest, read_tensors, read_whole
+from autosp_aot.artifact_read import read_bodies, read_manifest, read_recipe, read_tensors, read_whole
 from autosp_aot.collectives import check_collectives, collectives_of
 from autosp_aot.cost import costs
 from autosp_aot.derive import derive
@@ -24,7 +24,8 @@ def check(path: str | Path) -> list[str]:
 
     Files have their hashes; programs parse and are legal; operators are allowed and unchanged; every line follows from
     the whole step by the sharding rules, with every rank's numbers; all ranks meet in the same collectives with equal
-    sizes; the manifest says of inputs, values, decisions and costs what the programs and files hold.
+    sizes; the manifest says of inputs, values, decisions and costs what the programs and files hold; a checkpoint is
+    made up of the parameters, and they of it.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -37,6 +38,7 @@ def check(path: str | Path) -> list[str]:
     _check_inputs(manifest, whole)
     _check_decisions(manifest, whole, [program for _, program in bodies])
     _check_values(manifest, path)
+    read_recipe(path, manifest)
     if len(bodies) == 1:
         _check_costs(manifest, bodies[0][1])
     return [

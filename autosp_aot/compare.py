@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autosp_aot.artifact import RANKS, Manifest
+from autosp_aot.artifact import CHECKPOINT, RANKS, Manifest
 from autosp_aot.artifact_read import read_bodies, read_manifest
 from autosp_aot.operators import COLLECTIVES, FREE
 from autosp_aot.program import RECOMPUTED, Program
@@ -165,10 +165,10 @@ def _numbers(old, new) -> str:
 
 
 def _text_diff(path_a: Path, path_b: Path, a: Manifest, b: Manifest) -> list[str]:
-    """Unified diffs of the bodies that ranks run, each pair once, and of the table of constants."""
+    """Unified diffs of the bodies that ranks run, each pair once, of the table of constants, and of checkpoint.json."""
     bodies = [[entry["body"] for entry in json.loads((path / RANKS).read_text())] for path in (path_a, path_b)]
     lines: list[str] = []
-    for first, second in dict.fromkeys([*zip(*bodies), (RANKS, RANKS)]):
+    for first, second in dict.fromkeys([*zip(*bodies), (RANKS, RANKS), (CHECKPOINT, CHECKPOINT)]):
         if a.files[first] != b.files[second]:
             texts = [(path / name).read_text().splitlines() for path, name in ((path_a, first), (path_b, second))]
             diff = difflib.unified_diff(*texts, f"a/{first}", f"b/{second}", lineterm="", n=CONTEXT_LINES)

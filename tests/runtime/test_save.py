@@ -1,14 +1,22 @@
 """Weights out: folders that from_pretrained reads, whole or not there."""
 
+import json
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+from autosp_aot.artifact_read import read_manifest, read_recipe
 from autosp_aot.builder import build
+from autosp_aot.errors import AutospError
 from autosp_aot.runtime.checkpoint import read_weights
-from autosp_aot.runtime.save import save_weights
+from autosp_aot.runtime.save import joined, save_weights
 from tests.architectures import ARCHITECTURES
+from tests.sealing import reseal
 
 BATCH = {name: torch.arange(3, 16).view(1, 13) for name in ("input_ids", "labels")}
 ROUND_TRIPS = {
@@ -41,7 +49,7 @@ def test_a_saved_folder_gives_from_pretrained_the_same_bits(tmp_path, kind, dtyp
     name, changes = ROUND_TRIPS[kind]
     model = model_of(name, changes, dtype)
     artifact = build(model, BATCH, 1, tmp_path / "a", target="cpu")
-    weights = read_weights(tmp_path / "a", replace(artifact.manifest, files={"weights/model.safetensors": ""}), None)
+    weights = read_weights(tmp_path / "a", read_manifest(tmp_path / "a"), None)
     save_weights(tmp_path / "a", artifact.manifest, weights, tmp_path / "out", shard_bytes=20_000)
     again, told = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(told.values())
@@ -52,3 +60,104 @@ def test_a_saved_folder_gives_from_pretrained_the_same_bits(tmp_path, kind, dtyp
     assert "config.json" in theirs
     for file in theirs:
         assert (tmp_path / "out" / file).read_text() == (tmp_path / "theirs" / file).read_text()
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """A stock model, and its artifact with weights."""
+    model, path = model_of("mixtral", {}, torch.float32), tmp_path_factory.mktemp("artifact") / "a"
+    build(model, BATCH, 1, path, target="cpu")
+    return model, path
+
+
+def save(artifact, folder, **options) -> None:
+    """Save the weights that the artifact holds."""
+    manifest = read_manifest(artifact)
+    save_weights(artifact, manifest, read_weights(artifact, manifest, None), folder, **options)
+
+
+def test_a_model_up_to_the_limit_is_one_file(mixtral, tmp_path):
+    save(mixtral[1], tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "generation_config.json", "model.safetensors"]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_larger_one_is_cut_and_has_an_index(mixtral, tmp_path):
+    model, artifact = mixtral
+    save(artifact, tmp_path / "out", shard_bytes=20_000)
+    files = sorted(file.name for file in tmp_path.glob("out/*.safetensors"))
+    assert files == [f"model-{at:05}-of-{len(files):05}.safetensors" for at in range(1, len(files) + 1)]
+    held = {name: file for file in files for name in load_file(tmp_path / "out" / file)}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    count = sum(p.numel() for p in model.parameters())
+    assert index == {"metadata": {"total_parameters": count, "total_size": 4 * count}, "weight_map": held}
+    assert all((tmp_path / "out" / file).stat().st_size < 20_000 + 4_000 for file in files)
+
+
+def test_what_is_saved_is_what_init_from_reads(tiny2, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    specs = tiny2.manifest.parameters
+    weights = {spec.name: torch.rand(spec.shape, generator=draw, dtype=torch.float64) for spec in specs}
+    artifact = replace(tiny2, weights=weights).save(tmp_path / "a")
+    save(artifact, tmp_path / "out", shard_bytes=300)
+    assert not (tmp_path / "out" / "config.json").exists()
+    again = read_weights(artifact, read_manifest(artifact), tmp_path / "out")
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_tensor_that_is_a_part_as_it_lies_is_not_copied(mixtral):
+    manifest = read_manifest(mixtral[1])
+    weights = read_weights(mixtral[1], manifest, None)
+    tensors = read_recipe(mixtral[1], manifest).all_tensors(manifest.parameters)
+    assert len(tensors) > 18
+    for stored in tensors:
+        (piece,) = stored.pieces
+        at = weights[piece.name].data_ptr() + 4 * piece.here.offset
+        assert joined(stored, weights).data_ptr() == at
+
+
+# --- where it is written ------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_there_are_replaced(mixtral, tmp_path):
+    (tmp_path / "out").mkdir()
+    save(mixtral[1], tmp_path / "out", shard_bytes=20_000)
+    save(mixtral[1], tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors/x", "pytorch_model.bin"])
+def test_a_folder_with_anything_else_is_left_alone(mixtral, tmp_path, name):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(AutospError) as caught:
+        save(mixtral[1], tmp_path / "out")
+    assert str(caught.value) == (
+        f"error[output-exists]: {tmp_path / 'out'} exists and is not a folder of weights alone\n"
+        f"  where  {tmp_path / 'out'}\n"
+        "  why    only weights and their config are ever replaced\n"
+        "  fix    give another folder, or move it away"
+    )
+    assert file.read_text() == "mine"
+
+
+def test_without_a_recipe_nothing_is_written(mixtral, tmp_path):
+    path = shutil.copytree(mixtral[1], tmp_path / "a")
+    text = json.loads((path / "checkpoint.json").read_text()) | {"refused": "Other: computes", "tensors": []}
+    (path / "checkpoint.json").write_text(json.dumps(text))
+    reseal(path)
+    with pytest.raises(AutospError) as caught:
+        save(path, tmp_path / "out")
+    assert str(caught.value) == (
+        "error[no-recipe]: weights cannot be written as a checkpoint of this model\n"
+        f"  where  {path}\n"
+        "  why    what transformers does to save it is more than moving elements: Other: computes\n"
+        "  fix    train without --save"
+    )
+    assert os.listdir(tmp_path) == ["a"]

@@ -16,7 +16,7 @@ from autosp_aot.artifact import WEIGHTS, Manifest, TensorSpec
 from autosp_aot.artifact_read import read_recipe
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.names import folded
-from autosp_aot.recipe import Recipe, Stored, whole
+from autosp_aot.recipe import Piece, Recipe, Stored, whole
 from autosp_aot.runtime.execute import DTYPES
 
 FLOATS = ("f64", "f32", "bf16", "f16")
@@ -136,19 +136,24 @@ def _incomplete(recipe: Recipe, specs: dict[str, TensorSpec], given: set[Stored]
 
 def _fill(values: dict[str, Tensor], given: list[Given]) -> Iterator[tuple[str, str]]:
     """Copy what is given into place; what is given again has to be what is there."""
-    filled: set[tuple] = set()
+    filled: set[tuple[Piece, ...]] = set()
     for file in dict.fromkeys(entry.file for entry in given):
         with _opened(file) as tensors:
             for name, stored in ((entry.name, entry.stored) for entry in given if entry.file == file):
-                tensor = tensors.get_tensor(name)
-                for piece in stored.pieces:
-                    source = piece.there.of(tensor, piece.sizes)
-                    target = piece.here.of(values[piece.name], piece.sizes)
-                    if stored.pieces not in filled:
-                        target.copy_(source)
-                    elif not torch.equal(target, source.to(target)):
-                        yield name, "is there twice, with different values"
+                if not _put(values, stored, tensors.get_tensor(name), stored.pieces in filled):
+                    yield name, "is there twice, with different values"
                 filled.add(stored.pieces)
+
+
+def _put(values: dict[str, Tensor], stored: Stored, tensor: Tensor, again: bool) -> bool:
+    """Copy a tensor of a file into place, or say whether it is there already."""
+    for piece in stored.pieces:
+        source, target = piece.there.of(tensor, piece.sizes), piece.here.of(values[piece.name], piece.sizes)
+        if not again:
+            target.copy_(source)
+        elif not torch.equal(target, source.to(target)):
+            return False
+    return True
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """The captured graph as a `Program` of one section, with one spelling for each thing.
 
-    t, transpose, permute                          -> aten.permute.default       (chains composed)
-    view, _unsafe_view, unsqueeze, squeeze ...     -> aten.reshape.default       (chains composed)
-    split, unbind, select;  stack                  -> aten.slice.Tensor;  aten.cat.default
+    whatever views, takes parts or joins           -> see shapes.py
     detach, alias, clone, equal casts              -> gone;  copy(a, b) -> b, with a's dtype and shape
     nll_loss_forward(..., mean)                    -> nll_loss_forward(..., sum), then sum / count
     native_dropout, rand, randn, bernoulli ...     -> autosp.uniform, and arithmetic
@@ -22,6 +20,7 @@ from torch.fx import Node
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.joint import Joint
 from autosp_aot.export.randomness import LOWERINGS, lower
+from autosp_aot.export.shapes import SHAPES, expand, shaped
 from autosp_aot.export.source import where
 from autosp_aot.operators import DTYPE_NAMES as DTYPES
 from autosp_aot.operators import DTYPES as TORCH_DTYPES
@@ -32,15 +31,6 @@ aten = torch.ops.aten
 SAME = (
     aten.detach.default, aten.alias.default, aten.clone.default, aten.lift.default, aten.lift_fresh_copy.default,
     aten.contiguous.default,
-)  # fmt: skip
-RESHAPES = (
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints,
-)  # fmt: skip
-PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
-SPLITS = (
-    aten.split_with_sizes.default, aten.split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_split.Tensor,
-    aten.unbind.int,
 )  # fmt: skip
 NOTHING = (
     aten._assert_async.msg, aten._assert_async.default, aten._assert_tensor_metadata.default,
@@ -132,7 +122,7 @@ class _Canonical:
         if not all(isinstance(t, Tensor) for t in types if t is not None):
             raise BuildError(Problem("data-dependent", f"{node.target} makes a number from data", where(node).source,
                                      "the program would depend on the values of a batch", "keep it in tensors"))
-        names = self.split(node) if node.target in SPLITS else self.spelled(node, list(types))
+        names = self.spelled(node, list(types))
         if isinstance(results, (tuple, list)):
             self.pairs[node] = names
         else:
@@ -141,44 +131,23 @@ class _Canonical:
     def spelled(self, node: Node, types: list[Tensor]) -> tuple[str, ...]:
         """Emit the canonical form of a node; the names of its results."""
         target, args = node.target, node.args
-        operand = self.names.get(args[0]) if args and isinstance(args[0], Node) else None
-        shape = tuple(next(result for result in types if result is not None).shape)
         if target in SAME:
-            return (operand,)
-        if target in RESHAPES:
-            return (self.reshape(node, operand, types[0]),)
-        if target in PERMUTES:
-            return (self.permute(node, operand, _permutation(target, args, len(shape)), types[0]),)
-        if target in (aten._to_copy.default, aten.to.dtype):
-            return (self.cast(node, Ref(operand), types[0].dtype),)
-        if target is aten.expand.default:
-            return (self.expand(node, operand, types[0]),)
-        if target is aten.copy.default:
-            return (self.expand(node, self.cast(node, Ref(self.names[args[1]]), types[0].dtype), types[0]),)
-        if target is aten.slice.Tensor:
-            return (self.slice(node, operand, types[0]),)
-        if target is aten.select.int:
-            dim = args[1] % (len(shape) + 1)
-            at = args[2] % self.types[operand].shape[dim]
-            one = types[0].unsqueeze(dim)
-            part = self.emit(node, "aten.slice.Tensor", (Ref(operand), dim, at, at + 1, 1), (), [one])[0]
-            return (self.reshape(node, part, types[0]),)
-        if target is aten.select_backward.default:
-            return (self.select_backward(node, operand, types[0]),)
-        if target is aten.cat.default:
-            return (self.cat(node, types[0]),)
-        if target is aten.stack.default:
-            return (self.stack(node, types[0]),)
-        if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
-            start, end, step = _range(args)
-            kwargs = (("dtype", Dtype(DTYPES[types[0].dtype])),)
-            return self.emit(node, "aten.arange.start_step", (start, end, step), kwargs, types)
-        if target is aten.nll_loss_forward.default and args[3] in (MEAN, SUM):
-            return self.nll_loss(node, types)
-        if target in ATTENTION:
-            return self.attention(node, types)
+            return (self.names[args[0]],)
+        if target in SHAPES:
+            return shaped(node, self)
         if target in LOWERINGS:
             return lower(node, self)
+        if target in ATTENTION:
+            return self.attention(node, types)
+        if target in (aten._to_copy.default, aten.to.dtype):
+            return (self.cast(node, Ref(self.names[args[0]]), types[0].dtype),)
+        if target is aten.copy.default:
+            return (expand(node, self, self.cast(node, Ref(self.names[args[1]]), types[0].dtype)),)
+        if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+            kwargs = (("dtype", Dtype(DTYPES[types[0].dtype])),)
+            return self.emit(node, "aten.arange.start_step", _range(args), kwargs, types)
+        if target is aten.nll_loss_forward.default and args[3] in (MEAN, SUM):
+            return self.nll_loss(node, types)
         kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
         name = str(target).removesuffix(".default") if target.namespace == "autosp" else str(target)
         return self.emit(node, name, self.arguments(args), kwargs, types)
@@ -202,12 +171,6 @@ class _Canonical:
         kwargs = (("dtype", Dtype(DTYPES[dtype])),)
         return self.emit(node, "aten._to_copy.default", (value,), kwargs, [self.meta(value).to(dtype)])[0]
 
-    def expand(self, node: Node, operand: str, result: Tensor) -> str:
-        shape = tuple(result.shape)
-        if self.types[operand].shape == shape:
-            return operand
-        return self.emit(node, "aten.expand.default", (Ref(operand), shape), (), [result])[0]
-
     def attention(self, node: Node, types: list[Tensor]) -> tuple[str, ...]:
         """The call with its scoring as keyword arguments, the group of its key/value heads, and its first head."""
         *args, scoring = node.args
@@ -221,69 +184,6 @@ class _Canonical:
         at = next(at for at, arg in enumerate(args) if isinstance(arg, (list, tuple))) + 1
         args = (*self.arguments(args[:at]), seed, *args[at:], group, 0)
         return self.emit(node, str(node.target).removesuffix(".default"), args, tuple(kwargs.items()), types)
-
-    def reshape(self, node: Node, operand: str, result: Tensor) -> str:
-        source = self.made.get(operand)
-        if source is not None and source.op == "aten.reshape.default":
-            operand = source.args[0].name
-        if self.types[operand].shape == tuple(result.shape):
-            return operand
-        return self.emit(node, "aten.reshape.default", (Ref(operand), tuple(result.shape)), (), [result])[0]
-
-    def permute(self, node: Node, operand: str, dims: tuple[int, ...], result: Tensor) -> str:
-        source = self.made.get(operand)
-        if source is not None and source.op == "aten.permute.default":
-            operand, dims = source.args[0].name, tuple(source.args[1][d] for d in dims)
-        if dims == tuple(range(len(dims))):
-            return operand
-        return self.emit(node, "aten.permute.default", (Ref(operand), dims), (), [result])[0]
-
-    def slice(self, node: Node, operand: str, result: Tensor) -> str:
-        _, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-        size = self.types[operand].shape[dim]
-        start, end, step = slice(start, end, step).indices(size)
-        if (start, step) == (0, 1) and end >= size:
-            return operand
-        args = (Ref(operand), dim % result.dim(), start, max(start, end), step)
-        return self.emit(node, "aten.slice.Tensor", args, (), [result])[0]
-
-    def split(self, node: Node) -> tuple[str, ...]:
-        """The parts of a dim, a slice each."""
-        operand, parts = self.names[node.args[0]], node.meta["val"]
-        unbound = node.target is aten.unbind.int
-        dims = node.args[0].meta["val"].dim()
-        dim = (node.args[-1] if len(node.args) > 1 + (not unbound) else 0) % dims
-        names, start = [], 0
-        for part in parts:
-            piece = part.unsqueeze(dim) if unbound else part
-            end = start + piece.shape[dim]
-            name = self.emit(node, "aten.slice.Tensor", (Ref(operand), dim, start, end, 1), (), [piece])[0]
-            names.append(self.reshape(node, name, part) if unbound else name)
-            start = end
-        return tuple(names)
-
-    def stack(self, node: Node, result: Tensor) -> str:
-        dim = (node.args[1] if len(node.args) > 1 else 0) % result.dim()
-        parts = []
-        for part in node.args[0]:
-            parts.append(self.reshape(node, self.names[part], part.meta["val"].unsqueeze(dim)))
-        return self.emit(node, "aten.cat.default", (tuple(map(Ref, parts)), dim), (), [result])[0]
-
-    def select_backward(self, node: Node, operand: str, result: Tensor) -> str:
-        """A gradient put back at one position of a dim of zeros."""
-        _, sizes, dim, at = node.args
-        dim %= len(sizes)
-        at %= sizes[dim]
-        one = self.reshape(node, operand, node.args[0].meta["val"].unsqueeze(dim))
-        args = (Ref(one), tuple(sizes), dim, at, at + 1, 1)
-        return self.emit(node, "aten.slice_backward.default", args, (), [result])[0]
-
-    def cat(self, node: Node, result: Tensor) -> str:
-        dim = (node.args[1] if len(node.args) > 1 else 0) % result.dim()
-        parts = [self.names[part] for part in node.args[0] if part.meta["val"].numel() or part.meta["val"].dim() > 1]
-        if len(parts) == 1:
-            return parts[0]
-        return self.emit(node, "aten.cat.default", (tuple(map(Ref, parts)), dim), (), [result])[0]
 
     def site(self) -> tuple[Ref, int]:
         """The seed and the number of a new drawing operator; the step has a seed as soon as something draws."""
@@ -350,16 +250,6 @@ def _dtypes(arg) -> list[torch.dtype]:
 def _typed_key(arg):
     """Arguments as a key in which 1, 1.0 and True differ."""
     return map_args(arg, lambda leaf: (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf))
-
-
-def _permutation(target, args, dims: int) -> tuple[int, ...]:
-    if target is aten.permute.default:
-        return tuple(d % dims for d in args[1])
-    order = list(range(dims))
-    a, b = (0, 1) if target is aten.t.default else (args[1] % dims, args[2] % dims)
-    if dims > 1:
-        order[a], order[b] = order[b], order[a]
-    return tuple(order)
 
 
 def _range(args: tuple) -> tuple:

@@ -24,10 +24,11 @@ from torch.fx import Graph, Node
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export import attention_op  # noqa: F401  (defines torch.ops.autosp)
 from autosp_aot.export.bands import band_of
-from autosp_aot.export.constants import CASTS, arguments, constants_of, functional, is_elementwise, written
-from autosp_aot.export.products import Product, before_repetition, made, product_of, regroup, transposed
+from autosp_aot.export.constants import arguments, constants_of, written
+from autosp_aot.export.products import Product, before_repetition, made, regroup, transposed
 from autosp_aot.export.regions import without_gradients
-from autosp_aot.export.scores import SAME, VIEWS, Scores
+from autosp_aot.export.scores import Scores
+from autosp_aot.export.softmaxes import scores_product, weighted_sum, without_sink
 from autosp_aot.export.source import where
 from autosp_aot.operators import wide
 
@@ -64,7 +65,7 @@ def _is_large(node: Node) -> bool:
     """True for a softmax of more than SCORES_BYTES over products of queries and keys, whatever is done with it."""
     if node.target not in SOFTMAX or node.meta["val"].nbytes <= SCORES_BYTES:
         return False
-    product, _ = _product(node.args[0], node.meta["val"].shape)
+    product, _ = scores_product(node.args[0], node.meta["val"].shape)
     return product is not None and bool(product.lead) and set(product.lead) <= set(product.words[1])
 
 
@@ -134,10 +135,10 @@ class _Rewrite:
         """Rewrite attention spelled out around a softmax; where it is something else the graph stays as it is."""
         if softmax.meta["val"].dim() < 3 or softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
             return None
-        made_of, sink, weights = _without_sink(softmax)
-        last, dropout = _weighted_sum(weights)
+        made_of, sink, weights = without_sink(softmax)
+        last, dropout = weighted_sum(weights)
         shape = weights.meta["val"].shape
-        product, lead = _product(made_of, shape) if last is not None else (None, ())
+        product, lead = scores_product(made_of, shape) if last is not None else (None, ())
         if product is None or len({node in self.frozen for node in (softmax, product.node, last.node)}) > 1:
             return None
         scores = self.scores(lead, *shape[-2:], product.node)
@@ -172,20 +173,7 @@ class _Rewrite:
                 k, v = self.without_repetition(k, v)
             dtype = max((t.meta["val"].dtype for t in (q, k, v)), key=lambda dtype: dtype.itemsize)
             q, k, v = (self.cast(t, dtype) for t in (q, k, v))
-            score, scale = _scaled(_unrounded(softmax.score), softmax.scale)
-            dtypes = [vector.meta["val"].dtype for vector, *_ in scores.vectors]
-            band = band_of(score, scores.rows, scores.keys, dtypes, softmax.safe)
-            if not band.plain and _unrounded(softmax.score) != softmax.score:
-                score, scale = softmax.score, softmax.scale
-            said = {"scale": scale, "causal": band.causal, "window": band.window, "score": score, "safe": softmax.safe}
-            vectors = [] if band.plain else scores.emit(self.graph)
-            if band.plain or score == "s":
-                said |= {"score": None, "safe": True}
-            if softmax.dropout:
-                said |= {"dropout": softmax.dropout, "site": self.sites, "heads": q.meta["val"].shape[1]}
-                self.sites += 1
-            silent = {"causal": False, "window": None, "score": None, "safe": True}
-            text = json.dumps({key: value for key, value in said.items() if key not in silent or value != silent[key]})
+            vectors, text = self.scoring(scores, softmax, q.meta["val"].shape[1])
             pair = self.graph.call_function(torch.ops.autosp.attention.default, (q, k, v, vectors, text))
             pair.meta = {key: value for key, value in node.meta.items() if key != "val"}
             shape = (*q.meta["val"].shape[:-1], v.meta["val"].shape[-1])
@@ -198,6 +186,23 @@ class _Rewrite:
             out = self.laid_out(out, node.meta["val"].stride())
         node.replace_all_uses_with(out)
         self.graph.erase_node(node)
+
+    def scoring(self, scores: Scores, softmax: _Softmax, heads: int) -> tuple[list[Node], str]:
+        """The vectors that scores are made with, and how, as JSON: what the operator does unless told is left out."""
+        score, scale = _scaled(_unrounded(softmax.score), softmax.scale)
+        dtypes = [vector.meta["val"].dtype for vector, *_ in scores.vectors]
+        band = band_of(score, scores.rows, scores.keys, dtypes, softmax.safe)
+        if not band.plain and _unrounded(softmax.score) != softmax.score:
+            score, scale = softmax.score, softmax.scale
+        said = {"scale": scale, "causal": band.causal, "window": band.window, "score": score, "safe": softmax.safe}
+        vectors = [] if band.plain else scores.emit(self.graph)
+        if band.plain or score == "s":
+            said |= {"score": None, "safe": True}
+        if softmax.dropout:
+            said |= {"dropout": softmax.dropout, "site": self.sites, "heads": heads}
+            self.sites += 1
+        silent = {"causal": False, "window": None, "score": None, "safe": True}
+        return vectors, json.dumps({k: value for k, value in said.items() if k not in silent or value != silent[k]})
 
     def sunk(self, pair: Node, out: Node, sink: Node, lead: tuple[int, ...]) -> Node:
         """The output where a part of the weights goes to a sink: out * sigmoid(lse - sink)."""
@@ -252,74 +257,6 @@ class _Rewrite:
         """Keys and values before their heads were repeated, where both were alike."""
         (few_k, times_k), (few_v, times_v) = before_repetition(k, self.written), before_repetition(v, self.written)
         return (few_k, few_v) if times_k == times_v else (k, v)
-
-
-def _without_sink(softmax: Node) -> tuple[Node, Node | None, Node]:
-    """Scores, a sink joined to them as one more key (or None), and the weights of the keys.
-
-    x = cat([scores, sink], -1);  p = softmax(x - x.max(-1, keepdim=True));  weights = p[..., :-1]
-    """
-    joined = _unshifted(softmax.args[0])
-    if joined.target is aten.cat.default and len(joined.args[0]) == 2 and len(softmax.users) == 1:
-        (scores, sink), (weights,) = joined.args[0], softmax.users
-        last = (-1, joined.meta["val"].dim() - 1)
-        cut = weights.target is aten.slice.Tensor and weights.args[1] in last and weights.args[2:] == (0, -1)
-        if cut and joined.args[1] in last and sink.meta["val"].shape[-1] == 1:
-            return scores, sink, weights
-    return joined, None, softmax
-
-
-def _unshifted(scores: Node) -> Node:
-    """Scores before their own maximum was taken from them: the softmax is the same."""
-    if scores.target is not aten.sub.Tensor or not isinstance(scores.args[1], Node):
-        return scores
-    whole, highest = scores.args[0], scores.args[1]
-    while highest.target in (aten.detach.default, operator.getitem):
-        highest = highest.args[0]
-    if highest.target not in (aten.max.dim, aten.amax.default) or highest.args[0] is not whole:
-        return scores
-    return whole if highest.args[1] in (-1, [-1]) and highest.args[2:] == (True,) else scores
-
-
-def _weighted_sum(softmax: Node) -> tuple[Product | None, float]:
-    """The product of a softmax's result with values, if that is all it is used for, and the dropout in between."""
-    node, dropout = softmax, 0.0
-    while len(node.users) == 1:
-        (user,) = node.users
-        last = product_of(user, 0)
-        if last is not None:
-            i, _, c = last.letters
-            return (last if last.left is node is not last.right and last.words[0][-2:] == i + c else None), dropout
-        shapes = [n.meta["val"].shape[-2:] for n in (node, user) if isinstance(n.meta.get("val"), torch.Tensor)]
-        if user.target is aten.dropout.default and not dropout:
-            dropout = user.args[1] if user.args[2] else 0.0
-        elif user.target not in (*SAME, *CASTS, *VIEWS, aten.type_as.default) or user.args[0] is not node:
-            break
-        if len(shapes) != 2 or shapes[0] != shapes[1]:
-            break
-        node = user
-    return None, 0.0
-
-
-def _product(node: Node, shape: tuple[int, ...]) -> tuple[Product | None, tuple[int, ...]]:
-    """The first product of matrices of which scores of this shape are made element by element, and the scores' leading
-    dims as they are where there are most of them."""
-    todo, seen, lead = [node], set(), shape[:-2]
-    while todo:
-        node = todo.pop()
-        value = node.meta.get("val")
-        if node in seen or not isinstance(value, torch.Tensor) or value.shape[-2:] != shape[-2:]:
-            continue
-        seen.add(node)
-        if value.dim() > len(lead) + 2 and value.numel() == math.prod(shape):
-            lead = value.shape[:-2]
-        product = product_of(node, 2)
-        if product is not None and product.words[2][-2:] == product.letters[:2]:
-            return product, lead
-        target = functional(node.target) if node.op == "call_function" else None
-        if target is not None and (target in (*SAME, *VIEWS, aten.type_as.default) or is_elementwise(target)):
-            todo += node.all_input_nodes[::-1]
-    return None, lead
 
 
 def _unrounded(score):

@@ -47,36 +47,45 @@ def _spec(call, letters: str, results: list) -> Spec:
     heads = q[1] // rows
     extents = (q[0], q[1], rows if by_rows else q[2], k[2], k[3], v[3], heads)
     vectors = [_vector(shape, by_rows) for shape in shapes[len(shapes) - count :]]
-    kv = Axis(CUT, group=group * rows)
-    mine = ((Axis(BATCH),), (Axis(CUT),)) + (() if by_rows else ((Axis(ROWS),),))
-    dims = {
-        "q": (*mine, (Axis(WIDTH),)),
-        "k": ((Axis(BATCH),), (kv,), (Axis(KEYS),), (Axis(WIDTH),)),
-        "v": ((Axis(BATCH),), (kv,), (Axis(KEYS),), (Axis(V_WIDTH),)),
-        "o": (*mine, (Axis(V_WIDTH),)),
-        "l": mine,
-    } | dict(enumerate(vectors))
-    if by_rows:
-        scoring = dict(call.instr.kwargs)
-        bounds = row_bounds(heads, rows, scoring.get("causal", False) and "window" not in scoring, call.ranks)
-    else:
-        bounds = head_bounds(heads, group, call.ranks) if heads >= call.ranks else None
+    dims = _dims(group * rows, by_rows) | dict(enumerate(vectors))
+    bounds = _bounds(call, heads, rows, group, by_rows)
     kept = [name for name, used in zip(results, call.results_by_position) if used]
-
-    def localize(args, local):
-        first = per_rank(tuple(lo for lo, _ in local.bounds)) if local.factor == CUT else 0
-        return (*args[:-1], first)
-
     return Spec(
         extents,
         frozenset({ROWS, KEYS, WIDTH, V_WIDTH, HEADS, *((BATCH,) if drops else ())}),
         (*(dims[letter] for letter in named), *vectors, *(((),) if drops else ())),
         tuple(dims[name] for name in kept),
         splits=((CUT, bounds),) if bounds else (),
-        localize=localize,
+        localize=_localize,
         flat=frozenset({CUT}),
         contraction=True,
     )
+
+
+def _dims(group: int, by_rows: bool) -> dict[str, Dims]:
+    """Of q, k, v, the output and lse; `group` positions of the cut dim share a key/value head."""
+    kv = Axis(CUT, group=group)
+    mine = ((Axis(BATCH),), (Axis(CUT),)) + (() if by_rows else ((Axis(ROWS),),))
+    return {
+        "q": (*mine, (Axis(WIDTH),)),
+        "k": ((Axis(BATCH),), (kv,), (Axis(KEYS),), (Axis(WIDTH),)),
+        "v": ((Axis(BATCH),), (kv,), (Axis(KEYS),), (Axis(V_WIDTH),)),
+        "o": (*mine, (Axis(V_WIDTH),)),
+        "l": mine,
+    }
+
+
+def _bounds(call, heads: int, rows: int, group: int, by_rows: bool) -> Bounds | None:
+    """Where heads, or heads and rows, are cut; None where there are too few heads."""
+    if by_rows:
+        scoring = dict(call.instr.kwargs)
+        return row_bounds(heads, rows, scoring.get("causal", False) and "window" not in scoring, call.ranks)
+    return head_bounds(heads, group, call.ranks) if heads >= call.ranks else None
+
+
+def _localize(args: tuple, local) -> tuple:
+    """The call of a rank, whose last argument is the first of its heads, or of its heads and rows."""
+    return (*args[:-1], per_rank(tuple(lo for lo, _ in local.bounds)) if local.factor == CUT else 0)
 
 
 def _vector(shape: tuple[int, ...], by_rows: bool) -> Dims:

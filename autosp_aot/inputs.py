@@ -69,7 +69,8 @@ def made_up(whole: Program, seed: int = 0) -> dict[str, Tensor]:
             _first_row(tensor)[: shape[-1] // 2] = ignored
         else:
             tensor = torch.ones(shape)
-            _first_row(tensor)[shape[-1] * 3 // 4 :] = 0
+            if shape:
+                _first_row(tensor)[shape[-1] * 3 // 4 :] = 0
         made[name] = tensor.to(DTYPES[entry.value.dtype])
     return made
 

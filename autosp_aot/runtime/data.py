@@ -168,10 +168,10 @@ def _check_batch(inputs: tuple[TensorSpec, ...], path: Path, count: int) -> None
         kinds = (step,) if one.get(name) in cut else (one, step)
         wanted = list(dict.fromkeys(kind[name] for kind in kinds if name in kind))
         if found.get(name) not in wanted:
-            described = " or, for all of a step, ".join(map(_described, wanted or [None]))
+            described = " or, for all of a step, ".join(map(_described, wanted))
             problems.append(Problem(
                 "batch-mismatch", f"{name}: the file holds {_described(found.get(name))}", str(path),
-                f"the program was built for {described}",
+                f"the program was built for {described}" if wanted else "forward takes none of that name from a file",
                 "change the file, or build for this batch",
             ))  # fmt: skip
     for entry in inputs:

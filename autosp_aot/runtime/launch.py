@@ -24,6 +24,8 @@ from autosp_aot.artifact_read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem
 from autosp_aot.runtime.data import Feed, open_feed
 from autosp_aot.runtime.groups import Mesh, check_devices, check_size
+from autosp_aot.runtime.items import is_items, open_items
+from autosp_aot.runtime.save import refuse_saving
 from autosp_aot.runtime.train import Training, train
 
 INTERRUPTED = 128  # a shell's exit code for a process that signal n ended is 128 + n
@@ -42,7 +44,8 @@ def run(training: Training, data: Path | None, batch_file: Path | None) -> None:
     """
     manifest = read_manifest(training.artifact)
     _check(manifest, training)
-    feed = open_feed(manifest.batch, training.seed, data, batch_file, training.dp * training.accumulate)
+    inputs = tuple(entry for entry in manifest.batch if not is_items(entry))
+    feed = open_feed(inputs, training.seed, data, batch_file, training.dp * training.accumulate)
     if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:
         _join_and_train(training, manifest.target, manifest.ranks, feed)
     else:
@@ -58,6 +61,16 @@ def _check(manifest: Manifest, training: Training) -> None:
     for option, path in (("--metrics", training.metrics), ("--dump", training.dump)):
         if path is not None and not path.absolute().parent.is_dir():
             raise AutospError(Problem("no-such-folder", f"{option} {path}: the folder does not exist"))
+    if training.save is not None:
+        refuse_saving(training.artifact, manifest, training.save)
+    narrow = [entry.name for entry in manifest.parameters if entry.dtype == "f16" and entry.name in manifest.trainable]
+    if narrow and training.dump is None:
+        raise ArtifactError(Problem(
+            "no-loss-scaling", f"{len(narrow)} parameters are in fp16, {narrow[0]} among them",
+            why="gradients below fp16's smallest number would be lost: they need a loss that is scaled to avoid it",
+            fix="build the model in bf16, or train with a loop of your own that scales the loss",
+        ))  # fmt: skip
+    open_items(training.artifact, manifest)
 
 
 def _join_and_train(training: Training, target: str, ranks: int, feed: Feed) -> None:

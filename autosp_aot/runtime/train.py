@@ -7,6 +7,7 @@
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from autosp_aot.runtime.data import Feed
 from autosp_aot.runtime.groups import Mesh
+from autosp_aot.runtime.items import Items, open_items
 from autosp_aot.runtime.load import load
 from autosp_aot.runtime.log import Log
 from autosp_aot.runtime.module import ShardedModel
 from autosp_aot.runtime.optimizer import AdamW
+from autosp_aot.runtime.save import save_weights
 from autosp_aot.runtime.schedule import Schedule
 
 
@@ -36,6 +39,7 @@ class Training:
     clip          the greatest norm that all gradients may have together
     weight_decay  AdamW's
     init_from     safetensors file or folder instead of the stored weights
+    save          folder for the weights at the end
     metrics       JSON lines: step, loss, grad_norm, lr, tokens_per_s
     dump          write loss and gradients of the first step, and stop
     seed          of data and dropout
@@ -50,6 +54,7 @@ class Training:
     clip: float | None = None
     weight_decay: float = 0.01
     init_from: Path | None = None
+    save: Path | None = None
     metrics: Path | None = None
     dump: Path | None = None
     seed: int = 0
@@ -66,12 +71,11 @@ class Engine(Protocol):
 
 
 class Plain:
-    """An engine of torch alone. Gradients are those of the mean over a step's micro-batches, of all replicas."""
+    """An engine of torch alone. A step's gradient is `scale` times the sum of those of all replicas' micro-batches."""
 
-    def __init__(self, module: ShardedModel, training: Training, mesh: Mesh):
-        self.module, self.training = module, training
+    def __init__(self, module: ShardedModel, training: Training, mesh: Mesh, scale: float):
+        self.module, self.training, self.scale = module, training, scale
         self.optimizer = AdamW(module.parameters(), mesh.world, training.zero, training.weight_decay)
-        self.scale = 1 / (mesh.replicas * training.accumulate)
         self.taken = 0
 
     def accumulate(self, batch: dict[str, Tensor]) -> Tensor:
@@ -94,12 +98,16 @@ class Plain:
 
 @dataclass(frozen=True)
 class Loop:
-    """One rank's steps: `engine` runs `module` on the micro-batches of `feed` that are this replica's."""
+    """One rank's steps: `engine` runs `module` on the micro-batches of `feed` that are this replica's.
+
+    The loss of a step is the mean over all micro-batches; with `items`, the sum of what is divided by their labels.
+    """
 
     engine: Engine
     module: ShardedModel
     training: Training
     feed: Feed
+    items: Items | None
     mesh: Mesh
 
     def run(self) -> None:
@@ -107,8 +115,7 @@ class Loop:
 
         A loss that is not finite is said so, and training goes on, as a loop in eager torch would.
         """
-        talking = self.mesh.world.rank == 0
-        log = Log(self.training.steps, self.training.metrics) if talking else None
+        log = Log(self.training.steps, self.training.metrics) if self.mesh.world.rank == 0 else None
         for step in range(self.training.steps):
             started = time.perf_counter()
             loss, tokens = self.accumulate(step)
@@ -120,32 +127,54 @@ class Loop:
             log.close()
 
     def accumulate(self, step: int) -> tuple[float, int]:
-        """Accumulate a step's micro-batches; the mean of their losses over all replicas, and all their positions."""
+        """Accumulate a step's micro-batches; their loss, and how many positions all replicas trained on."""
         replicas, count = self.mesh.replicas, self.training.accumulate
         first = step * count * replicas + self.mesh.replica
-        losses, tokens = [], 0
-        for number in range(first, first + count * replicas, replicas):
-            batch = {name: tensor.to(self.mesh.world.device) for name, tensor in self.feed.at(number).items()}
+        batches = {n: self.feed.at(n) for n in range(first, first + count * replicas, replicas)}
+        losses = []
+        for number, batch in zip(batches, self.given(list(batches.values()))):
             self.module.step = number
             losses.append(self.engine.accumulate(batch))
-            tokens += replicas * _tokens(batch)
-        total = self.mesh.sum_replicas(torch.stack(losses).double().sum())
-        return float(total) / (count * replicas), tokens
+        tokens = replicas * sum(map(_tokens, batches.values()))
+        total = float(self.mesh.sum_replicas(torch.stack(losses).double().sum()))
+        return total * scale_of(self.items, replicas * count), tokens
+
+    def given(self, batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """The batches as forward takes them: on the device, with the labels of all replicas' batches counted."""
+        device = self.mesh.world.device
+        if self.items is not None:
+            own = sum(map(self.items.count, batches)).to(device)
+            count = self.mesh.sum_replicas(own)
+            batches = [self.items.filled(batch, count) for batch in batches]
+        return ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
 
 
-def train(training: Training, feed: Feed, mesh: Mesh) -> None:
-    """Train as one rank of `mesh` with torch alone, or write the dump."""
+def train(training: Training, feed: Feed, mesh: Mesh) -> ShardedModel:
+    """Train as one rank of `mesh` with torch alone and save the weights, or write the dump; what was trained."""
     module = load(training.artifact, training.init_from, mesh.world.device, mesh.sequence, sum_gradients=False)
     module.seed = training.seed
-    engine = Plain(module, training, mesh)
-    loop = Loop(engine, module, training, feed, mesh)
-    if training.dump is None:
-        loop.run()
-        return
+    items = open_items(training.artifact, module.manifest)
+    engine = Plain(module, training, mesh, scale_of(items, mesh.replicas * training.accumulate))
+    loop = Loop(engine, module, training, feed, items, mesh)
+    if training.dump is not None:
+        _dump(training.dump, loop, engine)
+        return module
+    loop.run()
+    if training.save is not None and mesh.world.rank == 0:
+        save_weights(training.artifact, module.manifest, module.state_dict(), training.save)
+    return module
+
+
+def scale_of(items: Items | None, count: int) -> float:
+    """What the sum over `count` micro-batches is multiplied by: a mean, but where labels were counted for all."""
+    return 1.0 if items is not None else 1 / count
+
+
+def _dump(path: Path, loop: Loop, engine: Plain) -> None:
     loss, _ = loop.accumulate(0)
     gradients = engine.gradients()
-    if mesh.world.rank == 0:
-        save_file({"loss": torch.tensor(loss, dtype=torch.float64), **gradients}, training.dump)
+    if loop.mesh.world.rank == 0:
+        save_file({"loss": torch.tensor(loss, dtype=torch.float64), **gradients}, path)
 
 
 def _tokens(batch: dict[str, Tensor]) -> int:

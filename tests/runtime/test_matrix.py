@@ -1,0 +1,57 @@
+"""dp x sp ranks, ZeRO, accumulation and clipping: 20 steps are those of torch alone on one device."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from autosp_aot.runtime.schedule import Schedule
+from autosp_aot.runtime.train import Training
+from tests import training as runs
+
+STEPS, LR, DECAY = 20, 1e-2, 0.1
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("artifacts")
+    return {sp: runs.artifact(runs.model(), sp, folder / f"llama.sp{sp}") for sp in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def eager(artifacts):
+    @cache
+    def run(count: int, clip: float | None) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
+        """Losses, parameters and gradient norms of `count` micro-batches a step."""
+        model, feed, losses, norms = runs.model(), runs.random_tokens(artifacts[1]), [], []
+        optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=DECAY)
+        for step in range(STEPS):
+            parts = [model(**feed.at(step * count + m)).loss for m in range(count)]
+            loss = torch.stack(parts).mean()
+            loss.backward()
+            norms.append(clip_grad_norm_(model.parameters(), clip or float("inf")).item())
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, {name: p.detach() for name, p in model.named_parameters()}, norms
+
+    return run
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("dp, sp", [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_twenty_steps_are_those_of_one_device(artifacts, eager, tmp_path, dp, sp, zero, accumulate, clip):
+    training = Training(
+        artifacts[sp], STEPS, dp, accumulate, Schedule(LR), zero, clip, DECAY, metrics=tmp_path / "m.jsonl"
+    )
+    rows, states = runs.trained(training, sp, runs.random_tokens(artifacts[sp]))
+    expected, parameters, norms = eager(dp * accumulate, clip)
+    assert clip is None or min(norms) > clip
+    assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
+    for name, parameter in parameters.items():
+        assert (states[0][name] - parameter).norm() <= 1e-5 * parameter.norm(), name
+        assert all(torch.equal(state[name], states[0][name]) for state in states)

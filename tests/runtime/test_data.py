@@ -123,6 +123,37 @@ def test_a_stored_batch_is_every_step(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in batch.items())
 
 
+def test_a_sample_follows_from_its_number_whatever_the_batch():
+    one, three = (open_feed((TensorSpec("ids", "i64", (rows, 4), 9),), 0, None, None) for rows in (1, 3))
+    for number in range(2):
+        apart = torch.cat([one.at(3 * number + row)["ids"] for row in range(3)])
+        assert torch.equal(three.at(number)["ids"], apart)
+
+
+def test_a_stored_step_is_cut_into_its_micro_batches(tmp_path):
+    """What is as long as one micro-batch is the same for all."""
+    inputs = (*INPUTS, TensorSpec("position_ids", "i64", (1, 4)), TensorSpec("scale", "f32", ()))
+    ids, scale = torch.arange(24).view(6, 4), torch.tensor(0.5)
+    positions = torch.arange(4).view(1, 4)
+    step = {"input_ids": ids, "labels": ids, "position_ids": positions, "scale": scale}
+    save_file({name: tensor.clone() for name, tensor in step.items()}, tmp_path / "batch")
+    feed = open_feed(inputs, 0, None, tmp_path / "batch", 2)
+    for number in range(4):
+        batch, rows = feed.at(number), ids[3 * (number % 2) :][:3]
+        assert torch.equal(batch["input_ids"], rows) and torch.equal(batch["labels"], rows)
+        assert torch.equal(batch["position_ids"], positions) and torch.equal(batch["scale"], scale)
+
+
+def test_a_stored_step_has_all_rows_of_inputs_of_one_shape(tmp_path):
+    ids = torch.zeros(6, 4, dtype=torch.long)
+    save_file({"input_ids": ids, "labels": ids[:3].clone()}, tmp_path / "batch")
+    with pytest.raises(ArtifactError) as error:
+        open_feed(INPUTS, 0, None, tmp_path / "batch", 2)
+    (problem,) = error.value.problems
+    assert problem.what == "labels: the file holds int64 [3, 4]"
+    assert problem.why == "the program was built for int64 [6, 4]"
+
+
 def test_a_stored_batch_is_checked_by_name_shape_and_dtype(tmp_path):
     save_file({"input_ids": torch.ones(3, 5, dtype=torch.int32), "mask": torch.ones(1)}, tmp_path / "batch.safetensors")
     with pytest.raises(ArtifactError) as error:

@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import clip_grad_norm_
 
 from autosp_aot.artifact_read import read_manifest
 from autosp_aot.builder import build
 from autosp_aot.runtime.data import open_feed
+from autosp_aot.runtime.schedule import Schedule
 from examples import plain
 
 TINY = {"vocab_size": 8, "hidden_size": 4, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8, "dtype": "float64"}
@@ -38,21 +40,41 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_two_ranks_train_as_one_device_does(artifact, model, tmp_path):
-    result = run(artifact, "--steps", 10, "--lr", 0.01, "--metrics", tmp_path / "m.jsonl")
+def test_two_replicas_of_two_ranks_train_and_save_what_one_device_does(artifact, model, tmp_path):
+    options = ["--dp", 2, "--zero", 1, "--accumulate", 2, "--clip", 1, "--weight-decay", 0.1, "--lr", 0.01]
+    options += ["--schedule", "linear", "--warmup", 2, "--min-lr", 0.001]
+    files = ["--save", tmp_path / "saved", "--metrics", tmp_path / "m.jsonl"]
+    result = run(artifact, "--steps", 6, *options, *files)
     assert result.returncode == 0, result.stderr
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-    feed = open_feed(read_manifest(artifact).batch, 0, None, None)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    expected = []
-    for step in range(10):
-        optimizer.zero_grad()
-        loss = model(**feed.at(step))
-        loss.backward()
+    rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    feed, schedule = open_feed(read_manifest(artifact).batch, 0, None, None), Schedule(0.01, "linear", 6, 2, 0.001)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    for step, row in enumerate(rows):
+        losses = [model(**feed.at(4 * step + number)) for number in range(4)]
+        sum(losses).div(4).backward()
+        optimizer.param_groups[0]["lr"] = schedule.at(step)
+        norm = clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        expected.append(loss.item())
-    assert losses == pytest.approx(expected, rel=1e-5)
-    assert len(set(expected)) == 10
+        optimizer.zero_grad()
+        expected = (torch.stack(losses).mean().item(), norm.item(), schedule.at(step))
+        assert (row["loss"], row["grad_norm"], row["lr"]) == pytest.approx(expected, rel=1e-9)
+    assert len(rows) == 6 and norm > 1
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    torch.testing.assert_close(saved, dict(model.named_parameters()), rtol=1e-7, atol=1e-9)
+
+
+def test_what_would_stop_a_run_at_its_end_stops_it_before(artifact, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "mine.txt").write_text("not weights")
+    result = run(artifact, "--save", tmp_path / "saved")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error[output-exists]")
+
+
+def test_fp16_without_a_scaled_loss_is_refused(tmp_path):
+    build(plain.build_model(**TINY | {"dtype": "float16"}), plain.example_batch(2, 5), 1, tmp_path / "a", target="cpu")
+    result = run(tmp_path / "a")
+    assert result.returncode == 3 and result.stderr.startswith("error[no-loss-scaling]")
 
 
 def test_dump_holds_the_loss_and_every_gradient_of_eager(artifact, model, tmp_path):

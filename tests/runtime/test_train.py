@@ -13,6 +13,7 @@ from autosp_aot.runtime.load import load
 from autosp_aot.runtime.schedule import Schedule
 from autosp_aot.runtime.train import Training, train
 from examples import plain
+from tests.training import trained
 
 TINY = {"vocab_size": 8, "hidden_size": 4, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8, "dtype": "float64"}
 ALONE = Mesh(Group(0, 1, torch.device("cpu")), Group(0, 1, torch.device("cpu")))
@@ -67,6 +68,16 @@ def test_a_step_draws_by_the_seed_and_its_number(tmp_path, seed):
     module.seed, module.step = seed, 1
     losses = [json.loads(line)["loss"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert len(set(losses)) == 3 and [float(module(**batch).detach()) for _ in range(2)] == losses[1:]
+
+
+def test_micro_batches_draw_alike_however_a_step_is_shared_out(tmp_path):
+    path = build(Dropping(), {"input_ids": torch.arange(8).reshape(1, 8)}, 1, target="cpu").save(tmp_path / "a")
+    feed, losses = random_tokens(path), []
+    for dp, accumulate in ((1, 4), (2, 2), (4, 1)):
+        training = Training(path, 2, dp, accumulate, metrics=tmp_path / "m.jsonl")
+        losses.append([row["loss"] for row in trained(training, 1, feed)[0]])
+    assert all(found == pytest.approx(losses[0], rel=1e-6) for found in losses)
+    assert abs(losses[0][0] - losses[0][1]) > 1e-4 * losses[0][0]
 
 
 def test_the_gradient_norm_is_that_of_all_gradients_together(artifact, model, tmp_path):

@@ -38,7 +38,7 @@ def write_whole(out: Path, write: Callable[[Path], None]) -> None:
     """Have a file written beside `out`, then put it in place in one step. Raises BuildError (`output-unwritable`)."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=".", suffix=f".{out.name}")
         os.close(descriptor)
         try:
             write(Path(name))

@@ -55,6 +55,7 @@ class Scoring:
 
     `causal` hides the keys after a row's own position, `window` all but the last `window` keys up to it. Rows that see
     nothing give zeros where `safe`, else NaN as the softmax does. `first_row` is the position of the first row.
+    Where `traced`, what is done does not depend on values: every block that positions allow is computed.
     """
 
     scale: float
@@ -64,6 +65,7 @@ class Scoring:
     safe: bool = True
     dropout: Dropout | None = None
     first_row: int = 0
+    traced: bool = False
 
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring) -> tuple[Tensor, Tensor]:
@@ -146,7 +148,8 @@ class _Call:
         self.q, self.k, self.v, self.vectors, self.scoring = q, k, v, vectors, scoring
         self.dtype = wide(q.dtype)
         self.size, self.blocks = BLOCKS[q.device.type], _blocks(k, k.shape[2])
-        self.ends = [ends_of(vector, self.size) if vector.shape[2] == 1 else None for vector in vectors]
+        keyed = [vector.shape[2] == 1 and not scoring.traced for vector in vectors]
+        self.ends = [ends_of(vector, self.size) if known else None for vector, known in zip(vectors, keyed)]
         self.plain: set[int] = set()
         self.shortcuts = shortcuts
 
@@ -157,7 +160,7 @@ class _Call:
         start = 0 if scoring.window is None else max(first - scoring.window + 1, 0) // self.size
         stop = last // self.size + 1 if scoring.causal else len(self.blocks)
         blocks = self.blocks[start:stop]
-        if scoring.score is None or not blocks:
+        if scoring.score is None or scoring.traced or not blocks:
             return blocks, []
         known = [both or ends_of(_cut(v, rows, slice(None)), self.size) for both, v in zip(self.ends, self.vectors)]
         ends = [tuple(end if len(end) == 1 else end[start:stop] for end in both) for both in known]
@@ -214,7 +217,7 @@ class _Call:
             if hidden and bool(((mine <= HIDDEN) & (mine > -INF)).any()):
                 seen = seen + hidden
             rounded = mine.isfinite() & (mine.abs() > ROUNDED)
-            if self.scoring.score is not None and bool(rounded.any()):
+            if self.scoring.score is not None and (self.scoring.traced or bool(rounded.any())):
                 total = self.total(rows, seen, base).masked_fill(~rounded, 1.0).unsqueeze(-1)
             grad = grad_out[:, :, rows].to(self.dtype)
             delta = (grad * out[:, :, rows].to(self.dtype)).sum(-1, keepdim=True)

@@ -4,7 +4,7 @@ A section runs as a generator. Where the ranks have to meet it yields an `Exchan
 so the same code runs over torch.distributed (`groups`) and in one process (`simulate`).
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +47,11 @@ class Executor:
     """One rank's program, ready to run on a device.
 
     `program` has every number filled in (`Program.for_rank`). Operators were checked when the artifact was loaded.
+    `ours` are the kernels of our own operators.
     """
 
-    def __init__(self, program: Program, rank: int, device: torch.device):
-        self.program, self.rank, self.device = program, rank, device
+    def __init__(self, program: Program, rank: int, device: torch.device, ours: Mapping[str, Callable] = OURS):
+        self.program, self.rank, self.device, self.ours = program, rank, device, ours
         self.values = program.values()
         self.host = Host(program, device)
         self.steps = {section.name: self._prepare(section) for section in program.sections}
@@ -83,7 +84,7 @@ class Executor:
         return steps
 
     def _call(self, instr: Instr) -> Step:
-        function = OURS.get(instr.op) or operators.overload(instr.op)
+        function = self.ours.get(instr.op) or operators.overload(instr.op)
         constant = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
         args, kwargs = map_args(instr.args, constant), {k: map_args(v, constant) for k, v in instr.kwargs}
         if instr.op in operators.MAKE:

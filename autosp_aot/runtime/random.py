@@ -36,7 +36,7 @@ def uniform(
     """
     local, lead, run, stride, offset = _layout(shape, box)
     out = torch.empty((lead, run), dtype=dtype, device=device)
-    state = _stream(seed, torch.tensor(site)).to(out.device)
+    state = _stream(seed, torch.full((), site)).to(out.device)
     digits = 1 - int(log2(torch.finfo(dtype).eps))
     for rows in _blocks(lead, max(1, BLOCK // max(run, 1))):
         first = torch.arange(rows.start, rows.stop, device=out.device).mul_(stride).add_(offset + 1)
@@ -49,7 +49,7 @@ def uniform(
 
 def keep(seed: Tensor, site: int, position: Tensor, p: float) -> Tensor:
     """Where the fp32 draw of `uniform` is below 1 - p, at each position (i64) of the whole value; bool, same shape."""
-    bits = _stream(_stream(seed, torch.tensor(site)).to(position.device), position)
+    bits = _stream(_stream(seed, torch.full((), site)).to(position.device), position)
     return _shifted(bits, 40).float().mul_(2.0**-24) < 1 - p
 
 

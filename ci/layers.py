@@ -21,6 +21,7 @@ NEVER_REACHES = {
         for part in ("artifact", "artifact_read", "artifact_write", "program", "program_text", "placement", "operators",
                      "verify", "cost", "collectives", "layouts", "moves", "workspace")
     },
+    "interchange": ("autosp_aot.export", "autosp_aot.passes", "transformers"),
     "cli": ("transformers",),
 }
 NEVER_IMPORTED = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")

@@ -4,6 +4,7 @@
     whole.program        the canonical unsharded step
     body.0.program       the text that ranks of one structure share
     ranks.json           by rank: its body, and the constants that differ
+    evaluate.*           optional: the same three of the program that gives the loss in eval mode
     checkpoint.json      how a checkpoint of the model names and lays out its tensors, and its config
     buffers.safetensors  values that a checkpoint does not hold
     weights/             optional: initial weights
@@ -29,8 +30,9 @@ WHOLE = "whole.program"
 RANKS = "ranks.json"
 CHECKPOINT = "checkpoint.json"
 REPORT = "report.html"
-REQUIRED = frozenset({WHOLE, RANKS, CHECKPOINT, BUFFERS, REPORT})
 BODY = re.compile(r"body\.\d+\.program")
+# What the names of a program's files begin with: of the step's, and of the evaluation's.
+STEP, EVALUATE = "", "evaluate."
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What a manifest says of the evaluation program; the fields are those that `Manifest` has of the step."""
+
+    costs: dict
+    fallbacks: tuple[dict, ...]
+    cuts: dict[str, str]
+    decisions: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an artifact says of itself.
 
@@ -54,6 +66,7 @@ class Manifest:
     operators     schema of every operator of the programs
     cuts          intervals of all ranks, by the name that decisions use
     decisions     the strategy of each call that is not computed whole on every rank, by its first result
+    evaluation    the same of the evaluation program; None where the artifact has none
     """
 
     format: int
@@ -76,11 +89,17 @@ class Manifest:
     fallbacks: tuple[dict, ...]
     cuts: dict[str, str]
     decisions: dict[str, str]
+    evaluation: Evaluation | None
     files: dict[str, str]
 
     @property
     def has_weights(self) -> bool:
         return WEIGHTS in self.files
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which programs there are."""
+        return (STEP,) if self.evaluation is None else (STEP, EVALUATE)
 
     @property
     def vocabulary(self) -> int | None:

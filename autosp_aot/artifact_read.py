@@ -10,13 +10,17 @@ from torch import Tensor
 
 from autosp_aot.artifact import (
     BODY,
+    BUFFERS,
     CHECKPOINT,
+    EVALUATE,
     FORMAT,
     MANIFEST,
     RANKS,
-    REQUIRED,
+    REPORT,
+    STEP,
     WEIGHTS,
     WHOLE,
+    Evaluation,
     Manifest,
     TensorSpec,
     sealed,
@@ -30,7 +34,7 @@ from autosp_aot.recipe import Recipe, parse_recipe
 from autosp_aot.verify import verify
 
 TARGETS = ("cpu", "cuda", "rocm")
-RANK_SECTIONS = ("forward", "backward", "sum_gradients")
+SECTIONS = {STEP: ("forward", "backward", "sum_gradients"), EVALUATE: ("evaluate",)}
 TEXT_LIMIT_BYTES = 512 * 2**20
 
 
@@ -52,8 +56,9 @@ def read_manifest(path: str | Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, BuildError) as error:
         raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
     _check_files(path, manifest)
-    if len(_ranks(path)) != manifest.ranks:
-        raise _damaged("ranks-damaged", f"{path / RANKS} has {len(_ranks(path))} ranks", f"it is for {manifest.ranks}")
+    for kind in manifest.kinds:
+        if (count := len(_ranks(path, kind))) != manifest.ranks:
+            raise _damaged("ranks-damaged", f"{path / (kind + RANKS)} has {count} ranks", f"it is for {manifest.ranks}")
     return manifest
 
 
@@ -66,6 +71,8 @@ def _manifest(found: dict) -> Manifest:
     for key in ("trainable", "fallbacks"):
         found[key] = tuple(found[key])
     found["costs"]["moved"] = tuple(found["costs"]["moved"])
+    if found["evaluation"] is not None:
+        found["evaluation"] = _evaluation(found["evaluation"])
     if not isinstance(found["ranks"], int) or found["ranks"] < 1:
         raise ValueError("ranks is not a positive number")
     if found["target"] not in TARGETS:
@@ -86,6 +93,11 @@ def _manifest(found: dict) -> Manifest:
     return Manifest(**found)
 
 
+def _evaluation(found: dict) -> Evaluation:
+    found["costs"]["moved"] = tuple(found["costs"]["moved"])
+    return Evaluation(**found | {"fallbacks": tuple(found["fallbacks"])})
+
+
 def _tensor_spec(entry: dict) -> TensorSpec:
     spec = TensorSpec(**{**entry, "shape": tuple(entry["shape"])})
     if spec.dtype not in ITEMSIZE or not all(isinstance(n, int) and n >= 0 for n in spec.shape):
@@ -94,11 +106,13 @@ def _tensor_spec(entry: dict) -> TensorSpec:
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
-    strange = sorted(name for name in manifest.files if name not in REQUIRED | {WEIGHTS} and not BODY.fullmatch(name))
+    required = {BUFFERS, REPORT} | {kind + name for kind in manifest.kinds for name in (WHOLE, RANKS)}
+    allowed = lambda name: name in required | {WEIGHTS} or any(_is_body(kind, name) for kind in manifest.kinds)  # noqa: E731
+    strange = sorted(name for name in manifest.files if not allowed(name))
     if strange:
         raise _damaged("artifact-files", f"{path} lists {', '.join(strange)}", "no artifact has a file of that name")
     there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
-    odd = there ^ (REQUIRED | set(manifest.files))
+    odd = there ^ (required | set(manifest.files))
     if odd:
         what = f"{path} has missing or unexpected files: {', '.join(sorted(odd))}"
         raise _damaged("artifact-files", what, "the manifest lists all files")
@@ -107,15 +121,19 @@ def _check_files(path: Path, manifest: Manifest) -> None:
             raise _damaged("file-changed", f"{path / name} is not what was built", "its hash is not the manifest's")
 
 
+def _is_body(kind: str, name: str) -> bool:
+    return name.startswith(kind) and bool(BODY.fullmatch(name.removeprefix(kind)))
+
+
 def _text(path: Path) -> str:
     if path.stat().st_size > TEXT_LIMIT_BYTES:
         raise _damaged("artifact-size", f"{path} is over {TEXT_LIMIT_BYTES} bytes", "no artifact has so long a text")
     return path.read_text(encoding="utf-8")
 
 
-def read_whole(path: str | Path) -> Program:
-    """The unsharded step of an artifact."""
-    return _parsed(Path(path) / WHOLE, {}, 1)
+def read_whole(path: str | Path, kind: str = STEP) -> Program:
+    """The unsharded step of an artifact, or its unsharded evaluation."""
+    return _parsed(Path(path) / (kind + WHOLE), {}, 1)
 
 
 def read_recipe(path: str | Path, manifest: Manifest) -> Recipe:
@@ -127,17 +145,17 @@ def read_recipe(path: str | Path, manifest: Manifest) -> Recipe:
         raise _damaged("checkpoint-damaged", what, str(error)) from error
 
 
-def read_rank(path: str | Path, rank: int) -> Program:
+def read_rank(path: str | Path, rank: int, kind: str = STEP) -> Program:
     """One rank's program, every constant filled in; verified. Raises ArtifactError."""
-    entries = _ranks(Path(path))
+    entries = _ranks(Path(path), kind)
     program = _parsed(Path(path) / entries[rank]["body"], entries[rank]["constants"], len(entries))
-    _verify_rank(program)
+    _verify_rank(program, kind)
     return program
 
 
-def read_bodies(path: str | Path) -> list[tuple[tuple[int, ...], Program]]:
+def read_bodies(path: str | Path, kind: str = STEP) -> list[tuple[tuple[int, ...], Program]]:
     """Each body with the ranks that run it; a constant holds the numbers of all ranks (of its own ranks, repeated)."""
-    entries = _ranks(Path(path))
+    entries = _ranks(Path(path), kind)
     bodies: dict[str, list[int]] = {}
     for rank, entry in enumerate(entries):
         bodies.setdefault(entry["body"], []).append(rank)
@@ -149,7 +167,7 @@ def read_bodies(path: str | Path) -> list[tuple[tuple[int, ...], Program]]:
         spread = [entries[rank if rank in ranks else ranks[0]]["constants"] for rank in range(len(entries))]
         constants = {name: _of_all([constant[name] for constant in spread]) for name in names}
         program = _parsed(Path(path) / body, constants, len(entries))
-        _verify_rank(program)
+        _verify_rank(program, kind)
         found.append((tuple(ranks), program))
     return found
 
@@ -159,10 +177,10 @@ def _of_all(numbers: list[int | tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(n for own in numbers for n in (own if isinstance(own, tuple) else (own,)))
 
 
-def _verify_rank(program: Program) -> None:
+def _verify_rank(program: Program, kind: str) -> None:
     verify(program)
-    if tuple(section.name for section in program.sections) != RANK_SECTIONS:
-        raise _damaged("program-illegal", "a rank's program lacks a section", f"it has {', '.join(RANK_SECTIONS)}")
+    if tuple(section.name for section in program.sections) != SECTIONS[kind]:
+        raise _damaged("program-illegal", "a rank's program lacks a section", f"it has {', '.join(SECTIONS[kind])}")
 
 
 def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
@@ -173,19 +191,19 @@ def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
         raise _damaged("tensors-unreadable", f"{Path(path) / name} cannot be read", str(error)) from error
 
 
-def _ranks(path: Path) -> list[dict]:
+def _ranks(path: Path, kind: str) -> list[dict]:
     try:
-        entries = json.loads(_text(path / RANKS))
+        entries = json.loads(_text(path / (kind + RANKS)))
         if not isinstance(entries, list):
             raise ValueError("it is no list of ranks")
         for entry in entries:
             if set(entry) != {"body", "constants"}:
                 raise ValueError("a rank has a body and constants")
             entry["constants"] = {name: _number(n) for name, n in entry["constants"].items()}
-            if not BODY.fullmatch(entry["body"]) or not (path / entry["body"]).is_file():
+            if not _is_body(kind, entry["body"]) or not (path / entry["body"]).is_file():
                 raise ValueError(f"no body {entry['body']!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged("ranks-damaged", f"{path / RANKS} cannot be read", str(error)) from error
+        raise _damaged("ranks-damaged", f"{path / (kind + RANKS)} cannot be read", str(error)) from error
     return entries
 
 
@@ -204,7 +222,7 @@ def _parsed(path: Path, constants: Mapping, ranks: int) -> Program:
         raise _damaged("program-unreadable", f"{path} cannot be read", str(error)) from error
     program = parse_program(text, constants)
     if program.ranks != ranks:
-        raise _damaged("ranks-damaged", f"{path} is for {program.ranks} ranks", f"{RANKS} has {ranks}")
+        raise _damaged("ranks-damaged", f"{path} is for {program.ranks} ranks", f"there are {ranks}")
     return program
 
 

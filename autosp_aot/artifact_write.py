@@ -11,10 +11,13 @@ from torch import Tensor
 
 from autosp_aot.artifact import (
     BUFFERS,
+    BUFFERS,
     CHECKPOINT,
+    EVALUATE,
     MANIFEST,
     RANKS,
     REPORT,
+    STEP,
     WEIGHTS,
     WHOLE,
     Manifest,
@@ -29,12 +32,24 @@ from autosp_aot.recipe import Recipe, print_recipe
 
 
 @dataclass(frozen=True)
+class Programs:
+    """The same for one device, and for all ranks."""
+
+    whole: Program
+    program: Program
+
+
+@dataclass(frozen=True)
 class Artifact:
-    """A build in memory: its manifest (without file hashes until it is written), programs and values."""
+    """A build in memory: its manifest (without file hashes until it is written), programs and values.
+
+    `whole` and `program` are the step; `evaluation`, where it was built, is what gives the loss in eval mode.
+    """
 
     manifest: Manifest
     whole: Program
     program: Program
+    evaluation: Programs | None
     recipe: Recipe
     buffers: dict[str, Tensor]
     weights: dict[str, Tensor] | None
@@ -63,15 +78,10 @@ def write_artifact(artifact: Artifact, path: Path) -> Path:
 
 
 def _write_files(artifact: Artifact, path: Path) -> None:
-    body, constants = print_program(artifact.program)
-    whole, _ = print_program(artifact.whole)
-    ranks = artifact.manifest.ranks
-    entries = [
-        {"body": "body.0.program", "constants": {name: _own(values, rank, ranks) for name, values in constants.items()}}
-        for rank in range(ranks)
-    ]
-    texts = {WHOLE: whole, "body.0.program": body, RANKS: _ranks_text(entries), REPORT: artifact.report}
-    texts[CHECKPOINT] = print_recipe(artifact.recipe)
+    texts = _texts(STEP, artifact.whole, artifact.program) | {CHECKPOINT: print_recipe(artifact.recipe)}
+    texts[REPORT] = artifact.report
+    if artifact.evaluation is not None:
+        texts |= _texts(EVALUATE, artifact.evaluation.whole, artifact.evaluation.program)
     for name, text in texts.items():
         (path / name).write_text(text, encoding="utf-8")
     _write_tensors(artifact.buffers, path / BUFFERS)
@@ -81,6 +91,14 @@ def _write_files(artifact: Artifact, path: Path) -> None:
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     manifest = asdict(artifact.manifest) | {"files": {name: sha256_of(path / name) for name in names}}
     (path / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
+
+
+def _texts(kind: str, whole: Program, program: Program) -> dict[str, str]:
+    """The files of one program, whole and of all ranks."""
+    (text, _), (body, constants) = print_program(whole), print_program(program)
+    own = lambda rank: {name: _own(values, rank, program.ranks) for name, values in constants.items()}  # noqa: E731
+    entries = [{"body": f"{kind}body.0.program", "constants": own(rank)} for rank in range(program.ranks)]
+    return {kind + WHOLE: text, f"{kind}body.0.program": body, kind + RANKS: _ranks_text(entries)}
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

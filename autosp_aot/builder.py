@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot import __version__
-from autosp_aot.artifact import FORMAT, Manifest, specs
-from autosp_aot.artifact_write import Artifact, refuse_existing
+from autosp_aot.artifact import FORMAT, Evaluation, Manifest, specs
+from autosp_aot.artifact_write import Artifact, Programs, refuse_existing
 from autosp_aot.config import BuildConfig, checked_config
 from autosp_aot.cost import costs
 from autosp_aot.dump import Dump
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical import DTYPES, canonical_program
+from autosp_aot.export.evaluation import capture_evaluation, in_eval_mode
 from autosp_aot.export.fake import fake_copy
-from autosp_aot.export.joint import capture
+from autosp_aot.export.joint import Joint, capture
 from autosp_aot.export.model_file import (
     checked_sequence_dims,
     guess_sequence_dims,
@@ -36,7 +37,7 @@ from autosp_aot.inputs import vocabularies
 from autosp_aot.operators import STRUCTURE, schema
 from autosp_aot.page import artifact_page
 from autosp_aot.passes.decisions import written
-from autosp_aot.passes.pipeline import Watch, compile_program, unwatched
+from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
 from autosp_aot.program import Program, Value
 from autosp_aot.recipe import Recipe
 from autosp_aot.runtime.groups import present_target
@@ -89,6 +90,7 @@ def build(
     tile: str | int = "auto",
     offload: str = "off",
     strict: bool = False,
+    evaluation: bool = True,
     weights: bool = True,
 ) -> Artifact:
     """Compile a module for `sp` ranks; `batch` are the keyword inputs of its forward, of the shapes to train with.
@@ -98,12 +100,13 @@ def build(
     what parameters, gradients, activations and workspace of a rank take together. `recompute` is auto, sac, full or
     none (default: auto with a budget, else sac), `tile` a number of slices, auto or off, `offload` off, auto or host.
     `target` is cpu, cuda, rocm (default: what torch finds here), or a device of `targets.DEVICES`.
+    With `evaluation` the artifact also has the program that gives the loss in eval mode (`ShardedModel.evaluate`).
 
     The module is left alone; its present weights are stored unless `weights` is False. With `path` the artifact is
     written there. Raises BuildError, and ValueError for text that is no size.
     """
     budget = bytes_of(memory_budget) if isinstance(memory_budget, str) else memory_budget
-    config = checked_config(sp, target or present_target(), recompute, budget, tile, offload, strict)
+    config = checked_config(sp, target or present_target(), recompute, budget, tile, offload, strict, evaluation)
     dims = guess_sequence_dims(batch) if sequence_dims is None else checked_sequence_dims(batch, sequence_dims)
     if path is not None:
         refuse_existing(Path(path))
@@ -119,15 +122,20 @@ def compile_model(
     model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str, watch: Watch = unwatched
 ) -> Artifact:
     """Capture, partition and schedule a model; no weights are allocated. `watch` is shown what each pass makes."""
-    whole, constants = capture_model(model, batch, config.target)
+    captured = capture_model(model, batch, config.target)
+    whole, buffers = captured.whole, dict(model.named_buffers()) | captured.constants
     compiled = compile_program(whole, sequence_dims, config, watch=watch)
-    cuts, decisions = written(compiled.decisions)
+    steps, evaluation = [compiled], None
+    if config.evaluation:
+        evaluation, constants = _evaluation(model, batch, captured, buffers, sequence_dims, config, watch)
+        steps.append(evaluation)
+        buffers |= constants
     persistent = set(_state_names(model))
-    buffers = dict(model.named_buffers()) | constants
-    inputs = {kind: [e.value for e in whole.inputs if e.kind == kind] for kind in ("parameter", "buffer", "batch")}
+    read = {e.value.name: e for step in steps for e in step.whole.inputs}.values()
+    inputs = {kind: [e.value for e in read if e.kind == kind] for kind in ("parameter", "buffer", "batch")}
     stored = [value for value in inputs["buffer"] if value.name in persistent]
     kept = [value for value in inputs["buffer"] if value.name not in persistent]
-    operators = {instr.op for program in (compiled.whole, compiled.program) for instr in program.instrs()}
+    operators = {instr.op for step in steps for program in (step.whole, step.program) for instr in program.instrs()}
     manifest = Manifest(
         format=FORMAT,
         versions=_versions(model),
@@ -145,26 +153,59 @@ def compile_model(
         aliases=_aliases(model),
         trainable=tuple(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss"),
         operators={op: schema(op) for op in sorted(operators - set(STRUCTURE))},
-        costs=asdict(costs(compiled.program, config.target)),
-        fallbacks=tuple(asdict(fallback) for fallback in compiled.fallbacks),
-        cuts=cuts,
-        decisions=decisions,
+        **_taken(compiled, config),
+        evaluation=evaluation and Evaluation(**_taken(evaluation, config)),
         files={},
     )
-    recipe = _recipe(model, manifest)
-    report = artifact_page(manifest, compiled.program)
-    values = {v.name: buffers[v.name] for v in kept}
-    return Artifact(manifest, compiled.whole, compiled.program, recipe, values, None, report)
+    return Artifact(
+        manifest,
+        compiled.whole,
+        compiled.program,
+        evaluation and Programs(evaluation.whole, evaluation.program),
+        _recipe(model, manifest),
+        {value.name: buffers[value.name] for value in kept},
+        None,
+        artifact_page(manifest, compiled.program),
+    )
 
 
-def capture_model(model: nn.Module, batch, target: str) -> tuple[Program, dict[str, Tensor]]:
-    """The unsharded step of a model, and the constants it reads by name. Raises BuildError."""
+@dataclass(frozen=True)
+class Captured:
+    """The unsharded step of a model, the constants it reads by name, and the graph it was made of."""
+
+    whole: Program
+    constants: dict[str, Tensor]
+    joint: Joint
+
+
+def capture_model(model: nn.Module, batch, target: str) -> Captured:
+    """Capture the step of a model. Raises BuildError."""
     refuse_modules(model)
     refuse_hooks(model)
     mode = FakeTensorMode()
-    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, target))
+    joint = capture(fake_copy(model, mode), batch, mode, target)
+    whole, constants = canonical_program(joint)
     _refuse_operators(whole)
-    return whole, constants
+    return Captured(whole, constants, joint)
+
+
+def _evaluation(
+    model: nn.Module, batch, step: Captured, known, sequence_dims: dict[str, int], config: BuildConfig, watch: Watch
+) -> tuple[Compiled, dict[str, Tensor]]:
+    """The program that gives the loss in eval mode, and the constants that it has beside the step's."""
+    with in_eval_mode():
+        whole, constants = capture_evaluation(model, batch, config.target, step.joint, step.whole, known)
+        _refuse_operators(whole)
+        shown = lambda name, program: watch(f"evaluate.{name}", program)  # noqa: E731
+        return compile_evaluation(whole, sequence_dims, config, shown), constants
+
+
+def _taken(compiled: Compiled, config: BuildConfig) -> dict:
+    """What a manifest says of a program: what it costs, how its calls were placed, what is computed on every rank."""
+    cuts, decisions = written(compiled.decisions)
+    fallbacks = tuple(asdict(fallback) for fallback in compiled.fallbacks)
+    return {"costs": asdict(costs(compiled.program, config.target)), "fallbacks": fallbacks, "cuts": cuts,
+            "decisions": decisions}  # fmt: skip
 
 
 def model_values(model: nn.Module) -> dict[str, Tensor]:

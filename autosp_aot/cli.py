@@ -133,11 +133,12 @@ def step_options(command: Callable) -> Callable:
                    "[default: the kind that torch finds here]")
 @click.option("--strict", is_flag=True, help="Refuse operators without a rule instead of computing them on every rank.")
 @click.option("--seed", type=int, default=0, help="Of the initial weights.")
+@click.option("--no-evaluation", is_flag=True, help="Build no program for the loss in eval mode.")
 @click.option("--no-weights", is_flag=True, help="Store no initial weights.")
 @click.option("--dump", metavar="DIR", type=PATH, help="Write what each pass makes, into a new folder.")  # fmt: skip
 def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str | int, offload: str,
           recompute: str | None, memory_budget: int | None, out: Path | None, target: str | None,
-          strict: bool, seed: int, no_weights: bool, dump: Path | None) -> None:  # fmt: skip
+          strict: bool, seed: int, no_evaluation: bool, no_weights: bool, dump: Path | None) -> None:  # fmt: skip
     """Build an artifact from a model file; prints its path.
 
     MODEL.py defines build_model(**options) -> nn.Module, whose forward returns the loss, and
@@ -148,7 +149,8 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
     from autosp_aot.report import facts
     from autosp_aot.runtime.groups import present_target
 
-    config = checked_config(sp, target or present_target(), recompute, memory_budget, tile, offload, strict)
+    target = target or present_target()
+    config = checked_config(sp, target, recompute, memory_budget, tile, offload, strict, not no_evaluation)
     path = build_file(model, config, seq, batch, options, out, seed, not no_weights, dump)
     manifest = read_manifest(path)
     for name, value in facts(manifest):

@@ -23,6 +23,7 @@ class BuildConfig:
     offload     which kept values wait in host memory: `off`, `host` (all), `auto` (what the budget needs)
     device      at whose rates a budget's choices are priced; None, the first of `targets.DEVICES` of the target's kind
     strict      refuse operators without a rule instead of computing them on every rank
+    evaluation  build the program that gives the loss in eval mode as well
     """
 
     ranks: int
@@ -33,6 +34,7 @@ class BuildConfig:
     tile: str | int = "auto"
     offload: str = "off"
     device: Device | None = None
+    evaluation: bool = True
 
 
 def checked_config(
@@ -43,6 +45,7 @@ def checked_config(
     tile: str | int = "auto",
     offload: str = "off",
     strict: bool = False,
+    evaluation: bool = True,
 ) -> BuildConfig:
     """The options as people give them: `target` a kind (cuda) or a device (h100), recompute None `auto` with a budget
     and `sac` without.
@@ -69,7 +72,7 @@ def checked_config(
             fix="leave one of them auto, or leave the budget out: autosp-aot plan says whether it fits",
         ))  # fmt: skip
     kind = target if device is None else device.kind
-    return BuildConfig(ranks, kind, recompute, strict, memory_budget_bytes, tile, offload, device)
+    return BuildConfig(ranks, kind, recompute, strict, memory_budget_bytes, tile, offload, device, evaluation)
 
 
 def _one_of(name: str, given: object, known: bool, choices: tuple[str, ...]) -> None:

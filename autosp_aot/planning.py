@@ -140,7 +140,7 @@ class Planner:
 
     def _captured(self, seq: int) -> tuple[Program, dict[str, int]]:
         batch, sequence_dims = make_batch(self.model_file, self.asked.batch_size, seq)
-        whole, _ = capture_model(self.model, batch, self.setting.device.kind)
+        whole = capture_model(self.model, batch, self.setting.device.kind).whole
         return whole, sequence_dims
 
     def longest(self, known: dict[int, Point]) -> Point | None:

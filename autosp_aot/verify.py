@@ -8,7 +8,7 @@ from autosp_aot.operators import COLLECTIVES, COPIES, FREE, MOVES, TILES, writer
 from autosp_aot.placement import covers
 from autosp_aot.program import ITEMSIZE, Instr, Program, Section, Value
 
-SECTIONS = (("step",), ("forward", "backward", "sum_gradients"))
+SECTIONS = (("step",), ("forward", "backward", "sum_gradients"), ("evaluate",))
 
 
 def verify(program: Program) -> None:

@@ -43,7 +43,7 @@ def test_without_an_optimizer_there_are_parameters_and_gradients():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_without_zero_it_is_what_run_holds(dtype):
     model = plain.build_model(vocab_size=8, hidden_size=4, layers=1, heads=2, kv_heads=1, max_length=8, dtype=dtype)
-    whole, _ = capture_model(model, plain.example_batch(1, 4), "cpu")
+    whole = capture_model(model, plain.example_batch(1, 4), "cpu").whole
     optimizer = AdamW(model.parameters(), Group(0, 1, torch.device("cpu")))
     held = [(bucket.master, bucket.average, bucket.square) for bucket in optimizer.buckets]
     moments = sum(tensor.nbytes for tensors in held for tensor in tensors if tensor is not None)
@@ -54,7 +54,7 @@ def test_without_zero_it_is_what_run_holds(dtype):
 
 def test_tied_parameters_count_once():
     tied, untied = (
-        capture_model(Tied(tie), {"tokens": torch.zeros(1, 4, dtype=torch.int64)}, "cpu")[0] for tie in (True, False)
+        capture_model(Tied(tie), {"tokens": torch.zeros(1, 4, dtype=torch.int64)}, "cpu").whole for tie in (True, False)
     )
     one, two = (training_state(whole, "adamw", zero=0, ranks=1) for whole in (tied, untied))
     assert (two.parameters, two.gradients, two.optimizer) == (2 * one.parameters, 2 * one.gradients, 2 * one.optimizer)

@@ -12,6 +12,7 @@ Values are named by module path, operator and occurrence; what depends on the lo
 import json
 import operator
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +51,13 @@ def canonical_program(joint: Joint) -> tuple[Program, dict[str, Tensor]]:
     return _Canonical(joint).program()
 
 
+def forward_part(whole: Program) -> Program:
+    """The part of a step that its loss needs."""
+    (step,) = whole.sections
+    inputs = [entry for entry in whole.inputs if entry.kind != "tangent"]
+    return _needed(inputs, step.instrs, [(label, name) for label, name in step.gives if label == "loss"])
+
+
 class _Canonical:
     def __init__(self, joint: Joint):
         self.joint = joint
@@ -81,10 +89,7 @@ class _Canonical:
         output = next(node for node in self.graph.nodes if node.op == "output")
         outputs = zip(self.joint.outputs, output.args[0])
         gives = [(label, self.names[node]) for label, node in outputs if node is not None]
-        instrs = _alive(self.instrs, [name for _, name in gives])
-        used = {name for instr in instrs for name in instr.refs()}
-        inputs = tuple(e for e in self.inputs if e.kind not in ("buffer", "seed") or e.value.name in used)
-        return Program(1, inputs, (Section("step", (), tuple(instrs), tuple(gives)),)), self.constants
+        return _needed(self.inputs, self.instrs, gives), self.constants
 
     def add_input(self, kind: str, name: str, tensor: Tensor) -> str:
         if self.taken[name]:
@@ -257,12 +262,13 @@ def _range(args: tuple) -> tuple:
     return start, end, step
 
 
-def _alive(instrs: list[Instr], wanted: list[str]) -> list[Instr]:
-    """The instructions that the wanted values need, in order, unused results dropped."""
-    needed, kept = set(wanted), []
+def _needed(inputs: Sequence[Input], instrs: Sequence[Instr], gives: Sequence[tuple[str, str]]) -> Program:
+    """The program that gives just that: instructions and results that nothing needs dropped, in the same order."""
+    needed, kept = {name for _, name in gives}, []
     for instr in reversed(instrs):
         if any(out.name in needed for out in instr.values()):
             outs = tuple(out if out is not None and out.name in needed else None for out in instr.outs)
             kept.append(Instr(outs, instr.op, instr.args, instr.kwargs, instr.where))
             needed.update(instr.refs())
-    return kept[::-1]
+    used = tuple(entry for entry in inputs if entry.kind not in ("buffer", "seed") or entry.value.name in needed)
+    return Program(1, used, (Section("step", (), tuple(kept[::-1]), tuple(gives)),))

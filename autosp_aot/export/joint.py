@@ -25,9 +25,9 @@ from autosp_aot.export.diagnose import (
     refuse_operators,
     refuse_other_gradients,
 )
-from autosp_aot.export.functions import marked_functions, restore_functions
+from autosp_aot.export.functions import Call, marked_functions, restore_functions
 from autosp_aot.export.randomness import refuse_random
-from autosp_aot.export.regions import Flat, flat_regions, spell_casts
+from autosp_aot.export.regions import SET_GRAD, Flat, flat_regions, spell_casts
 from autosp_aot.export.routing import canonical_routing
 from autosp_aot.export.settled import settled
 from autosp_aot.export.source import module_path
@@ -40,12 +40,35 @@ class Joint:
     """The captured step. `inputs` are (kind, name) of the placeholders, `outputs` the labels of the graph's results.
 
     `constants` are the values of tensors that forward makes of literals (`torch.tensor(0.5)`), inputs like buffers.
+    `calls` are those of forward as it was exported, by which two captures of it are seen to be the same.
     """
 
     graph_module: GraphModule
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[str, ...]
     constants: Mapping[str, Tensor]
+    calls: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The exported forward of a model that returns nothing but its loss, for inputs of `mode`; `place` is its line."""
+
+    exported: torch.export.ExportedProgram
+    wrapped: "LossOnly"
+    functions: list[Call]
+    batch: Mapping[str, Tensor]
+    mode: FakeTensorMode
+    place: str
+
+    def calls(self) -> tuple[str, ...]:
+        """What it calls, on what; whether gradients are on is left out."""
+        return tuple(node.format_node() for node in self.exported.graph.nodes if node.target is not SET_GRAD)
+
+    def literals(self) -> dict[str, Tensor]:
+        """The tensors that it makes of literals."""
+        names = self.exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+        return {module_path(name): self.exported.constants[name] for name in names}
 
 
 class LossOnly(nn.Module):
@@ -90,33 +113,41 @@ def loss_of(result, place: str) -> Tensor:
 
 def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode, target: str) -> Joint:
     """Capture the step of a model whose parameters are fake tensors of `mode`; `batch` are the inputs of forward."""
+    forward = export_forward(model, batch, mode, target)
+    captured = capture_exported(forward)
+    gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
+    refuse_other_gradients(forward.wrapped, forward.batch, gradients, forward.place)
+    if not gradients:
+        raise BuildError(Problem("nothing-trains", "no parameter gets a gradient", forward.place,
+                                 "there is nothing for a step to train", "set requires_grad of what is to be trained"))
+    return captured
+
+
+def export_forward(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode, target: str) -> Forward:
+    """Export forward up to the loss, as the model's modes and `torch.is_grad_enabled()` have it."""
     batch = {name: mode.from_tensor(torch.empty_like(tensor)) for name, tensor in batch.items()}
     wrapped = LossOnly(model)
     place = forward_at(model)
     refuse_hooks(model)
     with watched(target, place), diagnosed(place), flat_regions(), marked_functions() as calls, settled(), mode:
         exported = torch.export.export(wrapped, (), batch, strict=False)
+    return Forward(exported, wrapped, calls, batch, mode, place)
+
+
+def capture_exported(forward: Forward) -> Joint:
+    """The canonical graph of what was exported: with every gradient, or of the loss alone where gradients are off."""
+    exported, batch, place, calls = forward.exported, forward.batch, forward.place, forward.calls()
     spell_casts(exported.graph)
     canonical_routing(exported)
     refuse_operators(exported)
-    restore_functions(exported, calls)
+    restore_functions(exported, forward.functions)
     canonical_attention(exported)
-    step = Step(exported, wrapped)
-    with diagnosed(place), torch.fx.traceback.preserve_node_meta(), mode, contextlib.ExitStack() as stack:
+    step = Step(exported, forward.wrapped)
+    with diagnosed(place), torch.fx.traceback.preserve_node_meta(), forward.mode, contextlib.ExitStack() as stack:
         joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch, decompositions=DECOMPOSITIONS)
-    captured = _described(joint.graph_module, step, list(batch), place, _literals(exported))
+    inputs, outputs = _described(joint.graph_module, step, list(batch), place)
     refuse_random(joint.graph_module.graph)
-    gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
-    refuse_other_gradients(wrapped, batch, gradients, place)
-    if not gradients:
-        raise BuildError(Problem("nothing-trains", "no parameter gets a gradient", place,
-                                 "there is nothing for a step to train", "set requires_grad of what is to be trained"))
-    return captured
-
-
-def _literals(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
-    names = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
-    return {module_path(name): exported.constants[name] for name in names}
+    return Joint(joint.graph_module, inputs, outputs, forward.literals(), calls)
 
 
 class Step(nn.Module):
@@ -158,8 +189,8 @@ def _input_name(node: Node, exported) -> str:
     return keys[list(names).index(node.name)]
 
 
-def _described(module: GraphModule, step: Step, batch_names: list[str], place: str, constants) -> Joint:
-    """Name every placeholder and every result by what its descriptor says it is."""
+def _described(module: GraphModule, step: Step, batch_names: list[str], place: str) -> tuple[tuple, tuple]:
+    """Every placeholder as (kind, name) and the label of every result, by what its descriptor says it is."""
     inputs = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -178,7 +209,7 @@ def _described(module: GraphModule, step: Step, batch_names: list[str], place: s
             kind, name = _input(desc.mutated_input, step, batch_names)
             changed.append((f"{kind} {name!r}", node))
     refuse_mutation(changed, place)
-    return Joint(module, tuple(inputs), tuple(labels), constants)
+    return tuple(inputs), tuple(labels)
 
 
 def _input(desc, step: Step, batch_names: list[str]) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
 from autosp_aot.passes.reuse import reuse
 from autosp_aot.passes.rules.spec import Strategy
-from autosp_aot.passes.sections import split_sections
+from autosp_aot.passes.sections import only_section, split_sections
 from autosp_aot.passes.tile import tile
 from autosp_aot.program import Program
 from autosp_aot.verify import verify
@@ -46,6 +46,7 @@ class Task:
 
 
 Pass = Callable[[Compiled, Task], Compiled]
+Passes = tuple[tuple[str, Pass], ...]
 Watch = Callable[[str, Program], None]
 
 
@@ -94,23 +95,24 @@ def _plan(step: Compiled, task: Task) -> Compiled:
     return replace(step, kept=plan(step.program, task.config, task.sequence_dims, scheduled))
 
 
-SCHEDULE: tuple[tuple[str, Pass], ...] = (
-    ("recompute", lambda step, task: replace(step, program=recompute(step.program, step.kept))),
-    ("tile", _tile),
-    ("order", _on_ranks(lambda program, task: order(program, task.config.target))),
-    # After whatever moves instructions: a copy's place is where it overlaps with work.
-    ("offload", _on_ranks(lambda program, task: offload(program, task.config, task.sequence_dims))),
-    ("release", _on_ranks(lambda program, task: release(program))),
-    ("reuse", _on_ranks(lambda program, task: reuse(program, task.config.target))),
-)
-PIPELINE: tuple[tuple[str, Pass], ...] = (
-    ("query-rows", _on_whole(lambda whole, task: split_query_rows(whole, task.config.ranks))),
-    ("partition", _partition),
-    ("sections", _on_ranks(lambda program, task: split_sections(program))),
-    ("early", _early),
-    ("plan", _plan),
-    *SCHEDULE,
-)
+QUERY_ROWS = "query-rows", _on_whole(lambda whole, task: split_query_rows(whole, task.config.ranks))
+PARTITION = "partition", _partition
+SECTIONS = "sections", _on_ranks(lambda program, task: split_sections(program))
+ONE_SECTION = "section", _on_ranks(lambda program, task: only_section(program))
+EARLY = "early", _early
+PLAN = "plan", _plan
+RECOMPUTE = "recompute", lambda step, task: replace(step, program=recompute(step.program, step.kept))
+TILE = "tile", _tile
+ORDER = "order", _on_ranks(lambda program, task: order(program, task.config.target))
+OFFLOAD = "offload", _on_ranks(lambda program, task: offload(program, task.config, task.sequence_dims))
+RELEASE = "release", _on_ranks(lambda program, task: release(program))
+REUSE = "reuse", _on_ranks(lambda program, task: reuse(program, task.config.target))
+
+# Offload comes after whatever moves instructions: a copy's place is where it overlaps with work.
+SCHEDULE: Passes = (RECOMPUTE, TILE, ORDER, OFFLOAD, RELEASE, REUSE)
+PIPELINE: Passes = (QUERY_ROWS, PARTITION, SECTIONS, EARLY, PLAN, *SCHEDULE)
+# Of a program that gives the loss alone: nothing is kept, computed early or computed again.
+EVALUATION: Passes = (QUERY_ROWS, PARTITION, ONE_SECTION, TILE, ORDER, RELEASE, REUSE)
 
 
 def compile_program(
@@ -126,11 +128,21 @@ def compile_program(
     before the first pass, under the name `capture`, and after each, before that is verified. Raises BuildError, and
     ArtifactError for decisions that do not fit.
     """
-    task = Task(sequence_dims, config, decisions)
+    return _compiled(PIPELINE, whole, Task(sequence_dims, config, decisions), watch)
+
+
+def compile_evaluation(
+    whole: Program, sequence_dims: Mapping[str, int], config: BuildConfig, watch: Watch = unwatched
+) -> Compiled:
+    """The same for a program that gives the loss alone: of every rank, one section `evaluate`."""
+    return _compiled(EVALUATION, whole, Task(sequence_dims, config), watch)
+
+
+def _compiled(passes: Passes, whole: Program, task: Task, watch: Watch) -> Compiled:
     step = Compiled(whole, whole, {}, ())
     watch("capture", whole)
     verify(whole)
-    for name, run in PIPELINE:
+    for name, run in passes:
         step = run(step, task)
         watch(name, step.program)
         verify(step.program)

@@ -12,6 +12,12 @@ from autosp_aot.program import Instr, Program, Ref, Section, Value
 BUCKET_BYTES = 32 * 2**20
 
 
+def only_section(program: Program) -> Program:
+    """The section `step` of a program that gives the loss alone, as `evaluate`."""
+    (step,) = program.sections
+    return replace(program, sections=(replace(step, name="evaluate"),))
+
+
 def split_sections(program: Program) -> Program:
     """Split the section `step` into `forward`, `backward` and `sum_gradients`."""
     (step,) = program.sections

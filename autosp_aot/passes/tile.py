@@ -44,12 +44,11 @@ SMALL = 8
 
 
 def tile(program: Program, whole: Program, sequence_dims: Mapping[str, int], tiles: str | int) -> Program:
-    """Slice regions of forward and backward: each into `tiles` slices, or (`auto`) those that hold too much."""
+    """Slice regions of every section: each into `tiles` slices, or (`auto`) those that hold too much."""
     if tiles == "off":
         return program
     rules = Rules(program, whole, find_labels(whole, dict(sequence_dims), program.ranks))
-    for name in ("forward", "backward"):
-        section = program.section(name)
+    for section in program.sections:
         lasting = {n for other in program.sections for n in other.takes} | {n for _, n in section.gives}
         regions = runs(section, rules, tiles == "auto")
         needed = [lasting]

@@ -20,9 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from autosp_aot.errors import Problem
 from autosp_aot.program import Value
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 BUFFERS = "buffers.safetensors"
@@ -101,6 +102,10 @@ class Manifest:
         """Which programs there are."""
         return (STEP,) if self.evaluation is None else (STEP, EVALUATE)
 
+    def of(self, kind: str) -> "Manifest | Evaluation":
+        """What is said of one of the programs: costs, fallbacks, cuts and decisions."""
+        return self if kind == STEP else self.evaluation
+
     @property
     def vocabulary(self) -> int | None:
         """How many token ids there are; None where no input is looked up in an embedding."""
@@ -111,6 +116,12 @@ def specs(values: list[Value], vocabularies: Mapping[str, int] | None = None) ->
     """Tensor specs of whole values."""
     known = vocabularies or {}
     return tuple(TensorSpec(v.name, v.dtype, v.shape, known.get(v.name)) for v in values)
+
+
+def no_evaluation(where: str) -> Problem:
+    """Of an artifact that was asked for what it was built without."""
+    why, fix = "it was built with --no-evaluation", "build it without that option"
+    return Problem("no-evaluation", "the artifact has no evaluation program", where, why, fix)
 
 
 def sealed(manifest: dict) -> str:

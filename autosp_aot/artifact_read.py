@@ -106,7 +106,7 @@ def _tensor_spec(entry: dict) -> TensorSpec:
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
-    required = {BUFFERS, REPORT} | {kind + name for kind in manifest.kinds for name in (WHOLE, RANKS)}
+    required = {CHECKPOINT, BUFFERS, REPORT} | {kind + name for kind in manifest.kinds for name in (WHOLE, RANKS)}
     allowed = lambda name: name in required | {WEIGHTS} or any(_is_body(kind, name) for kind in manifest.kinds)  # noqa: E731
     strange = sorted(name for name in manifest.files if not allowed(name))
     if strange:

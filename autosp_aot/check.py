@@ -1,9 +1,9 @@
-"""`autosp-aot check`: the proof that an artifact's programs, all ranks together, are the whole step."""
+"""`autosp-aot check`: the proof that an artifact's programs, all ranks together, are the whole step and evaluation."""
 
 from dataclasses import asdict
 from pathlib import Path
 
-from autosp_aot.artifact import BUFFERS, Manifest, TensorSpec
+from autosp_aot.artifact import BUFFERS, EVALUATE, STEP, Manifest, TensorSpec
 from autosp_aot.artifact_read import read_bodies, read_manifest, read_recipe, read_tensors, read_whole
 from autosp_aot.collectives import check_collectives, collectives_of
 from autosp_aot.cost import costs
@@ -29,24 +29,32 @@ def check(path: str | Path) -> list[str]:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    whole, bodies = read_whole(path), read_bodies(path)
+    proved = {kind: _proved(path, manifest, kind) for kind in manifest.kinds}
+    _check_values(manifest, path)
+    read_recipe(path, manifest)
+    (bodies, lines, meetings), evaluation = proved[STEP], proved.get(EVALUATE)
+    return [
+        f"files       {len(manifest.files)} with the hashes of the manifest",
+        f"programs    {manifest.ranks} ranks, {bodies} bodies, {lines} lines, each derived from the whole step",
+        f"collectives {meetings} a rank: kind, order, sizes and dtype agree",
+        *([f"evaluation  {evaluation[1]} lines, {evaluation[2]} collectives a rank: the same"] if evaluation else []),
+        f"operators   {len(manifest.operators)} allowed, with the schemas of this torch",
+    ]
+
+
+def _proved(path: Path, manifest: Manifest, kind: str) -> tuple[int, int, int]:
+    """Prove one program of an artifact; its bodies, their lines, and how often its ranks meet."""
+    whole, bodies = read_whole(path, kind), read_bodies(path, kind)
     for _, program in bodies:
         check_operators(program, manifest)
     verify(whole)
     meetings = prove(whole, bodies)
-    lines = sum(1 for _, program in bodies for _ in program.instrs())
     _check_inputs(manifest, whole)
-    _check_decisions(manifest, whole, [program for _, program in bodies])
-    _check_values(manifest, path)
-    read_recipe(path, manifest)
+    _check_given(manifest, whole, kind)
+    _check_decisions(manifest, kind, whole, [program for _, program in bodies])
     if len(bodies) == 1:
-        _check_costs(manifest, bodies[0][1])
-    return [
-        f"files       {len(manifest.files)} with the hashes of the manifest",
-        f"programs    {manifest.ranks} ranks, {len(bodies)} bodies, {lines} lines, each derived from the whole step",
-        f"collectives {meetings} a rank: kind, order, sizes and dtype agree",
-        f"operators   {len(manifest.operators)} allowed, with the schemas of this torch",
-    ]
+        _check_costs(manifest, kind, bodies[0][1])
+    return len(bodies), sum(1 for _, program in bodies for _ in program.instrs()), meetings
 
 
 def prove(whole: Program, bodies: list[tuple[tuple[int, ...], Program]]) -> int:
@@ -64,13 +72,9 @@ def prove(whole: Program, bodies: list[tuple[tuple[int, ...], Program]]) -> int:
 
 
 def _check_inputs(manifest: Manifest, whole: Program) -> None:
-    """The manifest's inputs and trained parameters are the whole step's."""
+    """The manifest's inputs are the whole program's."""
     state = {spec.name: _type(spec) for spec in (*manifest.parameters, *manifest.buffers)}
     batch = {spec.name: _type(spec) for spec in manifest.batch}
-    said = {spec.name: spec.vocabulary for spec in manifest.batch}
-    held = {name: vocabularies(whole).get(name) for name in said}
-    if said != held:
-        raise _wrong("vocabularies", said, held)
     for entry in whole.inputs:
         known = {"batch": batch, "parameter": state, "buffer": state}.get(entry.kind)
         if known is not None and known.get(entry.value.name) != (entry.value.dtype, entry.value.shape):
@@ -78,18 +82,28 @@ def _check_inputs(manifest: Manifest, whole: Program) -> None:
     inputs = {entry.value.name for entry in whole.inputs if entry.kind == "batch"}
     if set(batch) != inputs:
         raise _wrong("the inputs", sorted(batch), sorted(inputs))
-    trained = sorted(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss")
-    if sorted(manifest.trainable) != trained:
-        raise _wrong("the trained parameters", sorted(manifest.trainable), trained)
 
 
-def _check_decisions(manifest: Manifest, whole: Program, programs: list[Program]) -> None:
+def _check_given(manifest: Manifest, whole: Program, kind: str) -> None:
+    """A step gives loss and gradients of what is trained, an evaluation the loss; vocabularies are the step's."""
+    trained = sorted(manifest.trainable) if kind == STEP else []
+    given = sorted(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss")
+    if trained != given:
+        raise _wrong("the trained parameters", trained, given)
+    said = {spec.name: spec.vocabulary for spec in manifest.batch}
+    held = {name: vocabularies(whole).get(name) for name in said}
+    if kind == STEP and said != held:
+        raise _wrong("vocabularies", said, held)
+
+
+def _check_decisions(manifest: Manifest, kind: str, whole: Program, programs: list[Program]) -> None:
     """The decisions, taken again, place every value as the programs do (tiles' own left out), and fall back alike."""
-    taken = decisions.read(manifest.cuts, manifest.decisions)
+    said = manifest.of(kind)
+    taken = decisions.read(said.cuts, said.decisions)
     replayed = partition(whole, manifest.sequence_dims, manifest.ranks, taken)
     fallbacks = [asdict(fallback) for fallback in replayed.fallbacks]
-    if fallbacks != list(manifest.fallbacks):
-        raise _wrong("fallbacks", list(manifest.fallbacks), fallbacks)
+    if fallbacks != list(said.fallbacks):
+        raise _wrong("fallbacks", list(said.fallbacks), fallbacks)
     placed = replayed.program.values()
     for values in map(Program.values, programs):
         for name in whole.values().keys() & values.keys():
@@ -107,11 +121,11 @@ def _check_values(manifest: Manifest, path: Path) -> None:
         read_weights(path, manifest, None)
 
 
-def _check_costs(manifest: Manifest, program: Program) -> None:
-    found = asdict(costs(program, manifest.target))
-    for name, number in found.items():
-        if manifest.costs.get(name) != number:
-            raise _wrong(name, manifest.costs.get(name), number)
+def _check_costs(manifest: Manifest, kind: str, program: Program) -> None:
+    said = manifest.of(kind).costs
+    for name, number in asdict(costs(program, manifest.target)).items():
+        if said.get(name) != number:
+            raise _wrong(name, said.get(name), number)
 
 
 def _type(spec: TensorSpec | Value) -> tuple[str, tuple[int, ...]]:

@@ -255,12 +255,16 @@ def run(artifact: Path, steps: int, dp: int, accumulate: int, data: Path | None,
 @main.command()
 @click.argument("artifact", metavar="DIR", type=PATH)
 @click.option("--rank", type=click.IntRange(min=0), default=0, help="Whose program to print.")
+@click.option("--evaluation", is_flag=True, help="Print the program for the loss in eval mode.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show(artifact: Path, rank: int, as_json: bool) -> None:
+def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
     """Print what an artifact moves and keeps, and a rank's program with its numbers filled in."""
     from autosp_aot import report
 
-    click.echo(json.dumps(report.show_json(artifact, rank)) if as_json else report.show(artifact, rank))
+    if as_json:
+        click.echo(json.dumps(report.show_json(artifact, rank, evaluation)))
+    else:
+        click.echo(report.show(artifact, rank, evaluation))
 
 
 @main.command()

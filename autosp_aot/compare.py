@@ -4,14 +4,17 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autosp_aot.artifact import CHECKPOINT, RANKS, Manifest
+from autosp_aot.artifact import CHECKPOINT, RANKS, Evaluation, Manifest
 from autosp_aot.artifact_read import read_bodies, read_manifest
 from autosp_aot.operators import COLLECTIVES, FREE
-from autosp_aot.program import RECOMPUTED, Program
+from autosp_aot.program import RECOMPUTED, Section, instrs_of
+
+Sections = tuple[Section, ...]
+Said = Manifest | Evaluation
 
 CONTEXT_LINES = 2
 TEXT_LINES = 400
@@ -35,27 +38,33 @@ def compare(path_a: str | Path, path_b: str | Path) -> Comparison:
     a, b = read_manifest(path_a), read_manifest(path_b)
     if a == b:
         return Comparison(True, (), "the same")
-    first, second = _programs(path_a), _programs(path_b)
+    kinds = [kind for kind in a.kinds if kind in b.kinds]
+    first, second = _by_rank(path_a, a, kinds), _by_rank(path_b, b, kinds)
+    of_all = lambda said: (line for kind in kinds for line in said(kind, a.of(kind), b.of(kind)))  # noqa: E731
     meaning = [
         *_versions(a, b),
         *_build(a, b),
         *_counts("collective", _collectives, first, second),
-        *_bytes_moved(a, b),
+        *of_all(_bytes_moved),
         *_counts("values computed again", _recomputed, first, second),
-        *_costs(a, b),
-        *_fallbacks(a, b),
+        *of_all(_costs),
+        *of_all(_fallbacks),
         *_counts("operator", _operators, first, second),
-        *_decisions(a, b),
+        *of_all(_decisions),
         *_files(a, b),
     ]
-    diff = _text_diff(Path(path_a), Path(path_b), a, b)
+    diff = _text_diff(Path(path_a), Path(path_b), a, b, kinds)
     return Comparison(False, tuple(meaning), "\n".join([*meaning, "", *diff] if diff else meaning))
 
 
-def _programs(path: str | Path) -> list[Program]:
-    """Each rank's program; what is counted here does not depend on the constants."""
-    by_rank = {rank: program for ranks, program in read_bodies(path) for rank in ranks}
-    return [by_rank[rank] for rank in sorted(by_rank)]
+def _by_rank(path: str | Path, manifest: Manifest, kinds: Iterable[str]) -> list[Sections]:
+    """The sections of each rank's programs; what is counted here does not depend on the constants."""
+    found: list[Sections] = [()] * manifest.ranks
+    for kind in kinds:
+        for ranks, program in read_bodies(path, kind):
+            for rank in ranks:
+                found[rank] += program.sections
+    return found
 
 
 # --- what changed in meaning --------------------------------------------------------------------------------------
@@ -70,6 +79,9 @@ def _build(a: Manifest, b: Manifest) -> list[str]:
     for what in ("ranks", "target", "recompute", "memory_budget_bytes", "tile", "offload", "sequence_dims", "aliases"):
         if getattr(a, what) != getattr(b, what):
             said.append(f"{what}: {getattr(a, what)} -> {getattr(b, what)}")
+    built = ["no" if manifest.evaluation is None else "yes" for manifest in (a, b)]
+    if built[0] != built[1]:
+        said.append(f"evaluation program: {built[0]} -> {built[1]}")
     for what in ("batch", "parameters", "buffers"):
         specs = [{s.name: f"{s.dtype}{list(s.shape)}" for s in getattr(manifest, what)} for manifest in (a, b)]
         said += _layers_once(f"{what} {name}: {old} -> {new}" for name, old, new in _changed(*specs))
@@ -88,7 +100,7 @@ def _layers_once(lines: Iterable[str]) -> list[str]:
     return [same[0] if len(same) == 1 else f"{said} (x{len(same)})" for said, same in alike.items()]
 
 
-def _counts(what: str, count, first: list[Program], second: list[Program]) -> list[str]:
+def _counts(what: str, count, first: list[Sections], second: list[Sections]) -> list[str]:
     """Counts that changed, each with the ranks it changed on unless that is all."""
     ranks: dict[str, list[int]] = {}
     for rank, (a, b) in enumerate(zip(first, second)):
@@ -98,50 +110,49 @@ def _counts(what: str, count, first: list[Program], second: list[Program]) -> li
     return [said if len(on) == every else f"{said} on rank {', '.join(map(str, on))}" for said, on in ranks.items()]
 
 
-def _collectives(program: Program) -> Counter[str]:
+def _collectives(sections: Sections) -> Counter[str]:
     return Counter(
         f" {instr.op} of {instr.values()[0].dtype} in {section.name}"
-        for section in program.sections
+        for section in sections
         for instr in section.instrs
         if instr.op in COLLECTIVES
     )
 
 
-def _recomputed(program: Program) -> Counter[str]:
-    names = (out.name for instr in program.instrs() for out in instr.values())
+def _recomputed(sections: Sections) -> Counter[str]:
+    names = (out.name for instr in instrs_of(sections) for out in instr.values())
     return Counter("" for name in names if name.startswith(RECOMPUTED))
 
 
-def _operators(program: Program) -> Counter[str]:
-    calls = ((section.name, instr.op) for section in program.sections for instr in section.instrs)
+def _operators(sections: Sections) -> Counter[str]:
+    calls = ((section.name, instr.op) for section in sections for instr in section.instrs)
     return Counter(f" {op} in {section}" for section, op in calls if op not in (*COLLECTIVES, FREE))
 
 
-def _bytes_moved(a: Manifest, b: Manifest) -> list[str]:
+def _bytes_moved(_: str, a: Said, b: Said) -> list[str]:
     rows = [
-        {f"{row['op']} in {row['section']}": row["received_bytes"] for row in manifest.costs["moved"]}
-        for manifest in (a, b)
+        {f"{row['op']} in {row['section']}": row["received_bytes"] for row in said.costs["moved"]} for said in (a, b)
     ]
     return [f"bytes received by {key}: {_numbers(old or 0, new or 0)}" for key, old, new in _changed(*rows)]
 
 
-def _costs(a: Manifest, b: Manifest) -> list[str]:
+def _costs(kind: str, a: Said, b: Said) -> list[str]:
     names = ("recomputed_flops", "peak_bytes", "peak_at", "kept_bytes", "flops")
-    costs = [{name: manifest.costs[name] for name in names} for manifest in (a, b)]
+    costs = [{kind + name: said.costs[name] for name in names} for said in (a, b)]
     return [f"{name}: {_numbers(old, new)}" for name, old, new in _changed(*costs)]
 
 
-def _fallbacks(a: Manifest, b: Manifest) -> list[str]:
-    counts = [Counter(f"{f['op']} ({f['source']})" for f in manifest.fallbacks) for manifest in (a, b)]
+def _fallbacks(kind: str, a: Said, b: Said) -> list[str]:
+    counts = [Counter(f"{kind}{f['op']} ({f['source']})" for f in said.fallbacks) for said in (a, b)]
     return [f"computed on every rank: {key} {old or 0} -> {new or 0}" for key, old, new in _changed(*counts)]
 
 
-def _decisions(a: Manifest, b: Manifest) -> list[str]:
+def _decisions(kind: str, a: Said, b: Said) -> list[str]:
     changed = list(_changed(a.decisions, b.decisions))
     if not changed:
         return []
     name, old, new = changed[0]
-    return [f"placed otherwise: {len(changed)} values, the first {name}: {old} -> {new}"]
+    return [f"placed otherwise: {len(changed)} values, the first {kind}{name}: {old} -> {new}"]
 
 
 def _files(a: Manifest, b: Manifest) -> list[str]:
@@ -164,11 +175,13 @@ def _numbers(old, new) -> str:
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def _text_diff(path_a: Path, path_b: Path, a: Manifest, b: Manifest) -> list[str]:
-    """Unified diffs of the bodies that ranks run, each pair once, of the table of constants, and of checkpoint.json."""
-    bodies = [[entry["body"] for entry in json.loads((path / RANKS).read_text())] for path in (path_a, path_b)]
+def _text_diff(path_a: Path, path_b: Path, a: Manifest, b: Manifest, kinds: Sequence[str]) -> list[str]:
+    """Unified diffs of the bodies that ranks run, each pair once, of the tables of constants, and of checkpoint.json."""
+    tables = [kind + RANKS for kind in kinds]
+    bodies = lambda path, table: [entry["body"] for entry in json.loads((path / table).read_text())]  # noqa: E731
+    pairs = [pair for table in tables for pair in zip(bodies(path_a, table), bodies(path_b, table))]
     lines: list[str] = []
-    for first, second in dict.fromkeys([*zip(*bodies), (RANKS, RANKS), (CHECKPOINT, CHECKPOINT)]):
+    for first, second in dict.fromkeys([*pairs, *zip(tables, tables), (CHECKPOINT, CHECKPOINT)]):
         if a.files[first] != b.files[second]:
             texts = [(path / name).read_text().splitlines() for path, name in ((path_a, first), (path_b, second))]
             diff = difflib.unified_diff(*texts, f"a/{first}", f"b/{second}", lineterm="", n=CONTEXT_LINES)

@@ -2,6 +2,7 @@
 
     whole.program   --one rank-->   loss, gradients    reference
     body.*.program  --lockstep-->   loss, gradients of every rank: |g - ref| / max(|ref|, 1e-4 r)
+    evaluate.*      the same of the evaluation's loss
 
 r is the root mean square of all gradient norms: some gradients are zero in exact arithmetic, and consist of rounding.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autosp_aot.artifact import BUFFERS, Manifest
+from autosp_aot.artifact import BUFFERS, STEP, Manifest
 from autosp_aot.artifact_read import read_manifest, read_rank, read_tensors, read_whole
 from autosp_aot.cost import costs
 from autosp_aot.errors import ArtifactError, Problem
@@ -55,28 +56,37 @@ def check_numeric(path: str | Path) -> list[str]:
     where it would need more than 8 GiB, `numbers-differ` with the results that differ.
     """
     manifest = read_manifest(path)
-    whole = read_whole(path)
+    return [line for kind in manifest.kinds for line in _check_program(path, manifest, kind)]
+
+
+def _check_program(path: str | Path, manifest: Manifest, kind: str) -> list[str]:
+    whole = read_whole(path, kind)
     _refuse_large(manifest, whole)
-    programs = [read_rank(path, rank) for rank in range(manifest.ranks)]
+    programs = [read_rank(path, rank, kind) for rank in range(manifest.ranks)]
     stored = read_tensors(path, BUFFERS)
     read = {entry.value.name for entry in whole.inputs if entry.kind == "buffer"}
     if not read <= set(stored):
         weights = read_weights(Path(path), manifest, None)
         stored |= {name: weights[name] for name in read - set(stored)}
     inputs = stored | made_up(whole)
-    found = {"numbers": difference(whole, programs, inputs)}
+    name = "numbers" if kind == STEP else "evaluation"
+    found = {name: difference(whole, programs, inputs)}
     wider = _wider(whole)
     if wider:
         wide = [widened(program, wider) for program in (whole, *programs)]
         found["in fp" + wider[min(wider)][1:]] = difference(wide[0], wide[1:], _wide(inputs, wider), SINGLE)
     for compared in found.values():
         if compared.beyond:
-            raise _differ(compared)
+            raise _differ(compared, "step" if kind == STEP else "evaluation")
     return [
-        f"{said:<12}loss and {len(compared.errors) - 1} gradients differ by {max(compared.errors.values()):.0e}, "
-        f"at most {compared.limit:.0e}"
+        f"{said:<12}{_what(compared)} by {max(compared.errors.values()):.0e}, at most {compared.limit:.0e}"
         for said, compared in found.items()
     ]
+
+
+def _what(compared: Difference) -> str:
+    gradients = len(compared.errors) - 1
+    return f"loss and {gradients} gradients differ" if gradients else "loss differs"
 
 
 def difference(whole: Program, programs: list[Program], inputs: Mapping[str, Tensor], single=0.0) -> Difference:
@@ -114,8 +124,8 @@ def _wide(inputs: Mapping[str, Tensor], wider: Mapping[str, str]) -> dict[str, T
 
 
 def _run(programs: list[Program], inputs: dict[str, Tensor]) -> list[Results]:
-    tangent = next(entry.value for entry in programs[0].inputs if entry.kind == "tangent")
-    return simulate(programs, inputs, torch.tensor(GRAD_LOSS, dtype=DTYPES[tangent.dtype]))
+    loss = programs[0].values()[dict(programs[0].sections[0].gives)["loss"]]
+    return simulate(programs, inputs, torch.tensor(GRAD_LOSS, dtype=DTYPES[loss.dtype]))
 
 
 def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
@@ -125,8 +135,8 @@ def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
         raise ArtifactError(Problem(
             "numeric-not-finite", "the whole step itself gives no finite numbers for the inputs made up for it",
             why="there is nothing to compare with", fix="check without --numeric proves the artifact"))  # fmt: skip
-    norms = torch.stack([tensor.norm() for label, tensor in wanted.items() if label != "loss"])
-    floor = 1e-4 * norms.square().mean().sqrt()
+    norms = [tensor.norm() for label, tensor in wanted.items() if label != "loss"]
+    floor = 1e-4 * torch.stack(norms).square().mean().sqrt() if norms else torch.tensor(0.0)
     worst = dict.fromkeys(wanted, 0.0)
     for result in results:
         assert result.keys() == wanted.keys(), "a rank gives other results"
@@ -176,9 +186,9 @@ def _refuse_large(manifest: Manifest, whole: Program) -> None:
             " check without --numeric proves this artifact"))  # fmt: skip
 
 
-def _differ(found: Difference) -> ArtifactError:
+def _differ(found: Difference, whole: str) -> ArtifactError:
     worst = [f"{label}: {error:.1e}" for label, error in found.beyond.items()][:5]
     return ArtifactError(Problem(
-        "numbers-differ", f"{len(found.beyond)} of {len(found.errors)} results are not the whole step's",
+        "numbers-differ", f"{len(found.beyond)} of {len(found.errors)} results are not the whole {whole}'s",
         why=f"relative differences, at most {found.limit:.0e} is rounding\n" + "\n".join(worst),
         fix="build the artifact again"))  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from autosp_aot.artifact import Manifest
 from autosp_aot.chart import areas
 from autosp_aot.program import Program
-from autosp_aot.report import Rows, facts, replicated, traffic
+from autosp_aot.report import Rows, facts, fallbacks, replicated, traffic
 from autosp_aot.residents import at_peak, by_layer, by_section
 from autosp_aot.timeline import KINDS, timeline
 from autosp_aot.units import bytes_text
@@ -42,7 +42,7 @@ def artifact_page(manifest: Manifest, program: Program) -> str:
     title = f"autosp-aot: {manifest.ranks} ranks on {manifest.target}"
     parts = [section("The build", table(facts(manifest))), *_memory(manifest, program)]
     parts.append(section("What moves", table(traffic(manifest), head=True)))
-    if manifest.fallbacks:
+    if fallbacks(manifest):
         parts.append(section("Computed on every rank", table(replicated(manifest), head=True)))
     return document(title, parts)
 

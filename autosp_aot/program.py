@@ -148,11 +148,7 @@ class Program:
 
     def instrs(self) -> Iterator[Instr]:
         """Every instruction in order, those of a body after the instruction it belongs to."""
-        for section in self.sections:
-            for instr in section.instrs:
-                yield instr
-                if instr.body is not None:
-                    yield from instr.body.instrs
+        return instrs_of(self.sections)
 
     def values(self) -> dict[str, Value]:
         """Every value by name, those of bodies left out."""
@@ -176,6 +172,15 @@ class Program:
             return per_rank(n.values[rank * tiles : (rank + 1) * tiles])
 
         return map_ints(self, own)
+
+
+def instrs_of(sections: Iterable[Section]) -> Iterator[Instr]:
+    """Every instruction of sections in order, those of a body after the instruction it belongs to."""
+    for section in sections:
+        for instr in section.instrs:
+            yield instr
+            if instr.body is not None:
+                yield from instr.body.instrs
 
 
 def values_of(instrs: Iterable[Instr]) -> dict[str, Value]:

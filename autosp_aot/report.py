@@ -4,7 +4,7 @@ from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
-from autosp_aot.artifact import Manifest
+from autosp_aot.artifact import EVALUATE, STEP, Manifest, no_evaluation
 from autosp_aot.artifact_read import read_manifest, read_rank
 from autosp_aot.collectives import collectives_of
 from autosp_aot.errors import ArtifactError, Problem
@@ -15,28 +15,33 @@ from autosp_aot.units import bytes_text
 Rows = list[tuple[str, ...]]
 
 
-def show(path: str | Path, rank: int) -> str:
-    """Tables of what the artifact moves and keeps, then the program of a rank with its numbers filled in."""
+def show(path: str | Path, rank: int, evaluation: bool = False) -> str:
+    """Tables of what the artifact moves and keeps, then the program of a rank with its numbers filled in.
+
+    With `evaluation` that is the program which gives the loss in eval mode.
+    """
     manifest = read_manifest(path)
-    text, _ = print_program(_program(path, manifest, rank))
-    tables = [facts(manifest), traffic(manifest), *([replicated(manifest)] if manifest.fallbacks else [])]
+    text, _ = print_program(_program(path, manifest, rank, evaluation))
+    tables = [facts(manifest), traffic(manifest), *([replicated(manifest)] if fallbacks(manifest) else [])]
     return "\n\n".join([*map(aligned, tables), text])
 
 
-def show_json(path: str | Path, rank: int) -> dict:
+def show_json(path: str | Path, rank: int, evaluation: bool = False) -> dict:
     """The manifest, the collectives of a rank and its program as text."""
     manifest = read_manifest(path)
-    program = _program(path, manifest, rank)
+    program = _program(path, manifest, rank, evaluation)
     collectives = [asdict(collective) for collective in collectives_of(program, rank)]
     text, _ = print_program(program)
     return {"manifest": asdict(manifest), "rank": rank, "collectives": collectives, "program": text}
 
 
-def _program(path, manifest: Manifest, rank: int) -> Program:
+def _program(path, manifest: Manifest, rank: int, evaluation: bool) -> Program:
     if rank >= manifest.ranks:
         why = f"the artifact has ranks 0 to {manifest.ranks - 1}"
         raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path), why, "give another --rank"))
-    return read_rank(path, rank)
+    if evaluation and manifest.evaluation is None:
+        raise ArtifactError(no_evaluation(str(path)))
+    return read_rank(path, rank, EVALUATE if evaluation else STEP)
 
 
 def facts(manifest: Manifest) -> Rows:
@@ -55,8 +60,22 @@ def facts(manifest: Manifest) -> Rows:
         ("offload", f"{manifest.offload}{_on_host(costs)}"),
         ("kept for backward", bytes_text(costs["kept_bytes"])),
         ("peak of activations and gradients", f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"),
-        ("computed on every rank", ", ".join(sorted({f["op"] for f in manifest.fallbacks})) or "nothing"),
+        ("peak of an evaluation", _evaluation_peak(manifest)),
+        ("computed on every rank", ", ".join(sorted({f["op"] for f in fallbacks(manifest)})) or "nothing"),
     ]
+
+
+def _evaluation_peak(manifest: Manifest) -> str:
+    if manifest.evaluation is None:
+        return "there is none: --no-evaluation"
+    costs = manifest.evaluation.costs
+    return f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"
+
+
+def fallbacks(manifest: Manifest) -> tuple[dict, ...]:
+    """What falls back in the step, and what does so in the evaluation alone."""
+    others = () if manifest.evaluation is None else manifest.evaluation.fallbacks
+    return *manifest.fallbacks, *(fallback for fallback in others if fallback not in manifest.fallbacks)
 
 
 def _on_host(costs: dict) -> str:
@@ -68,7 +87,8 @@ def _on_host(costs: dict) -> str:
 def traffic(manifest: Manifest) -> Rows:
     """Collectives by section and kind."""
     rows: Rows = [("section", "collective", "count", "received by the worst rank")]
-    for row in manifest.costs["moved"]:
+    moved = () if manifest.evaluation is None else manifest.evaluation.costs["moved"]
+    for row in (*manifest.costs["moved"], *moved):
         rows.append((row["section"], row["op"], str(row["count"]), bytes_text(row["received_bytes"])))
     return rows
 
@@ -76,7 +96,7 @@ def traffic(manifest: Manifest) -> Rows:
 def replicated(manifest: Manifest) -> Rows:
     """Operators without a rule, that every rank computes over the whole."""
     rows: Rows = [("operator", "where", "gathered on every rank")]
-    return rows + [(f["op"], f["source"], bytes_text(f["gathered_bytes"])) for f in manifest.fallbacks]
+    return rows + [(f["op"], f["source"], bytes_text(f["gathered_bytes"])) for f in fallbacks(manifest)]
 
 
 def aligned(rows: Rows) -> str:

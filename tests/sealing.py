@@ -7,8 +7,8 @@ from pathlib import Path
 from autosp_aot.artifact import MANIFEST, sealed
 
 FILES = (
-    "body.0.program", "buffers.safetensors", "checkpoint.json", "manifest.json", "ranks.json", "report.html",
-    "weights/model.safetensors", "whole.program",
+    "body.0.program", "buffers.safetensors", "checkpoint.json", "evaluate.body.0.program", "evaluate.ranks.json",
+    "evaluate.whole.program", "manifest.json", "ranks.json", "report.html", "weights/model.safetensors", "whole.program",
 )  # fmt: skip
 
 
@@ -28,9 +28,9 @@ def edit_ranks(path: Path, change) -> None:
     reseal(path)
 
 
-def edit_text(path: Path, old: str, new: str) -> None:
+def edit_text(path: Path, old: str, new: str, kind: str = "") -> None:
     """Replace the first `old` in the body, and seal."""
-    body = path / "body.0.program"
+    body = path / f"{kind}body.0.program"
     assert old in body.read_text()
     body.write_text(body.read_text().replace(old, new, 1))
     reseal(path)

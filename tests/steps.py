@@ -1,17 +1,15 @@
 """A model's step on all ranks in one process, against eager."""
 
+import copy
 from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autosp_aot.builder import model_values
+from autosp_aot.builder import Captured, capture_model, model_values
 from autosp_aot.config import BuildConfig
-from autosp_aot.export.canonical import canonical_program
-from autosp_aot.export.fake import fake_copy
-from autosp_aot.export.joint import capture
-from autosp_aot.passes.pipeline import Compiled, Watch, compile_program, unwatched
+from autosp_aot.export.evaluation import capture_evaluation
+from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
 from autosp_aot.program import Program
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
@@ -50,13 +48,19 @@ def equal_to_eager(
 
 
 def sharded(
-    model: nn.Module, batch: dict[str, Tensor], ranks: int, dims: dict[str, int] | None = None, **options
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    ranks: int,
+    dims: dict[str, int] | None = None,
+    step: Captured | None = None,
+    **options,
 ) -> tuple[Compiled, list[dict[str, Tensor]]]:
     """What a model is built to, and every rank's results.
 
-    `dims` are the inputs' sequence dims, by default 1 of all; `options` are BuildConfig's.
+    `dims` are the inputs' sequence dims, by default 1 of all; `step` is what was captured before; `options` are
+    BuildConfig's.
     """
-    compiled, inputs = built(model, batch, ranks, dims, **options)
+    compiled, inputs = built(model, batch, ranks, dims, step=step, **options)
     programs = [compiled.program.for_rank(rank) for rank in range(ranks)]
     return compiled, simulate(programs, inputs, inputs["grad_loss"])
 
@@ -67,16 +71,47 @@ def built(
     ranks: int,
     dims: dict[str, int] | None = None,
     watch: Watch = unwatched,
+    step: Captured | None = None,
     **options,
 ) -> tuple[Compiled, dict[str, Tensor]]:
     """What a model is built to, and all inputs of its programs, tangents of one among them."""
-    mode = FakeTensorMode()
-    whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
-    dims = dims or {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
-    compiled = compile_program(whole, dims, BuildConfig(ranks, **options), watch=watch)
+    step = step or capture_model(model, batch, "cpu")
+    compiled = compile_program(step.whole, dims or _dims(batch), BuildConfig(ranks, **options), watch=watch)
     tangents = [entry.value for entry in compiled.program.inputs if entry.kind in ("tangent", "guess")]
     ones = {value.name: torch.ones((), dtype=DTYPES[value.dtype]) for value in tangents}
-    return compiled, model_values(model) | dict(model.named_buffers()) | constants | batch | ones
+    return compiled, _values(model) | step.constants | batch | ones
+
+
+def evaluation(
+    model: nn.Module, batch: dict[str, Tensor], ranks: int, step: Captured | None = None, **options
+) -> tuple[Compiled, dict[str, Tensor]]:
+    """What a model's eval mode is built to, and all inputs of its programs."""
+    step, known = step or capture_model(model, batch, "cpu"), _values(model)
+    whole, constants = capture_evaluation(model, batch, "cpu", step.joint, step.whole, known | step.constants)
+    compiled = compile_evaluation(whole, _dims(batch), BuildConfig(ranks, **options))
+    return compiled, known | step.constants | constants | batch
+
+
+def losses(compiled: Compiled, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The loss that an evaluation gives on every rank."""
+    programs = [compiled.program.for_rank(rank) for rank in range(compiled.program.ranks)]
+    return [result["loss"] for result in simulate(programs, inputs, torch.ones(()))]
+
+
+def eager_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of the unsharded model in eval mode; the model is left in the modes it had."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        result = model(**batch)
+    return result if isinstance(result, Tensor) else result.loss
+
+
+def _dims(batch: dict[str, Tensor]) -> dict[str, int]:
+    return {name: 1 for name, tensor in batch.items() if tensor.dim() > 1}
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    return model_values(model) | dict(model.named_buffers())
 
 
 def gathers(program: Program, elements: int) -> list[str]:

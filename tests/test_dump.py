@@ -12,7 +12,9 @@ from autosp_aot.program_text import parse_program
 from examples import plain
 from tests.conftest import TINY
 
-NAMES = ["capture", *(name for name, _ in pipeline.PIPELINE)]
+STEP = ["capture", *(name for name, _ in pipeline.PIPELINE)]
+EVALUATION = [f"evaluate.{name}" for name in ("capture", *(name for name, _ in pipeline.EVALUATION))]
+NAMES = [*STEP, *EVALUATION]
 
 
 def build(folder, model=plain.__file__, strict=False):
@@ -29,7 +31,8 @@ def test_the_program_after_each_pass_is_there_and_the_last_is_the_artifact_s(tmp
     out, dump = build(tmp_path)
     assert programs(dump) == [f"{at:02}-{name}" for at, name in enumerate(NAMES)]
     assert (dump / "01-query-rows.program").read_text() == (out / "whole.program").read_text()
-    assert (dump / f"{len(NAMES) - 1:02}-{NAMES[-1]}.program").read_text() == (out / "body.0.program").read_text()
+    for at, body in ((len(STEP) - 1, "body.0.program"), (len(NAMES) - 1, "evaluate.body.0.program")):
+        assert (dump / f"{at:02}-{NAMES[at]}.program").read_text() == (out / body).read_text()
     for file in dump.glob("*.program"):
         constants = file.with_suffix(".constants.json")
         table = json.loads(constants.read_text()) if constants.exists() else {}

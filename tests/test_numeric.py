@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from autosp_aot.artifact import EVALUATE
 from autosp_aot.builder import compile_model
 from autosp_aot.cli import main
 from autosp_aot.config import BuildConfig
@@ -111,17 +112,27 @@ def test_ids_labels_and_masks_are_made_up_as_the_step_reads_them():
 
 def test_an_artifact_whose_numbers_differ_is_refused(tiny2, tmp_path):
     path = tiny2.save(tmp_path / "a")
-    (line,) = check_numeric(path)
-    assert line.startswith("numbers     loss and 17 gradients differ by")
+    step, evaluation = check_numeric(path)
+    assert step.startswith("numbers     loss and 17 gradients differ by")
+    assert evaluation.startswith("evaluation  loss differs by")
     edit_text(path, "aten.slice.Tensor(%labels, 1, 1, 5, 1)", "aten.slice.Tensor(%labels, 1, 0, 4, 1)")
     with pytest.raises(ArtifactError) as caught:
         check_numeric(path)
     assert "error[numbers-differ]: 18 of 18 results are not the whole step's" in str(caught.value)
 
 
+def test_so_is_one_whose_evaluation_differs(tiny2, tmp_path):
+    path = tiny2.save(tmp_path / "a")
+    edit_text(path, "aten.slice.Tensor(%labels, 1, 1, 5, 1)", "aten.slice.Tensor(%labels, 1, 0, 4, 1)", EVALUATE)
+    with pytest.raises(ArtifactError, match="1 of 1 results are not the whole evaluation's"):
+        check_numeric(path)
+
+
 def test_in_bf16_a_mistake_that_rounding_would_hide_is_found_in_fp32(tmp_path):
     path = compiled(llama.build_model("bfloat16", **SMALL)).save(tmp_path / "a")
-    assert [line.split("loss")[0].strip() for line in check_numeric(path)] == ["numbers", "in fp32"]
+    assert [line.split("loss")[0].strip() for line in check_numeric(path)] == [
+        "numbers", "in fp32", "evaluation", "in fp32"
+    ]  # fmt: skip
     edit_text(path, ", 1e-06", ", 1e-05")
     with pytest.raises(ArtifactError) as caught:
         check_numeric(path)
@@ -162,5 +173,5 @@ def test_the_command_says_what_was_compared(tiny2, tmp_path):
     result = CliRunner().invoke(main, ["check", str(path), "--numeric"], catch_exceptions=False)
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        "files", "programs", "collectives", "operators", "numbers"
+        "files", "programs", "collectives", "evaluation", "operators", "numbers", "evaluation"
     ]  # fmt: skip

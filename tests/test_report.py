@@ -22,7 +22,7 @@ TOKENS = "grad.tokens.embedding_dense_backward.all_reduce"
 
 
 def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
-    costs = tiny2.manifest.costs
+    costs, evaluation = tiny2.manifest.costs, tiny2.manifest.evaluation.costs
     facts = show(saved, 0).split("\n\n")[0]
     assert dict(re.split("  +", line, maxsplit=1) for line in facts.splitlines()) | {"recompute": ""} == {
         "ranks": "2",
@@ -34,6 +34,7 @@ def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
         "offload": "off",
         "kept for backward": bytes_text(costs["kept_bytes"]),
         "peak of activations and gradients": f"{bytes_text(costs['peak_bytes'])} at sum_gradients: {TOKENS}",
+        "peak of an evaluation": f"{bytes_text(evaluation['peak_bytes'])} at {evaluation['peak_at']}",
         "computed on every rank": "nothing",
     }
 
@@ -54,6 +55,8 @@ def test_show_has_a_table_of_what_moves(saved):
         ["backward", "all_to_all", "2", "384 B"],
         ["backward", "reduce_scatter", "2", "384 B"],
         ["sum_gradients", "all_reduce", "1", "7.88 KiB"],
+        ["evaluate", "all_to_all", "4", "768 B"],
+        ["evaluate", "all_reduce", "1", "8 B"],
     ]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from autosp_aot.artifact import BUFFERS, Manifest
+from autosp_aot.artifact import BUFFERS, EVALUATE, STEP, Manifest
 from autosp_aot.artifact_read import read_manifest, read_rank, read_tensors
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.operators import STRUCTURE, schema
@@ -41,11 +41,12 @@ def load(
         what = f"the artifact is for {manifest.target}, the device is {device.type}"
         why, fix = "kernels are fixed when an artifact is built", f"build with --target for {device.type}"
         raise ArtifactError(Problem("wrong-device", what, str(path), why, fix))
-    program = read_rank(path, comm.rank)
-    check_operators(program, manifest)
+    programs = {kind: read_rank(path, comm.rank, kind) for kind in manifest.kinds}
+    for program in programs.values():
+        check_operators(program, manifest)
     weights = read_weights(path, manifest, None if init_from is None else Path(init_from), device)
-    executor = Executor(program, comm.rank, device)
-    return ShardedModel(manifest, executor, weights, read_tensors(path, BUFFERS), comm, sum_gradients)
+    executor, buffers = Executor(programs[STEP], comm.rank, device), read_tensors(path, BUFFERS)
+    return ShardedModel(manifest, executor, weights, buffers, comm, sum_gradients, programs.get(EVALUATE))
 
 
 def check_operators(program: Program, manifest: Manifest) -> None:

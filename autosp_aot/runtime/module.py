@@ -1,13 +1,15 @@
 """A rank's program as a module: forward gives the loss, backward fills `.grad`."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from autosp_aot.artifact import Manifest
+from autosp_aot.artifact import Manifest, no_evaluation
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.program import Program
 from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, Run
 from autosp_aot.runtime.random import step_seed
 
@@ -33,8 +35,9 @@ class ShardedModel(nn.Module):
     `sum_gradients` what it adds are summands: over the ranks they add up to those gradients, and have the same shapes.
 
     What the step draws (dropout) follows from `seed` and `step` alone, both plain numbers and the same on every rank:
-    `step` goes up by one with each forward in training mode. To resume before step k, set both. In eval mode the
-    program is the same, so it draws too, and `step` stays.
+    `step` goes up by one with each forward in training mode. To resume before step k, set both.
+
+    In eval mode forward is `evaluate`, whose loss has no gradient: there is one backward, and it is that of training.
 
     Set `loss_scale` to what the loss is multiplied by before `backward`: gradients computed with the loss take it as
     their tangent, and are rescaled, which rounds, where it was another.
@@ -48,12 +51,12 @@ class ShardedModel(nn.Module):
         buffers: Mapping[str, Tensor],
         comm: Comm,
         sum_gradients: bool = True,
+        evaluation: Program | None = None,
     ):
         super().__init__()
         self.manifest, self.executor, self.comm, self.sum_gradients = manifest, executor, comm, sum_gradients
-        self.seed, self.step, self.loss_scale = 0, 0, 1.0
+        self.evaluation, self.seed, self.step, self.loss_scale = evaluation, 0, 0, 1.0
         self.guesses = [entry.value for entry in executor.program.inputs if entry.kind == "guess"]
-        self.seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
         self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
         tensors: dict[str, Tensor] = {}
         parameters = {e.value.name for e in executor.program.inputs if e.kind == "parameter"}
@@ -80,14 +83,38 @@ class ShardedModel(nn.Module):
 
     def forward(self, **batch: Tensor) -> Tensor:
         """The loss of a batch, given whole. Raises ArtifactError (`batch-mismatch`) for one of another kind."""
-        check_batch(self.manifest, batch, self.executor.device)
+        if not self.training:
+            return self.evaluate(**batch)
+        values, device = self._values(self.executor, batch), self.executor.device
+        values |= {v.name: torch.tensor(self.loss_scale, dtype=DTYPES[v.dtype], device=device) for v in self.guesses}
         trainable = {name: p for name, p in self.named_parameters() if name in self.manifest.trainable}
+        self.step += 1
+        return _Step.apply(self, values, list(trainable), *trainable.values())
+
+    def evaluate(self, **batch: Tensor) -> Tensor:
+        """The loss that the model gives in eval mode, without a gradient, the same on every rank; all ranks call it.
+
+        Takes a batch as forward does, and nothing is kept for a backward. It is the same in either mode, and `step`
+        stays: what a model draws in eval mode too follows from it. Raises ArtifactError: `batch-mismatch`, and
+        `no-evaluation` where the artifact was built without that program.
+        """
+        if self.evaluation is None:
+            raise ArtifactError(no_evaluation("evaluate"))
+        values = self._values(self._evaluator, batch)
+        with torch.no_grad():
+            return run(self._evaluator, "evaluate", values, self.comm)["loss"].clone()
+
+    @cached_property
+    def _evaluator(self) -> Executor:
+        """Made when it is first used: a run that only trains starts without it."""
+        return Executor(self.evaluation, self.comm.rank, self.executor.device)
+
+    def _values(self, executor: Executor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a program reads, by name: the batch, checked, what the module holds, and the seed of what is drawn."""
+        check_batch(self.manifest, batch, executor.device)
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        drawn = {name: step_seed(self.seed, self.step) for name in self.seeds}
-        device = self.executor.device
-        drawn |= {v.name: torch.tensor(self.loss_scale, dtype=DTYPES[v.dtype], device=device) for v in self.guesses}
-        self.step += self.training
-        return _Step.apply(self, {**self.constants, **state, **batch, **drawn}, list(trainable), *trainable.values())
+        seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
+        return {**self.constants, **state, **batch, **{name: step_seed(self.seed, self.step) for name in seeds}}
 
 
 class _Step(torch.autograd.Function):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from autosp_aot.artifact import (
     BUFFERS,
-    BUFFERS,
     CHECKPOINT,
     EVALUATE,
     MANIFEST,

@@ -8,7 +8,8 @@ from autosp_aot.artifact import MANIFEST, sealed
 
 FILES = (
     "body.0.program", "buffers.safetensors", "checkpoint.json", "evaluate.body.0.program", "evaluate.ranks.json",
-    "evaluate.whole.program", "manifest.json", "ranks.json", "report.html", "weights/model.safetensors", "whole.program",
+    "evaluate.whole.program", "manifest.json", "ranks.json", "report.html", "weights/model.safetensors",
+    "whole.program",
 )  # fmt: skip
 
 

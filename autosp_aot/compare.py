@@ -176,7 +176,7 @@ def _numbers(old, new) -> str:
 
 
 def _text_diff(path_a: Path, path_b: Path, a: Manifest, b: Manifest, kinds: Sequence[str]) -> list[str]:
-    """Unified diffs of the bodies that ranks run, each pair once, of the tables of constants, and of checkpoint.json."""
+    """Unified diffs of the bodies that ranks run, each pair once, of tables of constants, and of checkpoint.json."""
     tables = [kind + RANKS for kind in kinds]
     bodies = lambda path, table: [entry["body"] for entry in json.loads((path / table).read_text())]  # noqa: E731
     pairs = [pair for table in tables for pair in zip(bodies(path_a, table), bodies(path_b, table))]

@@ -209,7 +209,7 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
 @click.option("--dp", type=POSITIVE, default=1, help="Groups of ranks, each with sequences of its own.")
 @click.option("--accumulate", type=POSITIVE, default=1, help="Batches of each group in a step.")
 @click.option("--data", type=EXISTING, help="Text, a folder of text, or a .npy of token ids; default random tokens.")
-@click.option("--init-from", type=EXISTING, help="Weights: a safetensors file, or a folder of them.")
+@click.option("--init-from", type=EXISTING, help="Weights: a Hugging Face folder, or a safetensors file.")
 @click.option("--lr", type=NOT_NEGATIVE, default=1e-3, help="AdamW's learning rate, the highest of a schedule.")
 @click.option("--warmup", type=click.IntRange(min=0), default=0, help="Steps in which it rises from 0 in a line.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), default="constant", help="And what it does then.")

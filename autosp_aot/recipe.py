@@ -10,7 +10,7 @@ not simply one of the model's under its own name.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 
 from torch import Tensor
@@ -95,8 +95,8 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def print_recipe(recipe: Recipe) -> str:
     """The text of checkpoint.json: a line a tensor."""
-    head = json.dumps({key: value for key, value in asdict(recipe).items() if key != "tensors"}, indent=1)
-    lines = [json.dumps(asdict(stored)) for stored in recipe.tensors]
+    head = json.dumps({key: value for key, value in vars(recipe).items() if key != "tensors"}, indent=1)
+    lines = [json.dumps(stored, default=vars) for stored in recipe.tensors]
     return head.removesuffix("\n}") + ',\n "tensors": [\n' + ",\n".join(lines) + "\n ]\n}\n"
 
 
@@ -147,9 +147,10 @@ def _stored(entry: dict) -> Stored:
 
 
 def _piece(entry: dict) -> Piece:
-    piece = Piece(entry["name"], _numbers(entry["sizes"]), _place(entry["here"]), _place(entry["there"]))
-    if asdict(piece).keys() != entry.keys() or 0 in piece.sizes:
-        raise ValueError(f"a piece of {piece.name} has no elements, or more to say")
+    places = {side: _place(entry[side]) for side in ("here", "there")}
+    piece = Piece(**entry | {"sizes": _numbers(entry["sizes"])} | places)
+    if 0 in piece.sizes:
+        raise ValueError(f"a piece of {piece.name} has no elements")
     if not len(piece.sizes) == len(piece.here.strides) == len(piece.there.strides):
         raise ValueError(f"a piece of {piece.name} has no stride for each size")
     return piece

@@ -60,7 +60,7 @@ CHANGES = [
     ((*PIECE, "sizes"), [2, 3, 0], "has no elements"),
     ((*PIECE, "sizes"), [2, 3], "has no stride for each size"),
     ((*PIECE, "sizes"), [2, 3, True], "no whole number"),
-    ((*PIECE, "surprise"), 1, "has no elements, or more to say"),
+    ((*PIECE, "surprise"), 1, "unexpected keyword argument 'surprise'"),
     ((*PIECE, "here", "offset"), 12, "rows reaches beyond both"),
     ((*PIECE, "here", "offset"), -1, "no whole number"),
     ((*PIECE, "here", "strides"), [12, 1, 30], "rows reaches beyond both"),

@@ -248,8 +248,8 @@ def _unused(model: nn.Module, inputs: dict[str, list[Value]]) -> list[Value]:
 
 
 def _recipe(model: nn.Module, manifest: Manifest) -> Recipe:
-    """How a checkpoint of the model is laid out; transformers is asked where the model could come from it."""
-    if "transformers" not in sys.modules:
+    """How a checkpoint of the model is laid out; transformers is asked where the model can come from it."""
+    if "transformers.modeling_utils" not in sys.modules:
         return Recipe()
     from autosp_aot.export.hugging_face import recipe_of
 

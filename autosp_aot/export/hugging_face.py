@@ -10,6 +10,7 @@ this file only where transformers is imported already: no model is one of its ow
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import _get_tied_weight_keys
 
 from autosp_aot.artifact import TensorSpec
 from autosp_aot.recipe import Piece, Place, Recipe, Stored, check_recipe, contiguous, whole
@@ -63,12 +65,13 @@ def _tensors(
 
 
 def _written(inner: PreTrainedModel, own: Mapping[str, str]) -> list[str]:
-    """Each tensor under the one of its names that save_pretrained keeps: one that is not tied to another."""
+    """Each tensor under the one of its names that save_pretrained keeps (remove_tied_weights_from_state_dict)."""
     names: dict[str, list[str]] = {}
     for name, stored in own.items():
         names.setdefault(stored, []).append(name)
-    tied = inner.all_tied_weights_keys
-    return [next((name for name in same if name not in tied), same[0]) for same in names.values()]
+    tied = _get_tied_weight_keys(inner)
+    free = lambda name: not any(re.search(pattern, name) for pattern in tied)  # noqa: E731
+    return [next(filter(free, same), max(same)) for same in names.values()]
 
 
 def _configs(inner: PreTrainedModel) -> dict[str, dict]:

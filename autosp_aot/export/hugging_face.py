@@ -12,6 +12,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -125,35 +126,29 @@ class Moves(TorchDispatchMode):
         if func is ATEN.clone.default:
             return ATEN.alias.default(args[0])
         if func in (ATEN.view.default, ATEN._unsafe_view.default) and not args[0].is_contiguous():
-            return self._new(tuple(args[1]), self.pieces(args[0]))
-        if func is ATEN.stack.default:
-            tensors, dim = args[0], args[1] if len(args) > 1 else 0
-            return self._cat([ATEN.unsqueeze.default(tensor, dim) for tensor in tensors], dim)
-        if func is ATEN.cat.default:
-            return self._cat(args[0], args[1] if len(args) > 1 else 0)
+            return self._made(torch.empty(args[0].shape, device="meta").view(args[1]), self.pieces(args[0]))
+        result = func(*args, **kwargs or {})
+        if func in (ATEN.cat.default, ATEN.stack.default):
+            dim = args[1] % result.dim() if len(args) > 1 else 0
+            tensors = args[0] if func is ATEN.cat.default else [tensor.unsqueeze(dim) for tensor in args[0]]
+            return self._made(result, self._joined(tensors, dim, contiguous(tuple(result.shape))))
         if func._schema.is_mutable:
             raise NotMoved(f"{func} writes to a tensor")
-        return func(*args, **kwargs or {})
+        return result
 
-    def _cat(self, tensors: list[Tensor], dim: int) -> Tensor:
-        """The tensors next to each other; one that is made of pieces already keeps them only along dim 0."""
-        shape = [*tensors[0].shape]
-        dim %= len(shape)
-        shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
-        strides = contiguous(tuple(shape))
+    def _joined(self, tensors: list[Tensor], dim: int, strides: tuple[int, ...]) -> tuple[Piece, ...]:
+        """The pieces of tensors next to each other; what is made of pieces already keeps them only along dim 0."""
         found, start = [], 0
         for tensor in tensors:
+            if dim and _storage(tensor) in self.made:
+                raise NotMoved("what was joined is joined once more in another dim")
             for piece in self.pieces(tensor):
-                if dim and _storage(tensor) in self.made:
-                    raise NotMoved("what was joined is joined once more in another dim")
-                within = strides if dim else piece.there.strides
-                there = Place(within, piece.there.offset + start * strides[dim])
-                found.append(Piece(piece.name, piece.sizes, piece.here, there))
+                there = Place(strides if dim else piece.there.strides, piece.there.offset + start * strides[dim])
+                found.append(replace(piece, there=there))
             start += tensor.shape[dim]
-        return self._new(tuple(shape), tuple(found))
+        return tuple(found)
 
-    def _new(self, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> Tensor:
-        tensor = torch.empty(shape, device="meta")
+    def _made(self, tensor: Tensor, pieces: tuple[Piece, ...]) -> Tensor:
         self.made[_storage(tensor)] = tensor, pieces
         return tensor
 

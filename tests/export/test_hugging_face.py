@@ -13,6 +13,7 @@ from transformers.core_model_loading import (
     ConversionOps,
     Interleave,
     PermuteForRope,
+    SplitModulelist,
     Transpose,
     WeightConverter,
 )
@@ -59,7 +60,7 @@ def assert_as_saved(model, recipe: Recipe, theirs: nn.Module, folder) -> None:
 def llama(*conversions: WeightConverter) -> LlamaForCausalLM:
     """A model that was loaded from a checkpoint of another layout."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | {"num_hidden_layers": 2}))
     model._weight_conversions = list(conversions)
     return model
 
@@ -95,6 +96,14 @@ LAYOUTS = {
     ),
     "apart in the file": WeightConverter(
         source_patterns=["self_attn.q.0", "self_attn.q.1"], target_patterns=QKV[0], operations=[Concatenate(dim=1)]
+    ),
+    "stacked in the file": WeightConverter(
+        source_patterns="norms", target_patterns="model.layers.*.input_layernorm.weight",
+        operations=[SplitModulelist(dim=0)],
+    ),
+    "stacked in another dim": WeightConverter(
+        source_patterns="norms", target_patterns="model.layers.*.input_layernorm.weight",
+        operations=[SplitModulelist(dim=1)],
     ),
     "transposed": WeightConverter(
         source_patterns="mlp.w2", target_patterns=DOWN, operations=[Transpose(0, 1)]
@@ -159,6 +168,14 @@ def test_what_does_more_than_move_has_none(operation, why):
     recipe = found(llama(conversion))
     assert recipe.refused == f"LlamaForCausalLM: {why}"
     assert recipe.tensors == ()
+
+
+def test_what_is_cut_up_after_joining_has_none():
+    conversion = WeightConverter(
+        source_patterns="mlp.both.weight", target_patterns=["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+        operations=[Interleave(dim=0), Chunk(dim=0)],
+    )  # fmt: skip
+    assert found(llama(conversion)).refused.endswith("is not just moved from the model's")
 
 
 # --- which module it is of ----------------------------------------------------------------------------------------

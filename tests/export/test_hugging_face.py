@@ -82,6 +82,15 @@ def test_a_model_without_weights_has_the_same_recipe(name):
     assert found(empty) == found(ARCHITECTURES[name].build())
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_neox", "gpt2"])
+def test_a_model_that_was_loaded_has_the_recipe_of_what_it_was_loaded_from(name, tmp_path):
+    model = ARCHITECTURES[name].build()
+    model.save_pretrained(tmp_path)
+    assert found(type(model).from_pretrained(tmp_path)).tensors == found(model).tensors
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert found(type(model).from_pretrained(tmp_path)).tensors == ()
+
+
 # --- layouts that a checkpoint may have ---------------------------------------------------------------------------
 
 QKV = [f"self_attn.{part}_proj.weight" for part in "qkv"]

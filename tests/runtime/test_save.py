@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from autosp_aot.artifact_read import read_manifest, read_recipe
 from autosp_aot.builder import build
@@ -43,14 +44,19 @@ def bits(model) -> torch.Tensor:
         return model.eval()(**BATCH).logits
 
 
+def save(artifact, folder, **options) -> None:
+    """Save the weights that the artifact holds."""
+    manifest = read_manifest(artifact)
+    save_weights(artifact, manifest, read_weights(artifact, manifest, None), folder, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ROUND_TRIPS)
 def test_a_saved_folder_gives_from_pretrained_the_same_bits(tmp_path, kind, dtype):
     name, changes = ROUND_TRIPS[kind]
     model = model_of(name, changes, dtype)
-    artifact = build(model, BATCH, 1, tmp_path / "a", target="cpu")
-    weights = read_weights(tmp_path / "a", read_manifest(tmp_path / "a"), None)
-    save_weights(tmp_path / "a", artifact.manifest, weights, tmp_path / "out", shard_bytes=20_000)
+    build(model, BATCH, 1, tmp_path / "a", target="cpu")
+    save(tmp_path / "a", tmp_path / "out", shard_bytes=20_000)
     again, told = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(told.values())
     assert again.dtype == dtype
@@ -62,6 +68,28 @@ def test_a_saved_folder_gives_from_pretrained_the_same_bits(tmp_path, kind, dtyp
         assert (tmp_path / "out" / file).read_text() == (tmp_path / "theirs" / file).read_text()
 
 
+class Wrapped(nn.Module):
+    """A transformers model inside a module of the user's, with a loss and a parameter of its own."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.net(input_ids).logits * self.scale
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_the_model_inside_of_another_is_what_from_pretrained_finds(tmp_path):
+    model = model_of("mixtral", {}, torch.float32)
+    build(Wrapped(model), BATCH, 1, tmp_path / "a", target="cpu")
+    save(tmp_path / "a", tmp_path / "out")
+    again, told = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert torch.equal(bits(again), bits(model))
+    assert told["unexpected_keys"] == {"scale"} and not told["missing_keys"]
+
+
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
@@ -71,12 +99,6 @@ def mixtral(tmp_path_factory):
     model, path = model_of("mixtral", {}, torch.float32), tmp_path_factory.mktemp("artifact") / "a"
     build(model, BATCH, 1, path, target="cpu")
     return model, path
-
-
-def save(artifact, folder, **options) -> None:
-    """Save the weights that the artifact holds."""
-    manifest = read_manifest(artifact)
-    save_weights(artifact, manifest, read_weights(artifact, manifest, None), folder, **options)
 
 
 def test_a_model_up_to_the_limit_is_one_file(mixtral, tmp_path):

@@ -220,15 +220,17 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
 @click.option("--zero", type=click.Choice(["0", "1"]), default="0",
               help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the order of the data, and of dropout.")
+@click.option("--eval-every", metavar="N", type=POSITIVE, help="After every N steps, print the loss of --eval-data.")
+@click.option("--eval-data", type=EXISTING, help="As --data, or as --batch-file where it ends in .safetensors.")
+@click.option("--eval-batches", type=POSITIVE, default=8, help="Of it, the same ones each time.")
 @click.option("--save", metavar="DIR", type=PATH, help="Write the weights at the end, as from_pretrained reads them.")
 @click.option("--metrics", metavar="FILE.jsonl", type=OUTPUT_FILE, help="Write a JSON line a step.")
 @click.option("--batch-file", metavar="FILE.safetensors", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Train on this batch, tensors by input name: one batch, or the rows of all batches of a step.")
 @click.option("--dump", metavar="FILE.safetensors", type=OUTPUT_FILE,
               help="Write loss and gradients of the first step, and stop.")  # fmt: skip
-def run(artifact: Path, steps: int, dp: int, accumulate: int, data: Path | None, init_from: Path | None, lr: float,
-        warmup: int, schedule: str, min_lr: float, weight_decay: float, clip: float | None, zero: str, seed: int,
-        save: Path | None, metrics: Path | None, batch_file: Path | None, dump: Path | None) -> None:  # fmt: skip
+def run(artifact: Path, data: Path | None, batch_file: Path | None, eval_data: Path | None, zero: str,
+        lr: float, schedule: str, warmup: int, min_lr: float, **options) -> None:  # fmt: skip
     """Train with an artifact: AdamW, a line a step.
 
     Starts dp x sp processes on this machine, or joins those that torchrun started. A step is `--dp` x `--accumulate`
@@ -239,17 +241,17 @@ def run(artifact: Path, steps: int, dp: int, accumulate: int, data: Path | None,
 
     if data is not None and batch_file is not None:
         raise click.UsageError("--data and --batch-file exclude each other")
-    if save is not None and dump is not None:
+    if (options["eval_every"] is None) != (eval_data is None):
+        raise click.UsageError("--eval-every and --eval-data go together")
+    if options["save"] is not None and options["dump"] is not None:
         raise click.UsageError("--dump stops before there is anything to --save")
     if min_lr > lr:
         raise click.UsageError("--min-lr is above --lr")
     if min_lr and schedule == "constant":
         raise click.UsageError("--min-lr is for --schedule cosine or linear")
-    training = Training(
-        artifact, steps, dp, accumulate, Schedule(lr, schedule, steps, warmup, min_lr), int(zero), clip, weight_decay,
-        init_from, save, metrics, dump, seed,
-    )  # fmt: skip
-    launch.run(training, data, batch_file)
+    rates = Schedule(lr, schedule, options["steps"], warmup, min_lr)
+    training = Training(artifact, schedule=rates, zero=int(zero), **options)
+    launch.run(training, data, batch_file, eval_data)
 
 
 @main.command()

@@ -99,7 +99,7 @@ class Windows:
         if self.vocabulary is not None and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
             raise ArtifactError(Problem(
                 "token-out-of-range", f"token ids reach from {tokens.min()} to {tokens.max()}",
-                f"--data, in samples {samples.start} to {samples.stop - 1}",
+                f"samples {samples.start} to {samples.stop - 1} of the data",
                 f"the model has embeddings for 0 to {self.vocabulary - 1}",
                 "give data made with this model's tokenizer, or build the model with a larger vocabulary",
             ))  # fmt: skip

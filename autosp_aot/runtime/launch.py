@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from autosp_aot.artifact import Manifest
+from autosp_aot.artifact import Manifest, no_evaluation
 from autosp_aot.artifact_read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem
 from autosp_aot.runtime.data import Feed, open_feed
@@ -37,7 +37,7 @@ class RankFailed(AutospError):
     exit_code = 1
 
 
-def run(training: Training, data: Path | None, batch_file: Path | None) -> None:
+def run(training: Training, data: Path | None, batch_file: Path | None, eval_data: Path | None = None) -> None:
     """Train with an artifact, on as many replicas of its ranks as `training` says.
 
     Raises ArtifactError for whatever does not fit (artifact, machine, weights, data), RankFailed where a process dies.
@@ -45,11 +45,15 @@ def run(training: Training, data: Path | None, batch_file: Path | None) -> None:
     manifest = read_manifest(training.artifact)
     _check(manifest, training)
     inputs = tuple(entry for entry in manifest.batch if not is_items(entry))
-    feed = open_feed(inputs, training.seed, data, batch_file, training.dp * training.accumulate)
+    feeds = [open_feed(inputs, training.seed, data, batch_file, training.dp * training.accumulate)]
+    if eval_data is not None:
+        stored = eval_data.suffix == ".safetensors"
+        sources = (None, eval_data) if stored else (eval_data, None)
+        feeds.append(open_feed(inputs, training.seed, *sources, training.eval_batches))
     if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:
-        _join_and_train(training, manifest.target, manifest.ranks, feed)
+        _join_and_train(training, manifest.target, manifest.ranks, feeds)
     else:
-        _launch(training, manifest, feed)
+        _launch(training, manifest, feeds)
 
 
 def _check(manifest: Manifest, training: Training) -> None:
@@ -63,6 +67,8 @@ def _check(manifest: Manifest, training: Training) -> None:
             raise AutospError(Problem("no-such-folder", f"{option} {path}: the folder does not exist"))
     if training.save is not None:
         refuse_saving(training.artifact, manifest, training.save)
+    if training.eval_every is not None and manifest.evaluation is None:
+        raise ArtifactError(no_evaluation("--eval-every"))
     narrow = [entry.name for entry in manifest.parameters if entry.dtype == "f16" and entry.name in manifest.trainable]
     if narrow and training.dump is None:
         raise ArtifactError(Problem(
@@ -73,13 +79,14 @@ def _check(manifest: Manifest, training: Training) -> None:
     open_items(training.artifact, manifest)
 
 
-def _join_and_train(training: Training, target: str, ranks: int, feed: Feed) -> None:
+def _join_and_train(training: Training, target: str, ranks: int, feeds: list[Feed]) -> None:
     mesh = Mesh.join(target, ranks, training.dp)
-    train(training, feed, mesh)
+    feed, *held_out = feeds
+    train(training, feed, mesh, *held_out)
     mesh.leave()
 
 
-def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
+def _launch(training: Training, manifest: Manifest, feeds: list[Feed]) -> None:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=manifest.ranks * training.dp, run_id=uuid.uuid4().hex, role="rank",
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
@@ -88,7 +95,7 @@ def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
     with tempfile.TemporaryDirectory(prefix="autosp-aot-") as folder:
         logging.disable(logging.ERROR)  # the launcher repeats what we report
         try:
-            elastic_launch(config, _worker)(training, manifest.target, manifest.ranks, feed, folder)
+            elastic_launch(config, _worker)(training, manifest.target, manifest.ranks, feeds, folder)
         except ChildFailedError as error:
             raise _reported(Path(folder)) or _failed(error) from None
         except SignalException as stopped:
@@ -97,7 +104,7 @@ def _launch(training: Training, manifest: Manifest, feed: Feed) -> None:
             logging.disable(logging.NOTSET)
 
 
-def _worker(training: Training, target: str, ranks: int, feed: Feed, folder: str) -> None:
+def _worker(training: Training, target: str, ranks: int, feeds: list[Feed], folder: str) -> None:
     """The process of one rank; leaves an AutospError in `folder`, for the parent to raise, and fails."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank at once; the parent says what there is to say
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -106,7 +113,7 @@ def _worker(training: Training, target: str, ranks: int, feed: Feed, folder: str
     if target == "cpu":
         os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     try:
-        _join_and_train(training, target, ranks, feed)
+        _join_and_train(training, target, ranks, feeds)
     except AutospError as error:
         problems = json.dumps([asdict(problem) for problem in error.problems])
         Path(folder, f"{rank:06}.json").write_text(problems)

@@ -20,6 +20,12 @@ class Log:
         self._say(line + remark, step)
         self._write({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_s": tokens_per_s})
 
+    def evaluation(self, step: int, loss: float) -> None:
+        """Say what the loss of held-out batches is after step number `step`."""
+        remark = "" if math.isfinite(loss) else "  (not finite)"
+        self._say(f"step {step:<5} eval_loss {loss:<9.5f}".rstrip() + remark, step)
+        self._write({"step": step, "eval_loss": loss})
+
     def close(self) -> None:
         if self.file is not None:
             self.file.close()

@@ -39,6 +39,8 @@ class Training:
     clip          the greatest norm that all gradients may have together
     weight_decay  AdamW's
     init_from     safetensors file or folder instead of the stored weights
+    eval_every    steps from one evaluation to the next; None: no evaluation
+    eval_batches  how many batches an evaluation is the mean of, shared out over replicas
     save          folder for the weights at the end
     metrics       JSON lines: step, loss, grad_norm, lr, tokens_per_s
     dump          write loss and gradients of the first step, and stop
@@ -54,6 +56,8 @@ class Training:
     clip: float | None = None
     weight_decay: float = 0.01
     init_from: Path | None = None
+    eval_every: int | None = None
+    eval_batches: int = 8
     save: Path | None = None
     metrics: Path | None = None
     dump: Path | None = None
@@ -107,6 +111,7 @@ class Loop:
     module: ShardedModel
     training: Training
     feed: Feed
+    held_out: Feed | None
     items: Items | None
     mesh: Mesh
 
@@ -123,6 +128,10 @@ class Loop:
             seconds = time.perf_counter() - started
             if log is not None:
                 log.step(step + 1, loss, norm, lr, tokens / seconds)
+            if self.training.eval_every is not None and (step + 1) % self.training.eval_every == 0:
+                loss = self.evaluate()
+                if log is not None:
+                    log.evaluation(step + 1, loss)
         if log is not None:
             log.close()
 
@@ -139,23 +148,36 @@ class Loop:
         total = float(self.mesh.sum_replicas(torch.stack(losses).double().sum()))
         return total * scale_of(self.items, replicas * count), tokens
 
+    def evaluate(self) -> float:
+        """The loss of the first held-out batches, in eval mode: the same batches each time, whatever the replicas."""
+        count = self.training.eval_batches
+        batches = {n: self.held_out.at(n) for n in range(self.mesh.replica, count, self.mesh.replicas)}
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.world.device)
+        for number, batch in zip(batches, self.given(list(batches.values()))):
+            self.module.step = number
+            total += self.module.evaluate(**batch)
+        return float(self.mesh.sum_replicas(total)) * scale_of(self.items, count)
+
     def given(self, batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """The batches as forward takes them: on the device, with the labels of all replicas' batches counted."""
         device = self.mesh.world.device
         if self.items is not None:
-            own = sum(map(self.items.count, batches)).to(device)
-            count = self.mesh.sum_replicas(own)
+            own = sum(map(self.items.count, batches), torch.tensor(0))
+            count = self.mesh.sum_replicas(own.to(device))
             batches = [self.items.filled(batch, count) for batch in batches]
         return ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
 
 
-def train(training: Training, feed: Feed, mesh: Mesh) -> ShardedModel:
-    """Train as one rank of `mesh` with torch alone and save the weights, or write the dump; what was trained."""
+def train(training: Training, feed: Feed, mesh: Mesh, held_out: Feed | None = None) -> ShardedModel:
+    """Train as one rank of `mesh` with torch alone and save the weights, or write the dump; what was trained.
+
+    `held_out` is what is evaluated on, needed for `eval_every`.
+    """
     module = load(training.artifact, training.init_from, mesh.world.device, mesh.sequence, sum_gradients=False)
     module.seed = training.seed
     items = open_items(training.artifact, module.manifest)
     engine = Plain(module, training, mesh, scale_of(items, mesh.replicas * training.accumulate))
-    loop = Loop(engine, module, training, feed, items, mesh)
+    loop = Loop(engine, module, training, feed, held_out, items, mesh)
     if training.dump is not None:
         _dump(training.dump, loop, engine)
         return module

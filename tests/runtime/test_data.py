@@ -80,7 +80,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
         open_feed(INPUTS, 0, tmp_path / "ids.npy", None).at(0)
     assert str(error.value) == (
         "error[token-out-of-range]: token ids reach from 256 to 256\n"
-        "  where  --data, in samples 0 to 2\n"
+        "  where  samples 0 to 2 of the data\n"
         "  why    the model has embeddings for 0 to 255\n"
         "  fix    give data made with this model's tokenizer, or build the model with a larger vocabulary"
     )

@@ -174,6 +174,7 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
 @click.option("--dp", type=POSITIVE, default=1, help="Groups of ranks, each with sequences of its own.")
 @click.option("--zero", type=click.Choice(["0", "1"]), default="1",
               help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
+@click.option("--accumulate", type=POSITIVE, default=1, help="Batches of each group in a step.")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw",
               help="adamw: fp32 moments, and a master of narrower parameters. host: that, in host memory.")
 @click.option("--max-seq", "search", is_flag=True,
@@ -183,7 +184,8 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
 def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, options: dict, tile: str | int,
          offload: str, recompute: str, target: str, memory: int | None, reserve: int, dp: int, zero: str,
-         optimizer: str, search: bool, html: Path | None, jobs: int, as_json: bool) -> None:  # fmt: skip
+         accumulate: int, optimizer: str, search: bool, html: Path | None, jobs: int,
+         as_json: bool) -> None:  # fmt: skip
     """Say what a step would take on a rank, and what fits; writes no artifact.
 
     For every --sp and every --seq: the peak and what it consists of, bytes moved, products computed again. Step times
@@ -196,7 +198,7 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
     memory = device.memory_bytes if memory is None else memory
     if reserve >= memory:
         raise click.UsageError("--reserve leaves nothing of --memory")
-    setting = Setting(device, memory, reserve, dp, int(zero), optimizer, recompute, tile, offload)
+    setting = Setting(device, memory, reserve, dp, int(zero), optimizer, recompute, tile, offload, accumulate)
     points = sweep(Asked(model, batch, options, setting), sps, seqs, search, jobs)
     if html is not None:
         html.write_text(plan_page(points, setting), encoding="utf-8")

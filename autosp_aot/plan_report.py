@@ -44,7 +44,7 @@ def plan_page(points: Sequence[Point], setting: Setting) -> str:
 def setting_text(setting: Setting) -> str:
     """One line."""
     memory = f"{bytes_text(setting.memory_bytes)} a rank, {bytes_text(setting.reserve_bytes)} of it reserved"
-    state = f"dp {setting.dp}, ZeRO {setting.zero}, optimizer {setting.optimizer}"
+    state = f"dp {setting.dp}, ZeRO {setting.zero}, optimizer {setting.optimizer}, accumulate {setting.accumulate}"
     return f"{memory}; {state}; recompute {setting.recompute}, tile {setting.tile}, offload {setting.offload}"
 
 

@@ -35,6 +35,7 @@ class Setting:
 
     memory_bytes    of the device; `reserve_bytes` of it are left to the driver, the allocator and everything else
     dp              how many groups of sp ranks share the optimizer's state under ZeRO 1, each with its own sequences
+    accumulate      micro-batches of each of them in a step
     """
 
     device: Device
@@ -46,6 +47,7 @@ class Setting:
     recompute: str = "auto"
     tile: str | int = "auto"
     offload: str = "off"
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Planner:
     def point(self, sp: int, seq: int) -> Point:
         """The plan of one point. Raises BuildError for what no budget would change."""
         setting, (whole, sequence_dims) = self.setting, self.captured(seq)
-        state = training_state(whole, setting.optimizer, setting.zero, sp * setting.dp)
+        state = training_state(whole, setting.optimizer, setting.zero, sp * setting.dp, setting.accumulate)
         available = setting.memory_bytes - setting.reserve_bytes
         budget = max(available - state.optimizer, 1)
         chooses = "auto" in (setting.recompute, setting.offload)

@@ -8,8 +8,8 @@ For n elements over N ranks (data parallel x sequence parallel):
     f64             8 n         8 n        two fp64 moments                          16 n     16 n / N
 
 Method: mixed-precision Adam and its partition over ranks, ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054). Parameters
-and gradients are whole on every rank, as our programs need them. The loop of `autosp-aot run` is ZeRO 0 and keeps both
-moments in the parameter's dtype, without a master: 4 n in bf16, 8 n in f32.
+and gradients are whole on every rank, as our programs need them. It is what the loop of `autosp-aot run` holds
+(`runtime/optimizer.py`); accumulating more than one micro-batch, that has sums of bf16 gradients in fp32 besides, 4 n.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,10 @@ class TrainingState:
     host_bytes: int = 0
 
 
-def training_state(whole: Program, optimizer: str, zero: int, ranks: int) -> TrainingState:
+def training_state(whole: Program, optimizer: str, zero: int, ranks: int, accumulate: int = 1) -> TrainingState:
     """The state of a step over `ranks` ranks in all; `optimizer` is adamw, host (AdamW in host memory) or none.
+
+    Sums over `accumulate` micro-batches count as the optimizer's, on the device in any case.
 
     A tied parameter is one input of the step, so it counts once; one that gets no gradient has no optimizer state.
     Buffers count as parameters. Under ZeRO 1 a rank's share is rounded up.
@@ -42,9 +44,12 @@ def training_state(whole: Program, optimizer: str, zero: int, ranks: int) -> Tra
     trained = [value for name, value in inputs.items() if name in labels]
     held = sum(prod(value.shape) * element_bytes(value.dtype) for value in trained) if optimizer != "none" else 0
     share = -(-held // ranks) if zero else held
+    narrow = [value for value in trained if ITEMSIZE[value.dtype] < ITEMSIZE["f32"]]
+    accumulates = accumulate > 1 and optimizer != "none"
+    sums = sum(prod(value.shape) for value in narrow) * ITEMSIZE["f32"] if accumulates else 0
     parameters, gradients = (sum(value.nbytes() for value in values) for values in (inputs.values(), trained))
     on_host = optimizer == "host"
-    return TrainingState(parameters, gradients, 0 if on_host else share, share if on_host else 0)
+    return TrainingState(parameters, gradients, sums + (0 if on_host else share), share if on_host else 0)
 
 
 def element_bytes(dtype: str) -> int:

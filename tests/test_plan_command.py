@@ -105,7 +105,7 @@ def test_a_length_that_the_model_refuses_does_not_fit(tmp_path):
 def test_the_table_has_the_setting_the_rows_and_the_longest():
     out = call("--sp", "2", "--seq", "13,32", "--memory", "1MiB", "--reserve", "1KiB", "--max-seq").stdout
     setting, table, longest = out.strip().split("\n\n")
-    assert setting == "1.00 MiB a rank, 1.00 KiB of it reserved; dp 1, ZeRO 1, optimizer adamw; " \
+    assert setting == "1.00 MiB a rank, 1.00 KiB of it reserved; dp 1, ZeRO 1, optimizer adamw, accumulate 1; " \
         "recompute auto, tile auto, offload off"  # fmt: skip
     head, *rows = table.splitlines()
     assert head.startswith("sp  seq") and head.endswith("s a step, unmeasured")

@@ -36,18 +36,29 @@ def test_an_optimizer_on_the_host_takes_nothing_of_the_device():
     assert (found.optimizer, found.host_bytes) == (0, 18)
 
 
+@pytest.mark.parametrize("dtype, sums", [("bf16", 48), ("f32", 0), ("f64", 0)])
+@pytest.mark.parametrize("optimizer", ["adamw", "host"])
+def test_half_gradients_of_several_micro_batches_add_up_in_fp32_on_the_device(dtype, sums, optimizer):
+    one, more = (training_state(program(dtype), optimizer, 1, 8, accumulate) for accumulate in (1, 3))
+    assert (more.optimizer - one.optimizer, more.host_bytes) == (sums, one.host_bytes)
+
+
 def test_without_an_optimizer_there_are_parameters_and_gradients():
     assert training_state(program("f32"), "none", zero=0, ranks=1) == TrainingState(17 * 4, 12 * 4, 0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_without_zero_it_is_what_run_holds(dtype):
+@pytest.mark.parametrize("zero, accumulate", [(0, 1), (1, 1), (1, 2)])
+def test_it_is_what_run_holds(dtype, zero, accumulate):
     model = plain.build_model(vocab_size=8, hidden_size=4, layers=1, heads=2, kv_heads=1, max_length=8, dtype=dtype)
     whole = capture_model(model, plain.example_batch(1, 4), "cpu").whole
-    optimizer = AdamW(model.parameters(), Group(0, 1, torch.device("cpu")))
-    held = [(bucket.master, bucket.average, bucket.square) for bucket in optimizer.buckets]
+    optimizer = AdamW(model.parameters(), Group(0, 2, torch.device("cpu")), zero)
+    if accumulate > 1:
+        model(**plain.example_batch(1, 4)).backward()
+        optimizer.accumulate()
+    held = [(bucket.master, bucket.average, bucket.square, bucket.sums) for bucket in optimizer.buckets]
     moments = sum(tensor.nbytes for tensors in held for tensor in tensors if tensor is not None)
-    found = training_state(whole, "adamw", zero=0, ranks=2)
+    found = training_state(whole, "adamw", zero, 2, accumulate)
     assert found.optimizer == moments
     assert found.parameters == sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
 

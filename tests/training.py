@@ -33,13 +33,13 @@ def artifact(model: nn.Module, sp: int, path: Path, **more: Tensor) -> Path:
     return path
 
 
-def trained(training: Training, sp: int, feed) -> tuple[list[dict], list[dict[str, Tensor]]]:
+def trained(training: Training, sp: int, feed, held_out=None) -> tuple[list[dict], list[dict[str, Tensor]]]:
     """The metrics that rank 0 wrote, a row a step, and the parameters of every rank."""
     ranks = training.dp * sp
 
     def rank():
         mesh = Mesh.join("cpu", sp, training.dp) if ranks > 1 else Mesh(ALONE, ALONE)
-        return {name: p.detach() for name, p in train(training, feed, mesh).named_parameters()}
+        return {name: p.detach() for name, p in train(training, feed, mesh, held_out).named_parameters()}
 
     states = on_ranks(ranks, rank) if ranks > 1 else [rank()]
     return [json.loads(line) for line in training.metrics.read_text().splitlines()], states

@@ -28,12 +28,11 @@ from autosp_aot.interchange.traceable import TRACEABLE
 from autosp_aot.operators import COPIES, DTYPES, FREE
 from autosp_aot.program import Instr, Program, rename
 from autosp_aot.runtime.execute import Executor
-from autosp_aot.runtime.groups import check_devices
+from autosp_aot.runtime.groups import TARGETS, check_devices
 from autosp_aot.runtime.load import check_operators
 from autosp_aot.runtime.module import run
 
 GROUP = "0"  # torch's name of the default process group
-DEVICE_TYPES = {"cpu": "cpu", "cuda": "cuda", "rocm": "cuda"}
 collectives = torch.ops._c10d_functional
 
 
@@ -55,18 +54,15 @@ def exported_program(
     program: Program, manifest: Manifest, rank: int, buffers: Mapping[str, Tensor]
 ) -> torch.export.ExportedProgram:
     """Rank `rank`'s program as torch exports it; `buffers` are the values that no checkpoint holds."""
-    mode, device = FakeTensorMode(), torch.device(DEVICE_TYPES[manifest.target])
+    mode, device = FakeTensorMode(), torch.device(TARGETS[manifest.target].device_type)
     with mode:
         empty = lambda spec: torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)  # noqa: E731
         inputs = {entry.value.name: empty(entry.value) for entry in program.inputs}
         graph, labels = _traced(_plain(program), rank, device, inputs)
-        step = _Step(graph, labels, list(inputs))
         stored = {spec.name: empty(spec) for spec in manifest.parameters}
-    for name, tensor in stored.items():
-        step.hold(name, tensor, True)
-    for name, tensor in buffers.items():
-        step.hold(name, tensor.to(device), False)
-    given = {_keyword(name): tensor for name, tensor in inputs.items() if name not in step.held}
+    held = {name: tensor.to(device) for name, tensor in buffers.items()}
+    step = _Step(graph, labels, list(inputs), stored, held)
+    given = {_keyword(name): tensor for name, tensor in inputs.items() if name not in stored | held}
     with mode:
         exported = torch.export.export(step, (), given, strict=False)
     exported.example_inputs = None  # they would be pickled
@@ -136,12 +132,23 @@ class _Traced:
 class _Step(nn.Module):
     """The graph with stored values under their names, and all else by keyword."""
 
-    def __init__(self, graph: GraphModule, labels: list[str], names: list[str]):
+    def __init__(
+        self,
+        graph: GraphModule,
+        labels: list[str],
+        names: list[str],
+        stored: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ):
         super().__init__()
-        self._graph, self._labels, self._names, self.held = graph, labels, names, set()
+        self._graph, self._labels, self._names = graph, labels, names
+        for name, tensor in stored.items():
+            self._hold(name, tensor, True)
+        for name, tensor in buffers.items():
+            self._hold(name, tensor, False)
 
-    def hold(self, name: str, tensor: Tensor, persistent: bool) -> None:
-        """Keep a stored value as a buffer of that name; `persistent` ones are part of the state dict."""
+    def _hold(self, name: str, tensor: Tensor, persistent: bool) -> None:
+        """Register a value under a dotted name; `persistent` ones are the state dict."""
         *path, leaf = name.split(".")
         owner: nn.Module = self
         for part in path:
@@ -149,11 +156,10 @@ class _Step(nn.Module):
                 owner.add_module(part, nn.Module())
             owner = owner._modules[part]
         owner.register_buffer(leaf, tensor, persistent)
-        self.held.add(name)
 
     def forward(self, **given: Tensor) -> dict[str, Tensor]:
         held = dict(self.named_buffers())
-        values = (held[name] if name in self.held else given[_keyword(name)] for name in self._names)
+        values = (held[name] if name in held else given[_keyword(name)] for name in self._names)
         return dict(zip(self._labels, self._graph(*values)))
 
 

@@ -22,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import _get_tied_weight_keys
 
 from autosp_aot.artifact import TensorSpec
+from autosp_aot.operators import DTYPES
 from autosp_aot.recipe import Piece, Place, Recipe, Stored, check_recipe, contiguous, whole
 
 ATEN = torch.ops.aten
@@ -107,26 +108,28 @@ class Moves(TorchDispatchMode):
 
     def watch(self, spec: TensorSpec) -> Tensor:
         """A tensor without storage that stands for one of the model's."""
-        tensor = torch.empty(spec.shape, device="meta")
+        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")
         self.sources[_storage(tensor)] = tensor, spec.name
         return tensor
 
     def pieces(self, tensor: Tensor) -> tuple[Piece, ...]:
         """What it consists of, each piece with its place in the tensor as it is written: contiguous."""
         at = _storage(tensor)
-        if at in self.sources:
+        if at in self.sources and tensor.dtype == self.sources[at][0].dtype:
             sizes = tuple(tensor.shape)
             here = Place(tuple(tensor.stride()), tensor.storage_offset())
             return (Piece(self.sources[at][1], sizes, here, Place(contiguous(sizes))),)
-        if at in self.made and tensor.is_contiguous() and tensor.numel() == self.made[at][0].numel():
-            return self.made[at][1]
+        joined, pieces = self.made.get(at, (None, ()))
+        if pieces and tensor.is_contiguous() and (tensor.numel(), tensor.dtype) == (joined.numel(), joined.dtype):
+            return pieces
         raise NotMoved("a tensor of its checkpoint is not just moved from the model's")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is ATEN.clone.default:
             return ATEN.alias.default(args[0])
         if func in (ATEN.view.default, ATEN._unsafe_view.default) and not args[0].is_contiguous():
-            return self._made(torch.empty(args[0].shape, device="meta").view(args[1]), self.pieces(args[0]))
+            apart = torch.empty_like(args[0], memory_format=torch.contiguous_format)
+            return self._made(apart.view(args[1]), self.pieces(args[0]))
         result = func(*args, **kwargs or {})
         if func in (ATEN.cat.default, ATEN.stack.default):
             dim = args[1] % result.dim() if len(args) > 1 else 0

@@ -1,6 +1,7 @@
 """The recipe of a transformers model moves to where save_pretrained would: same names, same bits, nothing left."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from autosp_aot.builder import compile_model, model_values
 from autosp_aot.config import BuildConfig
 from autosp_aot.export.canonical import DTYPES
 from autosp_aot.export.fake import weightless
-from autosp_aot.export.hugging_face import recipe_of
+from autosp_aot.export.hugging_face import Moves, NotMoved, recipe_of
 from autosp_aot.recipe import CONFIGS, Recipe, parse_recipe, print_recipe
 from autosp_aot.runtime.save import joined
 from tests.architectures import ARCHITECTURES, SMALL
@@ -159,6 +160,25 @@ class Zero(Scale):
         return {target_patterns[0]: tensors[0].zero_()}
 
 
+class Cast(Scale):
+    """Not a move of this model's elements."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: tensors[0].to(self.dtype)}
+
+
+class Reinterpret(Scale):
+    """Not a move: other numbers with the same bits."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: tensors[0].view(torch.int32)}
+
+
 class Half(Scale):
     """Not all of it."""
 
@@ -170,6 +190,8 @@ class Half(Scale):
 @pytest.mark.parametrize("operation, why", [
     (Scale(), "a tensor of its checkpoint is not just moved from the model's"),
     (Zero(), "aten.zero_.default writes to a tensor"),
+    (Cast(torch.bfloat16), "a tensor of its checkpoint is not just moved from the model's"),
+    (Reinterpret(), "a tensor of its checkpoint is not just moved from the model's"),
     (Half(), "a tensor of the model is not made up of pieces"),
 ])  # fmt: skip
 def test_what_does_more_than_move_has_none(operation, why):
@@ -177,6 +199,63 @@ def test_what_does_more_than_move_has_none(operation, why):
     recipe = found(llama(conversion))
     assert recipe.refused == f"LlamaForCausalLM: {why}"
     assert recipe.tensors == ()
+
+
+def test_a_cast_to_its_own_dtype_is_a_move():
+    conversion = WeightConverter(source_patterns="mlp.w2", target_patterns=DOWN, operations=[Cast(torch.float32)])
+    assert found(llama(conversion)).refused == ""
+    assert found(llama(conversion).bfloat16()).refused != ""
+
+
+# --- any moves at all ---------------------------------------------------------------------------------------------
+
+
+def move(tensor: Tensor, draw: random.Random) -> Tensor:
+    """One step of what a conversion does to a tensor."""
+    dim = draw.randrange(tensor.dim())
+    size = tensor.shape[dim]
+    kind = draw.choice(["transpose", "split", "reshape", "copy", "stack", "join", "select"])
+    if kind == "transpose":
+        return tensor.transpose(dim, draw.randrange(tensor.dim()))
+    if kind == "split" and size % 2 == 0:
+        return draw.choice(tensor.chunk(2, dim)).contiguous()
+    if kind == "reshape" and size % 2 == 0 and tensor.dim() < 5:
+        return tensor.reshape(*tensor.shape[:dim], 2, size // 2, *tensor.shape[dim + 1 :])
+    if kind == "reshape":
+        return tensor.reshape(tensor.shape[0], -1)
+    if kind == "copy":
+        return tensor.clone()
+    if kind == "stack" and size > 1:
+        return torch.stack(tensor.unbind(dim), draw.randrange(tensor.dim()))
+    if kind == "join" and size > 1:
+        return torch.cat([tensor.narrow(dim, 1, size - 1), tensor.narrow(dim, 0, 1)], dim)
+    return tensor.select(dim, draw.randrange(size)) if tensor.dim() > 1 else tensor
+
+
+def moved(tensor: Tensor, seed: int) -> Tensor:
+    draw = random.Random(seed)
+    for _ in range(draw.randrange(1, 6)):
+        tensor = move(tensor, draw)
+    return tensor
+
+
+def test_the_pieces_of_any_moves_hold_their_elements():
+    real, held = torch.arange(192.0).view(4, 6, 8), 0
+    for seed in range(400):
+        moves = Moves()
+        watched = moves.watch(TensorSpec("x", "f32", (4, 6, 8)))
+        try:
+            with moves:
+                pieces = moves.pieces(moved(watched, seed))
+        except NotMoved:
+            continue
+        wanted = moved(real, seed)
+        made = torch.full(wanted.shape, -1.0)
+        for piece in pieces:
+            piece.there.of(made, piece.sizes).copy_(piece.here.of(real, piece.sizes))
+        assert torch.equal(made, wanted), seed
+        held += 1
+    assert held > 200
 
 
 def test_what_is_cut_up_after_joining_has_none():

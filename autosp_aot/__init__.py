@@ -4,7 +4,11 @@ import importlib
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"build": "autosp_aot.builder", "load": "autosp_aot.runtime.load"}
+_PUBLIC = {
+    "build": "autosp_aot.builder",
+    "initialize": "autosp_aot.runtime.engine",
+    "load": "autosp_aot.runtime.load",
+}
 
 
 def __getattr__(name: str):

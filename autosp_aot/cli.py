@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from autosp_aot.config import OFFLOAD, RECOMPUTE, checked_config
 from autosp_aot.errors import AutospError
@@ -21,6 +22,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 POSITIVE = click.IntRange(min=1)
 NOT_NEGATIVE = click.FloatRange(min=0)
+IN_DEEPSPEED = ("accumulate", "lr", "warmup", "schedule", "min_lr", "weight_decay", "clip", "zero", "dump")
 CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -221,6 +223,8 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
               help="The longest that the gradient may be, norms and biases included.  [default: any length]")
 @click.option("--zero", type=click.Choice(["0", "1"]), default="0",
               help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
+@click.option("--deepspeed", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Train with DeepSpeed by this config: its optimizer, ZeRO, accumulation and clipping.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the order of the data, and of dropout.")
 @click.option("--eval-every", metavar="N", type=POSITIVE, help="After every N steps, print the loss of --eval-data.")
 @click.option("--eval-data", type=EXISTING, help="As --data, or as --batch-file where it ends in .safetensors.")
@@ -231,9 +235,11 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
               help="Train on this batch, tensors by input name: one batch, or the rows of all batches of a step.")
 @click.option("--dump", metavar="FILE.safetensors", type=OUTPUT_FILE,
               help="Write loss and gradients of the first step, and stop.")  # fmt: skip
-def run(artifact: Path, data: Path | None, batch_file: Path | None, eval_data: Path | None, zero: str,
-        lr: float, schedule: str, warmup: int, min_lr: float, **options) -> None:  # fmt: skip
-    """Train with an artifact: AdamW, a line a step.
+@click.pass_context
+def run(ctx: click.Context, artifact: Path, data: Path | None, batch_file: Path | None, eval_data: Path | None,
+        deepspeed: Path | None, zero: str, lr: float, schedule: str, warmup: int, min_lr: float,
+        **options) -> None:  # fmt: skip
+    """Train with an artifact: AdamW, or what a DeepSpeed config says; a line a step.
 
     Starts dp x sp processes on this machine, or joins those that torchrun started. A step is `--dp` x `--accumulate`
     batches of the shape that was built for; its gradient is that of the mean of their losses.
@@ -243,6 +249,10 @@ def run(artifact: Path, data: Path | None, batch_file: Path | None, eval_data: P
 
     if data is not None and batch_file is not None:
         raise click.UsageError("--data and --batch-file exclude each other")
+    said = [option for option in IN_DEEPSPEED if ctx.get_parameter_source(option) is not ParameterSource.DEFAULT]
+    if deepspeed is not None and said:
+        names = ", ".join(f"--{option.replace('_', '-')}" for option in said)
+        raise click.UsageError(f"{names} and --deepspeed exclude each other: the config says it, or nobody")
     if (options["eval_every"] is None) != (eval_data is None):
         raise click.UsageError("--eval-every and --eval-data go together")
     if options["save"] is not None and options["dump"] is not None:
@@ -253,7 +263,7 @@ def run(artifact: Path, data: Path | None, batch_file: Path | None, eval_data: P
         raise click.UsageError("--min-lr is for --schedule cosine or linear")
     rates = Schedule(lr, schedule, options["steps"], warmup, min_lr)
     training = Training(artifact, schedule=rates, zero=int(zero), **options)
-    launch.run(training, data, batch_file, eval_data)
+    launch.run(training, data, batch_file, eval_data, deepspeed)
 
 
 @main.command()
@@ -295,10 +305,11 @@ def check(artifact: Path, numeric: bool, as_json: bool) -> None:
               help="Where to write; default <artifact>.rank<r>.<format> beside it.")  # fmt: skip
 def export(artifact: Path, kind: str, rank: int, out: Path | None) -> None:
     """Write a rank's program in a format of others; prints the path."""
-    from autosp_aot.interchange.output import export_rank, need_package
+    from autosp_aot.extras import need_package
+    from autosp_aot.interchange.output import export_rank
 
     if kind == "onnx":
-        need_package("onnx")
+        need_package("onnx", "--format onnx")
         from autosp_aot.interchange.onnx_file import write_onnx as write
     else:
         from autosp_aot.interchange.pt2_file import write_pt2 as write

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from autosp_aot.artifact import Manifest
@@ -50,10 +49,3 @@ def write_whole(out: Path, write: Callable[[Path], None]) -> None:
         raise BuildError(Problem(
             "output-unwritable", f"{out} cannot be written", str(out), str(error),
             "give another file with -o, or make room there")) from error  # fmt: skip
-
-
-def need_package(name: str) -> None:
-    """Raise BuildError (`package-missing`) unless an optional package, the name of its extra too, is installed."""
-    if find_spec(name) is None:
-        what = f"--format {name} needs the package {name}, which is not installed"
-        raise BuildError(Problem("package-missing", what, fix=f"pip install autosp-aot[{name}]"))

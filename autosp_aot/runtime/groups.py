@@ -90,9 +90,10 @@ class Mesh:
         return self.world.sum(value.clone() if self.sequence.rank == 0 else torch.zeros_like(value))
 
     @staticmethod
-    def join(target: str, sp: int, dp: int | None = None) -> "Mesh":
+    def join(target: str, sp: int, dp: int | None = None, alone: bool = True) -> "Mesh":
         """Join the default group if there is one, else the ranks of torchrun's environment, else be a group of one.
 
+        A group of one needs no process group; it has one where it is not to be `alone`, for those who ask torch.
         Raises ArtifactError: `wrong-device` where this machine lacks the target's device for this rank, `world-size`
         where there are not `dp` (None: any number of) groups of `sp` ranks.
         """
@@ -103,17 +104,21 @@ class Mesh:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            device_id = device if device.type == "cuda" else None
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                dist.init_process_group(kind.backend, device_id=device_id)
+            elif alone:
                 check_size(1, sp, dp)
                 return Mesh(Group(0, 1, device), Group(0, 1, device))
-            dist.init_process_group(kind.backend, device_id=device if device.type == "cuda" else None)
+            else:
+                dist.init_process_group(kind.backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
         world = Group(dist.get_rank(), dist.get_world_size(), device)
         check_size(world.size, sp, dp)
         return Mesh(world, _sequence_group(world, sp))
 
     def leave(self) -> None:
         """Wait for the others and take the process groups down."""
-        if self.world.size > 1:
+        if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 

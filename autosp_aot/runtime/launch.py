@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from autosp_aot.artifact import Manifest, no_evaluation
 from autosp_aot.artifact_read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem
+from autosp_aot.extras import need_package
 from autosp_aot.runtime.data import Feed, open_feed
+from autosp_aot.runtime.deepspeed_config import checked_config, read_config
 from autosp_aot.runtime.groups import Mesh, check_devices, check_size
 from autosp_aot.runtime.items import is_items, open_items
 from autosp_aot.runtime.save import refuse_saving
@@ -37,12 +39,22 @@ class RankFailed(AutospError):
     exit_code = 1
 
 
-def run(training: Training, data: Path | None, batch_file: Path | None, eval_data: Path | None = None) -> None:
-    """Train with an artifact, on as many replicas of its ranks as `training` says.
+def run(
+    training: Training,
+    data: Path | None,
+    batch_file: Path | None,
+    eval_data: Path | None = None,
+    deepspeed: Path | None = None,
+) -> None:
+    """Train with an artifact, on as many replicas of its ranks as `training` says; `deepspeed` is a config file.
 
     Raises ArtifactError for whatever does not fit (artifact, machine, weights, data), RankFailed where a process dies.
     """
     manifest = read_manifest(training.artifact)
+    if deepspeed is not None:
+        need_package("deepspeed", "--deepspeed")
+        config = checked_config(read_config(deepspeed), manifest, training.dp)
+        training = replace(training, deepspeed=config, accumulate=config["gradient_accumulation_steps"])
     _check(manifest, training)
     inputs = tuple(entry for entry in manifest.batch if not is_items(entry))
     feeds = [open_feed(inputs, training.seed, data, batch_file, training.dp * training.accumulate)]
@@ -70,7 +82,7 @@ def _check(manifest: Manifest, training: Training) -> None:
     if training.eval_every is not None and manifest.evaluation is None:
         raise ArtifactError(no_evaluation("--eval-every"))
     narrow = [entry.name for entry in manifest.parameters if entry.dtype == "f16" and entry.name in manifest.trainable]
-    if narrow and training.dump is None:
+    if narrow and training.dump is None and training.deepspeed is None:
         raise ArtifactError(Problem(
             "no-loss-scaling", f"{len(narrow)} parameters are in fp16, {narrow[0]} among them",
             why="gradients below fp16's smallest number would be lost: they need a loss that is scaled to avoid it",
@@ -80,7 +92,7 @@ def _check(manifest: Manifest, training: Training) -> None:
 
 
 def _join_and_train(training: Training, target: str, ranks: int, feeds: list[Feed]) -> None:
-    mesh = Mesh.join(target, ranks, training.dp)
+    mesh = Mesh.join(target, ranks, training.dp, alone=training.deepspeed is None)
     feed, *held_out = feeds
     train(training, feed, mesh, *held_out)
     mesh.leave()

@@ -12,6 +12,7 @@ from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.program import Program
 from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, Run
 from autosp_aot.runtime.random import step_seed
+from autosp_aot.runtime.same_batch import check_same_batch
 
 
 class Comm(Protocol):
@@ -68,6 +69,9 @@ class ShardedModel(nn.Module):
         for alias, name in manifest.aliases.items():
             self._place(alias, tensors[name])
 
+    def compile(self, *args, **kwargs) -> None:
+        """Nothing: a program is compiled already, and `engine.compile()` of scripts for AutoSP comes here."""
+
     def _place(self, name: str, tensor: Tensor) -> None:
         """Register a tensor under a dotted name, so that names are the original's."""
         *path, leaf = name.split(".")
@@ -82,7 +86,10 @@ class ShardedModel(nn.Module):
             owner.register_buffer(leaf, tensor)
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """The loss of a batch, given whole. Raises ArtifactError (`batch-mismatch`) for one of another kind."""
+        """The loss of a batch, given whole.
+
+        Raises ArtifactError: `batch-mismatch` for one of another kind, `batches-differ` unless all ranks have the same.
+        """
         if not self.training:
             return self.evaluate(**batch)
         values, device = self._values(self.executor, batch), self.executor.device
@@ -112,6 +119,7 @@ class ShardedModel(nn.Module):
     def _values(self, executor: Executor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a program reads, by name: the batch, checked, what the module holds, and the seed of what is drawn."""
         check_batch(self.manifest, batch, executor.device)
+        check_same_batch(batch, self.comm)
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
         return {**self.constants, **state, **batch, **{name: step_seed(self.seed, self.step) for name in seeds}}

@@ -45,6 +45,7 @@ class Training:
     metrics       JSON lines: step, loss, grad_norm, lr, tokens_per_s
     dump          write loss and gradients of the first step, and stop
     seed          of data and dropout
+    deepspeed     a DeepSpeed config, checked against the artifact: its optimizer instead of ours
     """
 
     artifact: Path
@@ -62,6 +63,7 @@ class Training:
     metrics: Path | None = None
     dump: Path | None = None
     seed: int = 0
+    deepspeed: dict | None = None
 
 
 class Engine(Protocol):
@@ -169,14 +171,14 @@ class Loop:
 
 
 def train(training: Training, feed: Feed, mesh: Mesh, held_out: Feed | None = None) -> ShardedModel:
-    """Train as one rank of `mesh` with torch alone and save the weights, or write the dump; what was trained.
+    """Train as one rank of `mesh` and save the weights, or write the dump; what was trained.
 
     `held_out` is what is evaluated on, needed for `eval_every`.
     """
     module = load(training.artifact, training.init_from, mesh.world.device, mesh.sequence, sum_gradients=False)
     module.seed = training.seed
     items = open_items(training.artifact, module.manifest)
-    engine = Plain(module, training, mesh, scale_of(items, mesh.replicas * training.accumulate))
+    engine = _engine(module, training, mesh, scale_of(items, mesh.replicas * training.accumulate))
     loop = Loop(engine, module, training, feed, held_out, items, mesh)
     if training.dump is not None:
         _dump(training.dump, loop, engine)
@@ -185,6 +187,14 @@ def train(training: Training, feed: Feed, mesh: Mesh, held_out: Feed | None = No
     if training.save is not None and mesh.world.rank == 0:
         save_weights(training.artifact, module.manifest, module.state_dict(), training.save)
     return module
+
+
+def _engine(module: ShardedModel, training: Training, mesh: Mesh, scale: float) -> Engine:
+    if training.deepspeed is None:
+        return Plain(module, training, mesh, scale)
+    from autosp_aot.runtime.engine import Driven, engine_of  # DeepSpeed is an extra, and takes a second to import
+
+    return Driven(engine_of(module, training.deepspeed, mesh))
 
 
 def scale_of(items: Items | None, count: int) -> float:

@@ -1,0 +1,47 @@
+"""Whether all ranks that share a sequence were given the same batch: a sampler that deals by rank deals them others."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from autosp_aot.errors import ArtifactError, Problem
+
+LIMIT = 1048573  # of a mark, a prime: sums of squares over ranks stay exact
+PLACES = 65521
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Sums(Protocol):
+    """Ranks that add up: how many, and the sum of a buffer over all of them."""
+
+    size: int
+
+    def sum(self, buffer: Tensor) -> Tensor: ...
+
+
+def check_same_batch(batch: Mapping[str, Tensor], ranks: Sums) -> None:
+    """Raise ArtifactError `batches-differ`, on every rank alike, unless all were given the same tensors.
+
+    Marks m of n ranks are equal if and only if n * sum(m * m) = sum(m) * sum(m). Two tensors that differ have the same
+    mark once in a million.
+    """
+    if ranks.size == 1 or not batch:
+        return
+    marks = torch.stack([_mark(tensor) for tensor in batch.values()])
+    sums, squares = ranks.sum(torch.stack([marks, marks * marks]).view(-1)).view(2, -1).tolist()
+    differ = [name for name, m, s in zip(batch, sums, squares) if ranks.size * s != m * m]
+    if differ:
+        raise ArtifactError(Problem(
+            "batches-differ", f"ranks that share a sequence were given different {', '.join(differ)}",
+            "forward", f"{ranks.size} ranks compute one loss, each its part of the same batch",
+            "deal batches to groups of ranks, not to ranks: a sampler by the number of the group, not of the rank",
+        ))  # fmt: skip
+
+
+def _mark(tensor: Tensor) -> Tensor:
+    """A number below LIMIT that follows from a tensor's bits and their places, on its device."""
+    bits = tensor.contiguous().view(-1).view(BITS[tensor.itemsize]).long() % LIMIT
+    places = torch.arange(1, bits.numel() + 1, device=bits.device) % PLACES
+    return (bits * places).sum() % LIMIT

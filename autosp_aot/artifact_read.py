@@ -23,6 +23,7 @@ from autosp_aot.artifact import (
     Evaluation,
     Manifest,
     TensorSpec,
+    no_evaluation,
     sealed,
     sha256_of,
 )
@@ -151,6 +152,16 @@ def read_rank(path: str | Path, rank: int, kind: str = STEP) -> Program:
     program = _parsed(Path(path) / entries[rank]["body"], entries[rank]["constants"], len(entries))
     _verify_rank(program, kind)
     return program
+
+
+def read_program(path: str | Path, manifest: Manifest, rank: int, evaluation: bool = False) -> Program:
+    """The program of a rank that someone asked for. Raises ArtifactError (`no-such-rank`, `no-evaluation`)."""
+    if rank >= manifest.ranks:
+        why = f"the artifact has ranks 0 to {manifest.ranks - 1}"
+        raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path), why, "give another --rank"))
+    if evaluation and manifest.evaluation is None:
+        raise ArtifactError(no_evaluation(str(path)))
+    return read_rank(path, rank, EVALUATE if evaluation else STEP)
 
 
 def read_bodies(path: str | Path, kind: str = STEP) -> list[tuple[tuple[int, ...], Program]]:

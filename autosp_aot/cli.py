@@ -301,9 +301,10 @@ def check(artifact: Path, numeric: bool, as_json: bool) -> None:
 @click.option("--format", "kind", type=click.Choice(["onnx", "pt2"]), required=True,
               help="onnx: a graph to look at. pt2: an exported program that torch.export.load reads.")
 @click.option("--rank", type=click.IntRange(min=0), default=0, help="Whose program.")
+@click.option("--evaluation", is_flag=True, help="The program for the loss in eval mode.")
 @click.option("-o", "--out", metavar="FILE", type=OUTPUT_FILE,
               help="Where to write; default <artifact>.rank<r>.<format> beside it.")  # fmt: skip
-def export(artifact: Path, kind: str, rank: int, out: Path | None) -> None:
+def export(artifact: Path, kind: str, rank: int, evaluation: bool, out: Path | None) -> None:
     """Write a rank's program in a format of others; prints the path."""
     from autosp_aot.extras import need_package
     from autosp_aot.interchange.output import export_rank
@@ -313,7 +314,7 @@ def export(artifact: Path, kind: str, rank: int, out: Path | None) -> None:
         from autosp_aot.interchange.onnx_file import write_onnx as write
     else:
         from autosp_aot.interchange.pt2_file import write_pt2 as write
-    click.echo(export_rank(artifact, rank, out, kind, write))
+    click.echo(export_rank(artifact, rank, evaluation, out, kind, write))
 
 
 @main.command()

@@ -4,11 +4,10 @@ from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
-from autosp_aot.artifact import EVALUATE, STEP, Manifest, no_evaluation
-from autosp_aot.artifact_read import read_manifest, read_rank
+from autosp_aot.artifact import Manifest
+from autosp_aot.artifact_read import read_manifest, read_program
 from autosp_aot.collectives import collectives_of
-from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.program import ITEMSIZE, Program
+from autosp_aot.program import ITEMSIZE
 from autosp_aot.program_text import print_program
 from autosp_aot.units import bytes_text
 
@@ -21,7 +20,7 @@ def show(path: str | Path, rank: int, evaluation: bool = False) -> str:
     With `evaluation` that is the program which gives the loss in eval mode.
     """
     manifest = read_manifest(path)
-    text, _ = print_program(_program(path, manifest, rank, evaluation))
+    text, _ = print_program(read_program(path, manifest, rank, evaluation))
     tables = [facts(manifest), traffic(manifest), *([replicated(manifest)] if fallbacks(manifest) else [])]
     return "\n\n".join([*map(aligned, tables), text])
 
@@ -29,19 +28,10 @@ def show(path: str | Path, rank: int, evaluation: bool = False) -> str:
 def show_json(path: str | Path, rank: int, evaluation: bool = False) -> dict:
     """The manifest, the collectives of a rank and its program as text."""
     manifest = read_manifest(path)
-    program = _program(path, manifest, rank, evaluation)
+    program = read_program(path, manifest, rank, evaluation)
     collectives = [asdict(collective) for collective in collectives_of(program, rank)]
     text, _ = print_program(program)
     return {"manifest": asdict(manifest), "rank": rank, "collectives": collectives, "program": text}
-
-
-def _program(path, manifest: Manifest, rank: int, evaluation: bool) -> Program:
-    if rank >= manifest.ranks:
-        why = f"the artifact has ranks 0 to {manifest.ranks - 1}"
-        raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path), why, "give another --rank"))
-    if evaluation and manifest.evaluation is None:
-        raise ArtifactError(no_evaluation(str(path)))
-    return read_rank(path, rank, EVALUATE if evaluation else STEP)
 
 
 def facts(manifest: Manifest) -> Rows:

@@ -6,30 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 from autosp_aot.artifact import Manifest
-from autosp_aot.artifact_read import read_manifest, read_rank
-from autosp_aot.errors import ArtifactError, BuildError, Problem
+from autosp_aot.artifact_read import read_manifest, read_program
+from autosp_aot.errors import BuildError, Problem
 from autosp_aot.program import Program
 
 # Writes a rank's program to a file: program, manifest, rank, the artifact's folder, the file.
 Writer = Callable[[Program, Manifest, int, Path, Path], None]
 
 
-def export_rank(path: Path, rank: int, out: Path | None, suffix: str, write: Writer) -> Path:
-    """Write rank `rank`'s program to `out`, by default beside the artifact as `<artifact>.rank<r>.<suffix>`.
+def export_rank(path: Path, rank: int, evaluation: bool, out: Path | None, suffix: str, write: Writer) -> Path:
+    """Write rank `rank`'s step, or its evaluation, to `out`; by default `<artifact>.rank<r>.<suffix>` beside it.
 
-    Raises ArtifactError (`no-such-rank`), BuildError (`output-inside`, `output-unwritable`) and what `write` raises.
+    Raises ArtifactError (`no-such-rank`, `no-evaluation`), BuildError (`output-inside`, `output-unwritable`) and what
+    `write` raises.
     """
     manifest = read_manifest(path)
-    if rank >= manifest.ranks:
-        why = f"the artifact has ranks 0 to {manifest.ranks - 1}"
-        raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path), why, "give another --rank"))
+    program = read_program(path, manifest, rank, evaluation)
     whole = path.resolve()
-    out = whole.parent / f"{whole.name}.rank{rank}.{suffix}" if out is None else out
+    name = f"{whole.name}.rank{rank}{'.evaluation' if evaluation else ''}.{suffix}"
+    out = whole.parent / name if out is None else out
     if whole in out.resolve().parents:
         raise BuildError(Problem("output-inside", f"{out} is in the artifact", str(out),
                                  "an artifact holds what its manifest lists and nothing else",
                                  "give a file beside the artifact with -o"))  # fmt: skip
-    write(read_rank(path, rank), manifest, rank, path, out)
+    write(program, manifest, rank, path, out)
     return out
 
 

@@ -105,6 +105,13 @@ def test_weights_out_of_reach_are_inputs_alone(saved, tmp_path):
     assert not any(tensor.external_data for tensor in initializers)
 
 
+def test_an_evaluation_is_a_loss_without_gradients(saved):
+    result = export(saved, "--evaluation")
+    file = saved.parent / "a.sp2.rank0.evaluation.onnx"
+    assert (result.exit_code, result.stdout) == (0, f"{file}\n")
+    assert [output.name for output in onnx.load(file).graph.output] == ["loss"]
+
+
 def test_a_file_inside_the_artifact_is_refused(saved):
     file = saved / "x.onnx"
     result = export(saved, "-o", file)

@@ -45,10 +45,10 @@ def export(path, *options):
     return CliRunner().invoke(main, arguments, catch_exceptions=False)
 
 
-def results(path, given):
+def results(path, given, *options):
     """What the only rank's file gives for its artifact's weights."""
-    assert export(path).exit_code == 0
-    program = torch.export.load(f"{path}.rank0.pt2").module()
+    file = export(path, *options).stdout.strip()
+    program = torch.export.load(file).module()
     program.load_state_dict(load_file(path / "weights/model.safetensors"), assign=True)
     return program(**given)
 
@@ -84,7 +84,7 @@ def test_files_of_two_ranks_meet_where_this_package_is_not(tmp_path):
     assert worst(eager(model, batch), [load_file(f"{found}.{rank}") for rank in range(2)]) <= 1e-12
 
 
-def test_what_is_drawn_follows_from_the_seed(tmp_path):
+def test_what_is_drawn_follows_from_the_seed_and_an_evaluation_draws_nothing(tmp_path):
     torch.manual_seed(0)
     architecture, batch = ARCHITECTURES["gpt2"], Case("gpt2", "none", "all", 13, 1).batch()
     model = architecture.model(architecture.config(**GPT2 | {"resid_pdrop": 0.1, "attn_pdrop": 0.1})).double()
@@ -92,6 +92,8 @@ def test_what_is_drawn_follows_from_the_seed(tmp_path):
     given = batch | ones(artifact) | {"seed": step_seed(3, 5)}
     inputs = artifact.weights | artifact.buffers | given
     wanted = simulate([artifact.program.for_rank(0)], inputs, given["grad_loss"])[0]
+    (loss,) = results(tmp_path / "a.sp1", batch, "--evaluation").values()
+    assert torch.equal(loss, model.eval()(**batch).loss)
     found = results(tmp_path / "a.sp1", given)
     assert all(torch.equal(found[label], tensor) for label, tensor in wanted.items())
 

@@ -21,11 +21,12 @@ def reseal(path: Path, **changes) -> None:
     (path / MANIFEST).write_text(sealed(manifest | {"files": hashes} | changes))
 
 
-def edit_ranks(path: Path, change) -> None:
+def edit_ranks(path: Path, change, kind: str = "") -> None:
     """Apply `change` to the table of ranks, and seal."""
-    ranks = json.loads((path / "ranks.json").read_text())
+    table = path / f"{kind}ranks.json"
+    ranks = json.loads(table.read_text())
     change(ranks)
-    (path / "ranks.json").write_text(json.dumps(ranks))
+    table.write_text(json.dumps(ranks))
     reseal(path)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from autosp_aot.artifact import MANIFEST
+from autosp_aot.artifact import EVALUATE, MANIFEST, STEP
 from autosp_aot.artifact_read import read_bodies, read_manifest, read_rank
 from autosp_aot.errors import ArtifactError
 from tests.sealing import FILES, edit_ranks, edit_text, reseal
@@ -109,6 +109,31 @@ def test_a_manifest_names_no_file_but_an_artifacts(saved, name):
 def test_a_rank_runs_a_body_of_its_artifact(saved, body):
     edit_ranks(saved, lambda ranks: ranks[1].update(body=body))
     assert "ranks.json cannot be read" in refusal(saved, "ranks-damaged")
+
+
+@pytest.mark.parametrize("body", ["body.0.program", "evaluate.body.1.program", "evaluate.whole.program"])
+def test_a_rank_evaluates_with_a_body_of_the_evaluation(saved, body):
+    edit_ranks(saved, lambda ranks: ranks[1].update(body=body), EVALUATE)
+    assert "evaluate.ranks.json cannot be read" in refusal(saved, "ranks-damaged")
+
+
+def test_a_step_has_the_sections_of_a_step_and_an_evaluation_its_own(saved):
+    step, evaluation = (saved / f"{kind}body.0.program" for kind in (STEP, EVALUATE))
+    texts = step.read_text(), evaluation.read_text()
+    tables = (saved / "ranks.json").read_text(), (saved / "evaluate.ranks.json").read_text()
+    step.write_text(texts[1])
+    evaluation.write_text(texts[0])
+    (saved / "ranks.json").write_text(tables[1].replace("evaluate.body", "body"))
+    (saved / "evaluate.ranks.json").write_text(tables[0].replace("body.0", "evaluate.body.0"))
+    reseal(saved)
+    for kind, sections in ((STEP, "forward, backward, sum_gradients"), (EVALUATE, "evaluate")):
+        with pytest.raises(ArtifactError, match=f"it has {sections}\n"):
+            read_rank(saved, 0, kind)
+
+
+def test_files_of_an_evaluation_that_the_manifest_denies_are_refused(saved):
+    reseal(saved, evaluation=None)
+    assert "lists evaluate.body.0.program, evaluate.ranks.json" in refusal(saved, "artifact-files")
 
 
 @pytest.mark.parametrize("change, what", [

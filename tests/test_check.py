@@ -1,14 +1,14 @@
 """`check` on artifacts that were changed and sealed again: what does not follow from the step is found by name."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
 
-from autosp_aot.artifact import MANIFEST
+from autosp_aot.artifact import EVALUATE, MANIFEST, STEP
 from autosp_aot.artifact_read import read_manifest
 from autosp_aot.check import check
 from autosp_aot.cli import main
@@ -125,18 +125,31 @@ def test_a_shifted_position(saved):
     assert "an argument of aten.arange.start_step is wrong" in refused(saved)
 
 
+def test_the_evaluation_is_proved_as_the_step_is(saved):
+    evaluation = read_manifest(saved).evaluation
+    for costs in ({"peak_bytes": 1}, {"moved": []}):
+        reseal(saved, evaluation=asdict(replace(evaluation, costs=evaluation.costs | costs)))
+        assert f"error[manifest-wrong]: the manifest is wrong about {next(iter(costs))}" in refused(saved)
+    reseal(saved, evaluation=asdict(replace(evaluation, decisions={})))
+    assert "the manifest is wrong about the decision of" in refused(saved)
+    reseal(saved, evaluation=asdict(evaluation))
+    edit_text(saved, "aten.slice.Tensor(%labels, 1, 1, 5, 1)", "aten.slice.Tensor(%labels, 1, 0, 4, 1)", EVALUATE)
+    assert "an argument of aten.slice.Tensor is wrong" in refused(saved)
+
+
 def test_a_shifted_label(saved):
     edit_text(saved, "aten.slice.Tensor(%labels, 1, 1, 5, 1)", "aten.slice.Tensor(%labels, 1, 0, 4, 1)")
     assert "an argument of aten.slice.Tensor is wrong" in refused(saved)
 
 
-def test_every_constant_of_every_rank_is_proved(saved):
-    table = json.loads((saved / "ranks.json").read_text())
+@pytest.mark.parametrize("kind", [STEP, EVALUATE], ids=["step", "evaluation"])
+def test_every_constant_of_every_rank_is_proved(saved, kind):
+    table = json.loads((saved / f"{kind}ranks.json").read_text())
     for rank in (0, 1):
         for name, number in table[rank]["constants"].items():
-            edit_ranks(saved, lambda ranks: ranks[rank]["constants"].update({name: number + 1}))  # noqa: B023
+            edit_ranks(saved, lambda ranks: ranks[rank]["constants"].update({name: number + 1}), kind)  # noqa: B023
             assert f"rank {rank}" in refused(saved)
-            edit_ranks(saved, lambda ranks: ranks[rank]["constants"].update({name: number}))  # noqa: B023
+            edit_ranks(saved, lambda ranks: ranks[rank]["constants"].update({name: number}), kind)  # noqa: B023
     check(saved)
 
 

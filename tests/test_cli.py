@@ -42,6 +42,18 @@ def test_build_prints_the_path_to_stdout_and_the_summary_to_stderr(tmp_path):
     assert "input_ids i64[1, 4]" in result.stderr
 
 
+def test_a_build_without_evaluation_says_so_and_show_prints_the_program_where_there_is_one(artifacts, tmp_path):
+    out = tmp_path / "x.sp2"
+    options = ["--no-evaluation", "--no-weights", *(f"--set={name}={value}" for name, value in TINY.items())]
+    result = call("build", plain.__file__, "--sp", 2, "--seq", 4, "-o", out, *options)
+    assert "there is none: --no-evaluation" in result.stderr
+    assert call("show", out, "--evaluation").exit_code == 3
+    text = call("show", artifacts / "a", "--evaluation", "--rank", 1).stdout
+    found = json.loads(call("show", artifacts / "a", "--evaluation", "--rank", 1, "--json").stdout)
+    assert text.endswith(found["program"] + "\n") and "\nsection evaluate" in found["program"]
+    assert {collective["section"] for collective in found["collectives"]} == {"evaluate"}
+
+
 def test_a_model_that_is_refused_is_exit_code_2_and_leaves_nothing(tmp_path):
     model, out = tmp_path / "model.py", tmp_path / "out"
     model.write_text("x = 1\n")

@@ -1,7 +1,7 @@
 """The difference of two artifacts: what changed in meaning first, then the text."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -81,6 +81,30 @@ def test_a_changed_constant_is_shown_with_its_rank(tiny2, saved, tmp_path):
     found = compare(saved, other)
     assert found.meaning == ("files that differ: ranks.json",)
     assert "--- a/ranks.json" in found.text
+
+
+def test_a_change_of_the_evaluation_is_said(tiny2, saved, tmp_path):
+    drop = edit(tiny2.evaluation.program, named("all_reduce", "div"), lambda i: [replace(i, op="all_gather")])
+    other = replace(tiny2, evaluation=replace(tiny2.evaluation, program=drop)).save(tmp_path / "b")
+    evaluation = read_manifest(other).evaluation
+    reseal(other, evaluation=asdict(replace(evaluation, costs=evaluation.costs | {"peak_bytes": 1})))
+    found = compare(saved, other)
+    assert found.meaning == (
+        "collective all_reduce of f64 in evaluate: 1 -> 0",
+        "collective all_gather of f64 in evaluate: 0 -> 1",
+        f"evaluate.peak_bytes: {evaluation.costs['peak_bytes']} -> 1 (-100.0%)",
+        "files that differ: evaluate.body.0.program",
+    )
+    assert "--- a/evaluate.body.0.program" in found.text
+
+
+def test_an_evaluation_that_is_gone_is_said(tiny2, saved, tmp_path):
+    manifest = replace(tiny2.manifest, evaluation=None)
+    other = replace(tiny2, manifest=manifest, evaluation=None).save(tmp_path / "b")
+    assert compare(saved, other).meaning == (
+        "evaluation program: yes -> no",
+        "files that differ: evaluate.body.0.program, evaluate.ranks.json, evaluate.whole.program",
+    )
 
 
 def test_another_version_of_torch_is_said_first(tiny2, saved, tmp_path):

@@ -233,8 +233,50 @@ def test_draws_follow_from_seed_and_step_and_a_forward_in_training_is_a_step(tmp
     assert [again(**batch).item() for _ in range(2)] == losses[1:]
     again.seed, again.step = 1, 0
     assert again(**batch).item() not in losses
-    again.eval()
-    assert again(**batch) == again(**batch) and again.step == 1
+
+
+def test_evaluate_gives_the_loss_of_eval_mode_in_either_mode_and_is_no_step(tmp_path):
+    batch = {"input_ids": torch.arange(8).reshape(1, 8)}
+    model = Dropping()
+    module = built(model, batch, tmp_path / "artifact")
+    wanted = model.eval()(**batch)
+    trained = [module(**batch).item() for _ in range(2)]
+    module.step = 0
+    assert [module(**batch).item(), module.evaluate(**batch).item(), module(**batch).item()] == [
+        trained[0], pytest.approx(wanted.item(), rel=1e-6), trained[1]
+    ]  # fmt: skip
+    found = module.eval()(**batch)
+    assert found == module.evaluate(**batch) and not found.requires_grad and module.step == 2
+
+
+def test_evaluate_reads_the_parameters_as_they_are_now(module, model):
+    batch = tokens(1)
+    module.evaluate(**batch)
+    with torch.no_grad():
+        for mine, theirs in zip(module.parameters(), model.parameters()):
+            theirs.mul_(1.5)
+            mine.copy_(theirs)
+    torch.testing.assert_close(module.evaluate(**batch), model.eval()(**batch).detach(), rtol=1e-12, atol=0)
+
+
+def test_evaluate_takes_a_batch_as_forward_does(module):
+    with pytest.raises(ArtifactError, match="batch-mismatch"):
+        module.evaluate(input_ids=torch.zeros(2, 6, dtype=torch.int32))
+
+
+def test_an_artifact_without_an_evaluation_program_trains_and_refuses_to_evaluate(tmp_path):
+    autosp_aot.build(plain.build_model(**SIZES), tokens(0), 1, tmp_path / "a", target="cpu", evaluation=False)
+    module = autosp_aot.load(tmp_path / "a", comm=ALONE)
+    module(**tokens(0)).backward()
+    for evaluates in (module.evaluate, module.eval()):
+        with pytest.raises(ArtifactError) as caught:
+            evaluates(**tokens(0))
+        assert str(caught.value) == (
+            "error[no-evaluation]: the artifact has no evaluation program\n"
+            "  where  evaluate\n"
+            "  why    it was built with --no-evaluation\n"
+            "  fix    build it without that option"
+        )
 
 
 def test_all_that_is_wrong_with_a_batch_is_said_at_once(module):

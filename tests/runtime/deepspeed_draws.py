@@ -13,6 +13,7 @@ import autosp_aot
 
 def main(artifact: str, config: str, batch: str) -> None:
     engine, losses = autosp_aot.initialize(artifact, config), []
+    engine.compile()  # as scripts for AutoSP do; a program is compiled already
     for _ in range(engine.gradient_accumulation_steps()):
         loss = engine(**load_file(batch))
         engine.backward(loss)

@@ -16,8 +16,10 @@ from autosp_aot.builder import build
 from autosp_aot.errors import AutospError
 from autosp_aot.runtime.checkpoint import read_weights
 from autosp_aot.runtime.save import joined, save_weights
+from autosp_aot.runtime.train import Training
 from tests.architectures import ARCHITECTURES
 from tests.sealing import reseal
+from tests.training import random_tokens, trained
 
 BATCH = {name: torch.arange(3, 16).view(1, 13) for name in ("input_ids", "labels")}
 ROUND_TRIPS = {
@@ -88,6 +90,22 @@ def test_the_model_inside_of_another_is_what_from_pretrained_finds(tmp_path):
     again, told = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert torch.equal(bits(again), bits(model))
     assert told["unexpected_keys"] == {"scale"} and not told["missing_keys"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "tied", "experts"])
+def test_training_goes_from_a_folder_to_a_folder(tmp_path, kind):
+    name, changes = ROUND_TRIPS[kind]
+    model = model_of(name, changes, torch.float32)
+    build(model, BATCH, 2, tmp_path / "a", target="cpu", weights=False)
+    model.save_pretrained(tmp_path / "in", max_shard_size=20_000)
+    before = bits(model)
+    training = Training(tmp_path / "a", 2, init_from=tmp_path / "in", save=tmp_path / "out", metrics=tmp_path / "m")
+    rows, ranks = trained(training, 2, random_tokens(tmp_path / "a"))
+    model.load_state_dict(ranks[0], strict=False)
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert len(rows) == 2
+    assert torch.equal(bits(again), bits(model))
+    assert not torch.equal(bits(again), before)
 
 
 # --- what is written ----------------------------------------------------------------------------------------------

@@ -28,14 +28,20 @@ OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def save_weights(
-    artifact: Path, manifest: Manifest, tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES
+    artifact: str | Path,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    folder: str | Path,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model's tensors (`state_dict()` of its module, on any device) so that from_pretrained reads them.
 
-    A tied weight is written once. A model that is no transformers model has no config, and the names of its state dict.
-    Tensors are written as they lie; only those that are put together, or come from another device, are copied, a shard
-    at a time. The folder is whole or not there. Raises what `refuse_saving` does, and `output-unwritable`.
+    Call it on one rank, with the `manifest` of the loaded module. `shard_bytes` is the most that a file holds. A tied
+    weight is written once. A model that is no transformers model has no config, and the names of its state dict. What
+    has to be put together, or comes from another device, is copied, a file at a time; all else is written as it lies.
+    The folder is whole or not there. Raises what `refuse_saving` does, and `output-unwritable`.
     """
+    artifact, folder = Path(artifact), Path(folder)
     refuse_saving(artifact, manifest, folder)
     recipe = read_recipe(artifact, manifest)
     specs = {spec.name: spec for spec in manifest.parameters}

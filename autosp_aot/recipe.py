@@ -82,10 +82,10 @@ class Recipe:
         return list({stored.name: stored for stored in found}.values())
 
 
-def whole(spec: TensorSpec, name: str | None = None) -> Stored:
-    """The model's tensor as it is, under its own or another name."""
+def whole(spec: TensorSpec) -> Stored:
+    """One of the model's tensors as it is, under its own name."""
     place = Place(contiguous(spec.shape))
-    return Stored(name or spec.name, spec.shape, (Piece(spec.name, spec.shape, place, place),))
+    return Stored(spec.name, spec.shape, (Piece(spec.name, spec.shape, place, place),))
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

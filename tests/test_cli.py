@@ -113,3 +113,16 @@ def test_run_takes_data_or_a_batch_and_not_both(artifacts, tmp_path):
     file = tmp_path / "data"
     file.write_text("text")
     assert call("run", artifacts / "a", "--data", file, "--batch-file", file).exit_code == 2
+
+
+@pytest.mark.parametrize("options, said", [
+    (("--eval-every", 2), "go together"),
+    (("--eval-data", __file__), "go together"),
+    (("--lr", 0.1, "--schedule", "cosine", "--min-lr", 0.2), "above --lr"),
+    (("--min-lr", 1e-4), "cosine or linear"),
+    (("--save", "out", "--dump", "dump"), "stops before"),
+    (("--data", __file__, "--batch-file", __file__), "exclude each other"),
+])  # fmt: skip
+def test_run_refuses_options_that_do_not_go_together(artifacts, options, said):
+    result = call("run", artifacts / "a", *options)
+    assert result.exit_code == 2 and said in result.stderr and result.stdout == ""

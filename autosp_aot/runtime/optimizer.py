@@ -21,7 +21,7 @@ from torch.optim.adamw import adamw
 
 from autosp_aot.runtime.groups import Group
 
-BUCKET = 2**24
+BUCKET = 2**22
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
@@ -58,8 +58,10 @@ class Bucket:
 
     def flat(self, dtype: torch.dtype, gradients: bool = False) -> Tensor:
         """Its parameters, or their gradients, as one new tensor."""
-        flat = torch.zeros(sum(self.sizes), dtype=dtype, device=self.device)
-        for piece, place in zip(self.pieces, flat.split(self.sizes)):
+        flat = torch.empty(sum(self.sizes), dtype=dtype, device=self.device)
+        *places, padding = flat.split(self.sizes)
+        padding.zero_()
+        for piece, place in zip(self.pieces, places):
             place.copy_(piece.of(piece.parameter.grad if gradients else piece.parameter))
         return flat
 
@@ -132,7 +134,7 @@ class AdamW:
         norm before that.
         """
         parts = [self.world.reduce_scatter(bucket.take()) for bucket in self.buckets]
-        squares = [torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]
+        squares = [torch.linalg.vector_norm(part).double().square() for part in parts]
         norm = scale * sqrt(self.world.sum(torch.stack(squares).sum()))
         factor = scale if clip is None else scale * min(clip / (norm + EPS), 1.0)
         parts.reverse()

@@ -22,9 +22,9 @@ def artifacts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def eager(artifacts):
     @cache
-    def run(count: int, clip: float | None) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
+    def run(count: int, clip: float | None, tied=False) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
         """Losses, parameters and gradient norms of `count` micro-batches a step."""
-        model, feed, losses, norms = runs.model(), runs.random_tokens(artifacts[1]), [], []
+        model, feed, losses, norms = runs.model(tied), runs.random_tokens(artifacts[1]), [], []
         optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=DECAY)
         for step in range(STEPS):
             parts = [model(**feed.at(step * count + m)).loss for m in range(count)]
@@ -47,9 +47,20 @@ def test_twenty_steps_are_those_of_one_device(artifacts, eager, tmp_path, dp, sp
     training = Training(
         artifacts[sp], STEPS, dp, accumulate, Schedule(LR), zero, clip, DECAY, metrics=tmp_path / "m.jsonl"
     )
-    rows, states = runs.trained(training, sp, runs.random_tokens(artifacts[sp]))
-    expected, parameters, norms = eager(dp * accumulate, clip)
-    assert clip is None or min(norms) > clip
+    expected = eager(dp * accumulate, clip)
+    assert clip is None or min(expected[2]) > clip
+    compare(training, sp, expected)
+
+
+def test_a_tied_weight_is_stepped_once(eager, tmp_path):
+    path = runs.artifact(runs.model(tied=True), 2, tmp_path / "tied.sp2")
+    training = Training(path, STEPS, 2, 3, Schedule(LR), 1, 0.2, DECAY, metrics=tmp_path / "m.jsonl")
+    compare(training, 2, eager(6, 0.2, tied=True))
+
+
+def compare(training: Training, sp: int, reference) -> None:
+    rows, states = runs.trained(training, sp, runs.random_tokens(training.artifact))
+    expected, parameters, norms = reference
     assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
     assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
     for name, parameter in parameters.items():

@@ -1,4 +1,8 @@
-"""dp x sp ranks, ZeRO, accumulation and clipping: 20 steps are those of torch alone on one device."""
+"""dp x sp ranks, ZeRO, accumulation and clipping: 20 steps are those of torch alone on one device.
+
+AdamW turns rounding of small gradients into steps: at this rate eager with the rows of its batches swapped is 1.4e-6 from
+itself, at three times it 5e-6.
+"""
 
 from functools import cache
 
@@ -10,7 +14,7 @@ from autosp_aot.runtime.schedule import Schedule
 from autosp_aot.runtime.train import Training
 from tests import training as runs
 
-STEPS, LR, DECAY = 20, 1e-2, 0.1
+STEPS, LR, DECAY = 20, 3e-3, 0.1
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """dp x sp ranks, ZeRO, accumulation and clipping: 20 steps are those of torch alone on one device.
 
-AdamW turns rounding of small gradients into steps: at this rate eager with the rows of its batches swapped is 1.4e-6 from
-itself, at three times it 5e-6.
+AdamW turns rounding of small gradients into steps: at this rate eager with the rows of its batches swapped is 1.4e-6
+from itself, at three times it 5e-6.
 """
 
 from functools import cache

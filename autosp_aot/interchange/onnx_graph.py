@@ -160,7 +160,9 @@ class GraphBuilder:
     def give(self, label: str, name: str) -> onnx.ValueInfoProto:
         """An output of the graph, under its label."""
         if label != name:
-            assert label not in self.values, "a value is named as a result"
+            if label in self.values:
+                self.refused[label] = Problem("onnx-cannot-carry", f"{label} is a result and the name of another value",
+                                              fix="give the input or the module of that name another one")  # fmt: skip
             self.nodes.append(helper.make_node("Identity", [name], [label], name=label))
         value = self.values[name]
         return info_of(Value(label, value.dtype, value.shape, value.placement))

@@ -158,3 +158,10 @@ def test_all_operators_that_onnx_cannot_carry_are_in_one_message(tiny2, manifest
         "aten.mm.default cannot be a node of ONNX", "aten.permute.default cannot be a node of ONNX"
     }  # fmt: skip
     assert "much is 9223372036854775808, which 64 bits do not hold" in str(caught.value)
+
+
+def test_a_result_that_is_named_as_another_value_is_refused(tiny2, manifest):
+    program = tiny2.program.for_rank(0)
+    inputs = tuple(replace(e, value=replace(e.value, name="loss")) if e.kind == "tangent" else e for e in program.inputs)
+    with pytest.raises(BuildError, match="onnx-cannot-carry.: loss is a result and the name of another value"):
+        onnx_model(replace(program, inputs=inputs, sections=program.sections[:1]), manifest, 0)

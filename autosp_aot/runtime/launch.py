@@ -86,7 +86,7 @@ def _check(manifest: Manifest, training: Training) -> None:
         raise ArtifactError(Problem(
             "no-loss-scaling", f"{len(narrow)} parameters are in fp16, {narrow[0]} among them",
             why="gradients below fp16's smallest number would be lost: they need a loss that is scaled to avoid it",
-            fix="build the model in bf16, or train with a loop of your own that scales the loss",
+            fix="build the model in bf16, or give --deepspeed a config with fp16, which scales the loss",
         ))  # fmt: skip
     open_items(training.artifact, manifest)
 

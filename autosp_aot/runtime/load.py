@@ -46,7 +46,7 @@ def load(
         check_operators(program, manifest)
     weights = read_weights(path, manifest, None if init_from is None else Path(init_from), device)
     executor, buffers = Executor(programs[STEP], comm.rank, device), read_tensors(path, BUFFERS)
-    return ShardedModel(manifest, executor, weights, buffers, comm, sum_gradients, programs.get(EVALUATE))
+    return ShardedModel(path, manifest, executor, weights, buffers, comm, sum_gradients, programs.get(EVALUATE))
 
 
 def check_operators(program: Program, manifest: Manifest) -> None:

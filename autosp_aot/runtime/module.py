@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from autosp_aot.program import Program
 from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, Run
 from autosp_aot.runtime.random import step_seed
 from autosp_aot.runtime.same_batch import check_same_batch
+from autosp_aot.runtime.save import save_weights
 
 
 class Comm(Protocol):
@@ -46,6 +48,7 @@ class ShardedModel(nn.Module):
 
     def __init__(
         self,
+        path: Path,
         manifest: Manifest,
         executor: Executor,
         weights: Mapping[str, Tensor],
@@ -55,8 +58,9 @@ class ShardedModel(nn.Module):
         evaluation: Program | None = None,
     ):
         super().__init__()
-        self.manifest, self.executor, self.comm, self.sum_gradients = manifest, executor, comm, sum_gradients
-        self.evaluation, self.seed, self.step, self.loss_scale = evaluation, 0, 0, 1.0
+        self.path, self.manifest, self.executor, self.comm = path, manifest, executor, comm
+        self.sum_gradients, self.evaluation = sum_gradients, evaluation
+        self.seed, self.step, self.loss_scale = 0, 0, 1.0
         self.guesses = [entry.value for entry in executor.program.inputs if entry.kind == "guess"]
         self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
         tensors: dict[str, Tensor] = {}
@@ -71,6 +75,14 @@ class ShardedModel(nn.Module):
 
     def compile(self, *args, **kwargs) -> None:
         """Nothing: a program is compiled already, and `engine.compile()` of scripts for AutoSP comes here."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the weights as transformers' `from_pretrained` reads them; one rank is enough, since all have the same.
+
+        The folder is whole or not there, and replaced if it holds weights and their config only. Raises AutospError:
+        `no-recipe`, `output-exists`, `output-unwritable`.
+        """
+        save_weights(self.path, self.manifest, self.state_dict(), Path(folder))
 
     def _place(self, name: str, tensor: Tensor) -> None:
         """Register a tensor under a dotted name, so that names are the original's."""

@@ -23,7 +23,6 @@ from autosp_aot.runtime.load import load
 from autosp_aot.runtime.log import Log
 from autosp_aot.runtime.module import ShardedModel
 from autosp_aot.runtime.optimizer import AdamW
-from autosp_aot.runtime.save import save_weights
 from autosp_aot.runtime.schedule import Schedule
 
 
@@ -185,7 +184,7 @@ def train(training: Training, feed: Feed, mesh: Mesh, held_out: Feed | None = No
         return module
     loop.run()
     if training.save is not None and mesh.world.rank == 0:
-        save_weights(training.artifact, module.manifest, module.state_dict(), training.save)
+        module.save_pretrained(training.save)
     return module
 
 

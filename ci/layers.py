@@ -10,30 +10,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "autosp_aot"
+PACKAGES = ("transformers", "deepspeed", "onnx")  # need not be installed
 
 # What each part must not reach, directly or through others. A part is a module, or a package with all in it.
 NEVER_REACHES = {
-    "runtime": ("autosp_aot.export", "autosp_aot.passes", "transformers"),
-    "passes": ("autosp_aot.export", "autosp_aot.runtime", "torch.distributed", "transformers"),
-    "export": ("autosp_aot.passes", "autosp_aot.runtime", "transformers"),
+    "runtime": ("autosp_aot.export", "autosp_aot.passes", *PACKAGES),
+    "passes": ("autosp_aot.export", "autosp_aot.runtime", "torch.distributed", *PACKAGES),
+    "export": ("autosp_aot.passes", "autosp_aot.runtime", *PACKAGES),
     **{
         part: ("autosp_aot.export", "autosp_aot.passes", "autosp_aot.runtime", "torch.distributed")
         for part in ("artifact", "artifact_read", "artifact_write", "program", "program_text", "placement", "operators",
                      "verify", "cost", "collectives", "layouts", "moves", "workspace")
     },
-    "interchange": ("autosp_aot.export", "autosp_aot.passes", "transformers"),
-    "cli": ("transformers",),
+    "interchange": ("autosp_aot.export", "autosp_aot.passes", *PACKAGES),
+    "cli": (*PACKAGES,),
 }
 NEVER_IMPORTED = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
 NEVER_CALLED = ("eval", "exec", "compile", "__import__", "torch.load", "torch.save")
 READ_ENVIRONMENT = ("autosp_aot.runtime.groups", "autosp_aot.runtime.launch")
 IMPORT_LATE = ("autosp_aot", "autosp_aot.cli")
+# Modules that know a package which need not be installed: only they may, and only late are they imported.
+BRIDGES = {
+    "autosp_aot.export.hugging_face": "transformers",
+    "autosp_aot.runtime.engine": "deepspeed",
+    "autosp_aot.interchange.onnx_calls": "onnx",
+    "autosp_aot.interchange.onnx_file": "onnx",
+    "autosp_aot.interchange.onnx_graph": "onnx",
+    "autosp_aot.interchange.onnx_operators": "onnx",
+}
 
 
 def main() -> int:
     files = sorted(ROOT.glob(f"{PACKAGE}/**/*.py"))
     trees = {module_name(path): ast.parse(path.read_text(), str(path)) for path in files}
     imports = {name: sorted(set(imported(tree, trees))) for name, tree in trees.items()}
+    imports = {name: [n for n in names if not inside(n, BRIDGES.get(name, name))] for name, names in imports.items()}
     problems = [*layers(imports), *(f"{name}: {said}" for name, tree in trees.items() for said in uses(name, tree))]
     print("\n".join(problems), end="\n" if problems else "")
     return 1 if problems else 0
@@ -97,8 +108,11 @@ def uses(module: str, tree: ast.Module) -> Iterator[str]:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             if any(inside(name, never) for name in names for never in NEVER_IMPORTED):
                 yield f"line {node.lineno} imports {', '.join(names)}"
-            if node.col_offset and module not in IMPORT_LATE:
+            late = isinstance(node, ast.ImportFrom) and node.module in BRIDGES
+            if node.col_offset and module not in IMPORT_LATE and not late:
                 yield f"line {node.lineno} imports inside a function"
+            if late and not node.col_offset and BRIDGES.get(module) != BRIDGES[node.module]:
+                yield f"line {node.lineno} imports {node.module}, whose package need not be installed"
 
 
 if __name__ == "__main__":

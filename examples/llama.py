@@ -4,7 +4,7 @@ Every field of `LlamaConfig` can be set: `--set hidden_size=4096 --set num_hidde
 """
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 TINY = dict(
     vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=8,
@@ -17,7 +17,7 @@ def build_model(dtype: str = "float32", **fields) -> LlamaForCausalLM:
     if unknown:
         raise ValueError(f"LlamaConfig has no field {', '.join(unknown)}")
     config = LlamaConfig(**{**TINY, **fields})
-    return LlamaForCausalLM(config).to(getattr(torch, dtype))
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # .to would narrow rotary tables too
 
 
 def example_batch(batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:

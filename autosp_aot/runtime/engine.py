@@ -11,7 +11,6 @@ DeepSpeed adds up gradients over sequence x data parallel ranks and divides by t
 does, which is what summands need.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -72,7 +71,6 @@ def engine_of(
     training_data: Dataset | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The engine over a module that leaves gradients as summands; `config` is a checked one."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also where nobody launched this process
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config,
         mpu=Places(mesh), optimizer=optimizer, lr_scheduler=lr_scheduler, training_data=training_data,

@@ -111,6 +111,7 @@ class Mesh:
                 check_size(1, sp, dp)
                 return Mesh(Group(0, 1, device), Group(0, 1, device))
             else:
+                os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, also where nobody launched this process
                 dist.init_process_group(kind.backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
         world = Group(dist.get_rank(), dist.get_world_size(), device)
         check_size(world.size, sp, dp)

@@ -63,6 +63,7 @@ class ShardedModel(nn.Module):
         self.seed, self.step, self.loss_scale = 0, 0, 1.0
         self.guesses = [entry.value for entry in executor.program.inputs if entry.kind == "guess"]
         self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
+        self._refuse_taken()
         tensors: dict[str, Tensor] = {}
         parameters = {e.value.name for e in executor.program.inputs if e.kind == "parameter"}
         for spec in manifest.parameters:
@@ -83,6 +84,16 @@ class ShardedModel(nn.Module):
         `no-recipe`, `output-exists`, `output-unwritable`.
         """
         save_weights(self.path, self.manifest, self.state_dict(), Path(folder))
+
+    def _refuse_taken(self) -> None:
+        names = [spec.name for spec in self.manifest.parameters] + list(self.manifest.aliases)
+        taken = [part for part in dict.fromkeys(name.partition(".")[0] for name in names) if hasattr(self, part)]
+        if taken:
+            raise ArtifactError(Problem(
+                "name-taken", f"parts of the model are called {', '.join(taken)}", "load",
+                "the module that is loaded has attributes of that name",
+                "rename them, or build a module that holds the model under another name",
+            ))  # fmt: skip
 
     def _place(self, name: str, tensor: Tensor) -> None:
         """Register a tensor under a dotted name, so that names are the original's."""

@@ -79,6 +79,22 @@ def test_names_are_the_models_and_a_tied_weight_is_one_parameter(module, model):
     assert module.get_parameter("head.weight") is module.get_parameter("tokens.weight")
 
 
+class Named(nn.Module):
+    """Its parts have the names of what a loaded module has besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.seed = nn.Embedding(8, 2), nn.Parameter(torch.randn(2))
+
+    def forward(self, input_ids):
+        return (self.step(input_ids) * self.seed).square().sum()
+
+
+def test_parts_that_are_named_as_the_modules_own_are_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="error.name-taken.: parts of the model are called seed, step\n"):
+        built(Named(), {"input_ids": torch.zeros(1, 4, dtype=torch.long)}, tmp_path / "named")
+
+
 def test_every_kind_of_state_is_kept_as_it_is(tmp_path):
     torch.manual_seed(0)
     model = Biased()

@@ -52,6 +52,31 @@ class LossInTraining(Model):
         return super().forward(input_ids, labels) if self.training else {"ids": input_ids}
 
 
+class Merging(nn.Module):
+    """Adds its adapter to its weight in eval mode, in one of several ways."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.weight, self.adapter = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+        self.register_buffer("sign", torch.ones(()))
+        self.way = way
+
+    def train(self, mode=True):
+        super().train(mode)
+        if not mode and self.way == "written":
+            self.weight.data += self.adapter.data
+        if not mode and self.way == "replaced":
+            self.weight.data = self.weight.data + self.adapter.data
+        if not mode and self.way == "exchanged":
+            self.weight = self.adapter
+        if not mode and self.way == "buffer":
+            self.sign.fill_(-1)
+        return self
+
+    def forward(self, x):
+        return x @ self.weight * self.sign
+
+
 def encoder() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
 
@@ -183,3 +208,21 @@ def test_what_eval_mode_computes_follows_from_the_user_s_own_eval():
     model = wrapped(nn.Sequential(Frozen(), nn.Linear(8, 8)))
     step = capture_model(model, BATCH, "cpu")
     assert evaluation(model, BATCH, 1, step)[0].whole == forward_part(step.whole)
+
+
+@pytest.mark.parametrize(("way", "name"), [
+    ("written", "weight"), ("replaced", "weight"), ("exchanged", "weight"), ("buffer", "sign"),
+])  # fmt: skip
+def test_a_model_whose_weights_are_others_in_eval_mode_is_refused(way, name):
+    model = wrapped(Merging(way))
+    place = Merging.train.__code__.co_firstlineno
+    with pytest.raises(BuildError) as caught:
+        compile_model(model, BATCH, DIMS, BuildConfig(2), "")
+    assert str(caught.value) == (
+        f"error[state-mutated]: in eval mode, the model changes inner.{name}\n"
+        f"  where  test_evaluation.py:{place}\n"
+        "  why    an artifact holds weights and buffers once, for training and evaluation\n"
+        "  fix    let train() and eval() leave parameters and buffers alone;"
+        " or build without the evaluation program: --no-evaluation (evaluation=False)"
+    )
+    compile_model(model, BATCH, DIMS, BuildConfig(2, evaluation=False), "")

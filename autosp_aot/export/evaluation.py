@@ -14,11 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from autosp_aot.errors import BuildError
+from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical import canonical_program, forward_part
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import Joint, capture_exported, export_forward
+from autosp_aot.export.user_code import defined_at
+from autosp_aot.names import folded
 from autosp_aot.program import Program, rename
 
 
@@ -32,7 +36,7 @@ def capture_evaluation(
     """
     mode = FakeTensorMode()
     with torch.no_grad():
-        forward = export_forward(fake_copy(model, mode).eval(), batch, mode, target)
+        forward = export_forward(_switched(fake_copy(model, mode)), batch, mode, target)
         if forward.calls() == joint.calls and _same(forward.literals(), joint.constants):
             return forward_part(whole), {}
         program, constants = canonical_program(capture_exported(forward))
@@ -48,6 +52,54 @@ def in_eval_mode() -> Iterator[None]:
         fix = "; or build without the evaluation program: --no-evaluation (evaluation=False)"
         said = (replace(p, what=f"in eval mode, {p.what}", fix=p.fix + fix) for p in error.problems)
         raise BuildError(*said) from error
+
+
+def _switched(model: nn.Module) -> nn.Module:
+    """A model put into eval mode; BuildError where its weights are others then, as of one that merges adapters."""
+    before, writes = _held(model), _Writes()
+    with writes:
+        model.eval()
+    after = _held(model)
+    changed = [name for name in before | after if not _kept(before.get(name), after.get(name), writes.written)]
+    if changed:
+        own = (m.train for m in model.modules() if type(m).train is not nn.Module.train)
+        raise BuildError(Problem(
+            "state-mutated", f"the model changes {', '.join(folded(changed))}", next(map(defined_at, own), "eval"),
+            "an artifact holds weights and buffers once, for training and evaluation",
+            "let train() and eval() leave parameters and buffers alone"))  # fmt: skip
+    return model
+
+
+# What a name of a parameter or buffer stands for: a tensor, and its memory.
+_Held = tuple[Tensor, torch.UntypedStorage]
+
+
+def _held(model: nn.Module) -> dict[str, _Held]:
+    named = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    return {name: (tensor, tensor.untyped_storage()) for name, tensor in named}
+
+
+def _kept(before: _Held | None, after: _Held | None, written: set[int]) -> bool:
+    if before is None or after is None:
+        return False
+    (tensor, storage), (now, memory) = before, after
+    return tensor is now and storage._cdata == memory._cdata and memory._cdata not in written
+
+
+class _Writes(TorchDispatchMode):
+    """While it holds, storages that are written to are remembered."""
+
+    def __init__(self):
+        super().__init__()
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = dict(zip((argument.name for argument in func._schema.arguments), args)) | (kwargs or {})
+        for argument in func._schema.arguments:
+            if argument.is_write:
+                leaves = tree_leaves(given.get(argument.name))
+                self.written |= {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+        return func(*args, **kwargs or {})
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

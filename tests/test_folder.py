@@ -5,7 +5,7 @@ import os
 import pytest
 
 from autosp_aot.errors import AutospError
-from autosp_aot.folder import replacing
+from autosp_aot.folder import refuse_unwritable, replacing
 
 
 def test_it_is_there_when_all_is_written(tmp_path):
@@ -41,3 +41,24 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
     with pytest.raises(AutospError) as caught, replacing(tmp_path / "file" / "a"):
         raise AssertionError("it was never to get here")
     assert str(caught.value).startswith(f"error[output-unwritable]: {tmp_path / 'file' / 'a'} cannot be written\n")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_is_followed(tmp_path, there):
+    if there:
+        (tmp_path / "far").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "far")
+    with replacing(tmp_path / "a") as made:
+        (made / "x").write_text("1")
+    assert (tmp_path / "a").is_symlink()
+    assert os.listdir(tmp_path / "far") == ["x"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "far"]
+
+
+def test_a_place_that_could_not_be_written_is_said_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a", tmp_path / ("x" * 250)):
+        with pytest.raises(AutospError, match=r"error\[output-unwritable\]"):
+            refuse_unwritable(path)
+    refuse_unwritable(tmp_path / "new" / "a")
+    assert os.listdir(tmp_path) == ["file"]

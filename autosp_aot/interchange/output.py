@@ -36,6 +36,8 @@ def export_rank(path: Path, rank: int, evaluation: bool, out: Path | None, suffi
 def write_whole(out: Path, write: Callable[[Path], None]) -> None:
     """Have a file written beside `out`, then put it in place in one step. Raises BuildError (`output-unwritable`)."""
     try:
+        if out.exists() and not out.is_file():
+            raise OSError("it is no file that could be replaced")
         out.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=".", suffix=f".{out.name}")
         os.close(descriptor)

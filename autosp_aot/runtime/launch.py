@@ -23,6 +23,7 @@ from autosp_aot.artifact import Manifest, no_evaluation
 from autosp_aot.artifact_read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem
 from autosp_aot.extras import need_package
+from autosp_aot.folder import refuse_unwritable
 from autosp_aot.runtime.data import Feed, open_feed
 from autosp_aot.runtime.deepspeed_config import checked_config, read_config
 from autosp_aot.runtime.groups import Mesh, check_devices, check_size
@@ -77,8 +78,12 @@ def _check(manifest: Manifest, training: Training) -> None:
     for option, path in (("--metrics", training.metrics), ("--dump", training.dump)):
         if path is not None and not path.absolute().parent.is_dir():
             raise AutospError(Problem("no-such-folder", f"{option} {path}: the folder does not exist"))
+    if training.dump is not None and training.dump.exists() and not training.dump.is_file():
+        raise AutospError(Problem("output-unwritable", f"--dump {training.dump}: it is no file that could be replaced"))
     if training.save is not None:
         refuse_saving(training.artifact, manifest, training.save)
+        if os.environ.get("RANK", "0") == "0":  # the rank that writes
+            refuse_unwritable(training.save)
     if training.eval_every is not None and manifest.evaluation is None:
         raise ArtifactError(no_evaluation("--eval-every"))
     narrow = [entry.name for entry in manifest.parameters if entry.dtype == "f16" and entry.name in manifest.trainable]

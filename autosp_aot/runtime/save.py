@@ -59,14 +59,19 @@ def save_weights(
 
 
 def refuse_saving(artifact: Path, manifest: Manifest, folder: Path) -> None:
-    """Raise AutospError where `save_weights` could not write: `no-recipe`, `output-exists`."""
+    """Raise AutospError where `save_weights` could not write: `no-recipe`, `output-exists`, `output-inside`."""
     recipe = read_recipe(artifact, manifest)
     problems = []
     if recipe.refused:
         problems.append(Problem("no-recipe", "weights cannot be written as a checkpoint of this model", str(artifact),
                                 f"what transformers does to save it is more than moving elements: {recipe.refused}",
                                 "train without --save"))  # fmt: skip
-    if folder.exists() and not (folder.is_dir() and all(map(_replaceable, folder.iterdir()))):
+    whole = artifact.resolve()
+    if whole in (folder.resolve(), *folder.resolve().parents):
+        problems.append(Problem("output-inside", f"{folder} is in the artifact", str(folder),
+                                "an artifact holds what its manifest lists and nothing else",
+                                "give a folder beside the artifact"))  # fmt: skip
+    elif folder.exists() and not (folder.is_dir() and all(map(_replaceable, folder.iterdir()))):
         problems.append(Problem("output-exists", f"{folder} exists and is not a folder of weights alone", str(folder),
                                 "only weights and their config are ever replaced",
                                 "give another folder, or move it away"))  # fmt: skip

@@ -1,5 +1,6 @@
 """What an ONNX file holds: every instruction, standard operators where ONNX has them, weights by reference."""
 
+import os
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -136,6 +137,14 @@ def test_where_it_cannot_be_written_nothing_is_left(saved, tmp_path):
     result = export(saved, "-o", tmp_path / "file" / "x.onnx")
     assert result.exit_code == 2 and "error[output-unwritable]" in result.stderr
     assert sorted(saved.parent.iterdir()) == [saved, tmp_path / "file"]
+
+
+def test_what_is_no_file_is_not_replaced_by_one(saved, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = export(saved, "-o", tmp_path / "pipe")
+    assert result.exit_code == 2
+    assert "  why    it is no file that could be replaced\n" in result.stderr
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_without_the_package_it_says_what_to_install(saved, monkeypatch):

@@ -1,6 +1,7 @@
 """Real processes over gloo: few, since each start takes seconds."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_what_would_stop_a_run_at_its_end_stops_it_before(artifact, tmp_path):
     result = run(artifact, "--save", tmp_path / "saved")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error[output-exists]")
+    result = run(artifact, "--save", tmp_path / "saved" / "mine.txt" / "x")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error[output-unwritable]")
+
+
+def test_what_is_no_file_is_not_replaced_by_gradients(artifact, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = run(artifact, "--dump", tmp_path / "pipe")
+    assert result.returncode == 2 and result.stderr.startswith("error[output-unwritable]: --dump ")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_fp16_without_a_scaled_loss_is_refused(tmp_path):

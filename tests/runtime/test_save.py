@@ -187,6 +187,20 @@ def test_a_folder_with_anything_else_is_left_alone(mixtral, tmp_path, name):
     assert file.read_text() == "mine"
 
 
+@pytest.mark.parametrize("place", [".", "weights", "out/deep"])
+def test_a_folder_in_the_artifact_is_refused(full, tmp_path, place):
+    path = full.save(tmp_path / "a")
+    with pytest.raises(AutospError) as caught:
+        save(path, path / place)
+    assert str(caught.value) == (
+        f"error[output-inside]: {path / place} is in the artifact\n"
+        f"  where  {path / place}\n"
+        "  why    an artifact holds what its manifest lists and nothing else\n"
+        "  fix    give a folder beside the artifact"
+    )
+    read_manifest(path)
+
+
 def test_without_a_recipe_nothing_is_written(mixtral, tmp_path):
     path = shutil.copytree(mixtral[1], tmp_path / "a")
     text = json.loads((path / "checkpoint.json").read_text()) | {"refused": "Other: computes", "tensors": []}

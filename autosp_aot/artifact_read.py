@@ -54,7 +54,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if found.get("format") != FORMAT:
             raise ValueError(f"format {found.get('format')}, this version reads {FORMAT}")
         manifest = _manifest(found)
-    except (ValueError, KeyError, TypeError, AttributeError, BuildError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, BuildError, RecursionError) as error:
         raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
     _check_files(path, manifest)
     for kind in manifest.kinds:
@@ -141,7 +141,7 @@ def read_recipe(path: str | Path, manifest: Manifest) -> Recipe:
     """How a checkpoint of the model is read and written. Raises ArtifactError (`checkpoint-damaged`)."""
     try:
         return parse_recipe(_text(Path(path) / CHECKPOINT), manifest.parameters)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"{Path(path) / CHECKPOINT} cannot be followed"
         raise _damaged("checkpoint-damaged", what, str(error)) from error
 
@@ -213,7 +213,7 @@ def _ranks(path: Path, kind: str) -> list[dict]:
             entry["constants"] = {name: _number(n) for name, n in entry["constants"].items()}
             if not _is_body(kind, entry["body"]) or not (path / entry["body"]).is_file():
                 raise ValueError(f"no body {entry['body']!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged("ranks-damaged", f"{path / (kind + RANKS)} cannot be read", str(error)) from error
     return entries
 

@@ -67,9 +67,13 @@ def _files(init_from: Path) -> list[Path]:
     files = [one] if one.is_file() else sorted(init_from.glob("*.safetensors"))
     if not one.is_file() and index.is_file():
         try:
-            files = sorted({init_from / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            outside = sorted(name for name in names if Path(name).is_absolute() or ".." in Path(name).parts)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _unreadable(index, f"{type(error).__name__}: {error}") from error
+        if outside:
+            raise _unreadable(index, f"{', '.join(outside)} would be outside of the folder")
+        files = [init_from / name for name in sorted(names)]
     if not files:
         raise _unreadable(init_from, "it holds no safetensors file")
     return files

@@ -158,12 +158,29 @@ def test_a_truncated_file_is_refused(refusal, weights, tmp_path):
     assert refusal(tmp_path).startswith("error[weights-unreadable]")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"norm.bias": 1}}'])
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"norm.bias": 1}}', "[" * 100_000,
+])  # fmt: skip
 def test_a_damaged_index_is_refused(refusal, weights, tmp_path, content):
     save_file(weights, tmp_path / "w.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(content)
     assert refusal(tmp_path).startswith(f"error[weights-unreadable]: {index} cannot be read\n")
+
+
+@pytest.mark.parametrize("place", ["../w.safetensors", "in/../../w.safetensors", "absolute"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(refusal, weights, tmp_path, place):
+    save_file(weights, tmp_path / "w.safetensors")
+    place = str(tmp_path / "w.safetensors") if place == "absolute" else place
+    index = tmp_path / "folder" / "model.safetensors.index.json"
+    index.parent.mkdir()
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, place)}))
+    assert refusal(index.parent) == (
+        f"error[weights-unreadable]: {index} cannot be read\n"
+        f"  where  {index}\n"
+        f"  why    {place} would be outside of the folder\n"
+        "  fix    give a safetensors file, or a folder of them"
+    )
 
 
 def test_a_file_of_the_index_that_is_not_there_is_refused(refusal, weights, tmp_path):

@@ -193,6 +193,23 @@ def test_a_model_without_a_loss_in_eval_mode_is_refused_unless_no_evaluation_is_
     )
 
 
+def test_a_loss_in_eval_mode_that_nothing_computes_is_refused():
+    class Constant(Model):
+        def forward(self, input_ids, labels):
+            return super().forward(input_ids, labels) if self.training else torch.tensor(0.0)
+
+    with pytest.raises(BuildError) as caught:
+        compile_model(Constant(nn.Identity()).train(), BATCH, DIMS, BuildConfig(2), "")
+    place = Constant.forward.__code__.co_firstlineno
+    assert str(caught.value) == (
+        "error[no-loss]: in eval mode, forward computes no loss\n"
+        f"  where  test_evaluation.py:{place}\n"
+        "  why    what it returns is a constant or one of its inputs\n"
+        "  fix    return the loss in eval mode as well;"
+        " or build without the evaluation program: --no-evaluation (evaluation=False)"
+    )
+
+
 def test_the_model_keeps_its_modes():
     model = wrapped(nn.Sequential(nn.Dropout(), nn.Dropout().eval()))
     before = {name: module.training for name, module in model.named_modules()}

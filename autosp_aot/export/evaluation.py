@@ -40,6 +40,10 @@ def capture_evaluation(
         if forward.calls() == joint.calls and _same(forward.literals(), joint.constants):
             return forward_part(whole), {}
         program, constants = canonical_program(capture_exported(forward))
+    if not any(program.instrs()):
+        raise BuildError(Problem("no-loss", "forward computes no loss", forward.place,
+                                 "what it returns is a constant or one of its inputs",
+                                 "return the loss in eval mode as well"))  # fmt: skip
     return _renamed(program, constants, known)
 
 

@@ -23,14 +23,18 @@ CHANGES_THE_MODEL = (
     "amp", "torch_autocast", "hybrid_engine", "progressive_layer_drop", "curriculum_learning", "eigenvalue",
     "quantize_training",
 )  # fmt: skip
-SECTIONS_THAT_CHANGE_IT = ("compression_training", "sparse_attention", "pipeline", "expert_parallel")
+SECTIONS_THAT_CHANGE_IT = (
+    "compression_training", "sparse_attention", "pipeline", "expert_parallel", "weight_quantization"
+)  # fmt: skip
+SECTIONS = (*HALF, "zero_optimization", "compile", "tensor_parallel", "data_efficiency", "data_types")
+STAGES = (0, 1, 2)
 AUTOSP = "autosp"
 
 
 def read_config(path: Path) -> dict:
     """A DeepSpeed config file. Raises ArtifactError `deepspeed-config-unreadable`."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
@@ -40,13 +44,23 @@ def read_config(path: Path) -> dict:
     return found
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"it says {', '.join(twice)} more than once")
+    return dict(pairs)
+
+
 def checked_config(config: dict, manifest: Manifest, replicas: int) -> dict:
     """The config for DeepSpeed of `replicas` groups of ranks, with all its batch sizes; the one given is left alone.
 
     Raises ArtifactError with a problem for each entry that disagrees with the artifact or could not be applied.
     """
-    applied = _filled(copy.deepcopy(config), manifest, replicas)
-    problems = [problem for check in CHECKS for problem in check(applied, manifest, replicas)]
+    problems = list(_check_sections(config))
+    if not problems:
+        applied = _filled(copy.deepcopy(config), manifest, replicas)
+        problems = [problem for check in CHECKS for problem in check(applied, manifest, replicas)]
     if problems:
         raise ArtifactError(*problems)
     for key in ("compile", "sequence_parallel_size", "data_parallel_size"):
@@ -54,12 +68,21 @@ def checked_config(config: dict, manifest: Manifest, replicas: int) -> dict:
     return {"communication_data_type": "fp32", "seq_parallel_communication_data_type": "fp32"} | applied
 
 
+def _check_sections(config: dict) -> Iterator[Problem]:
+    for key in SECTIONS:
+        if not isinstance(config.get(key, {}), dict):
+            yield Problem("deepspeed-config", f"{key} is {config[key]}", "the DeepSpeed config",
+                          "it is a section, an object", f'give "{key}": {{...}}, or leave it out')  # fmt: skip
+
+
 def _filled(config: dict, manifest: Manifest, replicas: int) -> dict:
     """The config with the artifact's numbers where it says "auto" or nothing."""
+    if "bfloat16" in config:
+        config.setdefault("bf16", config.pop("bfloat16"))  # its name of old, which DeepSpeed takes too
     if config.get("sequence_parallel_size") == "auto":
         config["sequence_parallel_size"] = manifest.ranks
     for section, dtype in HALF.items():
-        if isinstance(config.get(section), dict) and config[section].get("enabled") == "auto":
+        if config.get(section, {}).get("enabled") == "auto":
             config[section]["enabled"] = dtype in _dtypes(manifest)
     for key in BATCH_SIZES:
         if config.get(key) in ("auto", None):
@@ -93,7 +116,7 @@ def _check_ranks(config: dict, manifest: Manifest, replicas: int) -> Iterator[Pr
 
 
 def _check_dtype(config: dict, manifest: Manifest, replicas: int) -> Iterator[Problem]:
-    on = [section for section in HALF if isinstance(config.get(section), dict) and config[section].get("enabled")]
+    on = [section for section in HALF if config.get(section, {}).get("enabled")]
     found = _dtypes(manifest)
     wanted = [HALF[section] for section in on]
     why = "DeepSpeed would cast parameters, and programs are built for the dtypes they have"
@@ -114,7 +137,7 @@ def _check_batch(config: dict, manifest: Manifest, replicas: int) -> Iterator[Pr
 
 
 def _check_compile(config: dict, manifest: Manifest, replicas: int) -> Iterator[Problem]:
-    section = config.get("compile") or {}
+    section = config.get("compile", {})
     passes = section.get("passes") or []
     if section.get("deepcompile") and passes != [AUTOSP]:
         yield _not_applied(f"compile: passes {passes or 'not given'}", "an artifact is compiled already, with what the "
@@ -122,15 +145,26 @@ def _check_compile(config: dict, manifest: Manifest, replicas: int) -> Iterator[
 
 
 def _check_features(config: dict, manifest: Manifest, replicas: int) -> Iterator[Problem]:
-    zero = config.get("zero_optimization") or {}
-    if zero.get("stage", 0) == 3:
-        yield _not_applied("zero_optimization: stage 3", "programs need whole parameters, and stage 3 keeps parts",
-                           "use stage 0, 1 or 2")  # fmt: skip
-    if (config.get("fp16") or {}).get("enabled") and zero.get("stage", 0) == 0:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in STAGES:
+        yield _not_applied(f"zero_optimization: stage {stage}", "programs need whole parameters, and stage 3 keeps "
+                           "parts", "use stage 0, 1 or 2")  # fmt: skip
+    if config.get("fp16", {}).get("enabled") and stage == 0:
         yield _not_applied("fp16: loss_scale", "without ZeRO, DeepSpeed's engine.backward does not multiply the loss "
                            "by the scale that its optimizer divides by", "use stage 1 or 2, or bf16")  # fmt: skip
-    if (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+    if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1:
         yield _not_applied("tensor_parallel: autotp_size", "programs need whole parameters", "leave it out")
+    if config.get("data_types", {}).get("buffer_dtype") is not None:
+        yield _not_applied("data_types: buffer_dtype", "programs are built for the dtypes they have", "leave it out")
+    routing = config.get("data_efficiency", {}).get("data_routing")
+    if routing and routing.get("enabled"):
+        yield _not_applied("data_efficiency: data_routing", "a program has no layers that could drop tokens",
+                           "leave it out")  # fmt: skip
+    scalars = [spec.name for spec in manifest.parameters if spec.shape == () and spec.name in manifest.trainable]
+    if scalars:
+        why = "DeepSpeed sends parameters between ranks as vectors of bytes, which a number is not"
+        yield Problem("deepspeed-unsupported", f"{', '.join(scalars)} of the artifact is of shape []", "the artifact",
+                      why, "build a model where it has the shape [1], or train without DeepSpeed")  # fmt: skip
     for key in CHANGES_THE_MODEL:
         if isinstance(config.get(key), dict) and config[key].get("enabled"):
             yield _not_applied(f"{key}: enabled", "a program is what was built, and nothing changes it", "leave it out")

@@ -23,8 +23,9 @@ def manifests():
 
 
 def refusal(manifest, **entries) -> str:
+    said = {key: value for key, value in GOOD.items() if key != "bf16" or "bfloat16" not in entries}
     with pytest.raises(ArtifactError) as caught:
-        checked_config(GOOD | entries, manifest, replicas=2)
+        checked_config(said | entries, manifest, replicas=2)
     return str(caught.value)
 
 
@@ -75,6 +76,13 @@ def test_auto_of_a_dtype_is_the_artifacts(manifests):
         ({"gradient_accumulation_steps": 0}, "train_batch_size is 12, the artifact says a product"),
         ({"scheduler": {"params": {"warmup_num_steps": "auto"}}}, 'scheduler: params: warmup_num_steps is "auto"'),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization: stage 3 would not be applied"),
+        ({"zero_optimization": {"stage": "3"}}, "zero_optimization: stage 3 would not be applied"),
+        ({"zero_optimization": True}, "zero_optimization is True\n"),
+        ({"fp16": None, "compile": "auto"}, "compile is auto\n"),
+        ({"bfloat16": {"enabled": True}}, "bf16: enabled is true, the artifact says f32"),
+        ({"data_types": {"buffer_dtype": "bf16"}}, "data_types: buffer_dtype would not be applied"),
+        ({"data_efficiency": {"data_routing": {"enabled": True}}}, "data_efficiency: data_routing would not be applied"),
+        ({"weight_quantization": {"post_init_quant": {}}}, "weight_quantization would not be applied"),
         ({"compile": {"deepcompile": True}}, "compile: passes not given would not be applied"),
         ({"compile": {"deepcompile": True, "passes": ["autosp", "z1"]}}, "compile: passes ['autosp', 'z1'] would not"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel: autotp_size would not be applied"),
@@ -107,7 +115,7 @@ def test_the_config_given_is_left_alone(manifests):
     assert given == GOOD | {"bf16": {"enabled": "auto"}}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{'a': 1}"])
+@pytest.mark.parametrize("text", ["", "[]", "{'a': 1}", '{"fp16": {"enabled": true, "enabled": false}}'])
 def test_a_file_that_is_no_config_is_refused(tmp_path, text):
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ArtifactError, match="error\\[deepspeed-config-unreadable\\]"):
@@ -126,3 +134,21 @@ def test_an_artifacts_rows_are_those_of_inputs_with_a_sequence():
     batch = {"position_ids": torch.arange(6), "input_ids": torch.zeros(3, 6, dtype=torch.long)}
     built = autosp_aot.build(Positions(), batch, 2, sequence_dims={"position_ids": 0, "input_ids": 1}, target="cpu")
     assert checked_config({}, built.manifest, 1)["train_micro_batch_size_per_gpu"] == 3
+
+
+def test_a_parameter_that_is_a_number_is_refused_by_name():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.scale = torch.nn.Embedding(8, 4), torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, input_ids):
+            return (self.table(input_ids) * self.scale).square().mean()
+
+    built = autosp_aot.build(Scaled(), {"input_ids": torch.zeros(1, 6, dtype=torch.long)}, 2, target="cpu")
+    with pytest.raises(ArtifactError, match=r"error\[deepspeed-unsupported\]: scale of the artifact is of shape \[\]"):
+        checked_config({}, built.manifest, 1)
+
+
+def test_the_old_name_of_bf16_is_taken(manifests):
+    assert checked_config({"bfloat16": {"enabled": True}}, manifests["bf16"], 1)["bf16"]["enabled"] is True

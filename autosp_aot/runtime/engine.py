@@ -181,9 +181,11 @@ def _undo_first_step(optimizer: Optimizer | DeepSpeedOptimizer) -> None:
 
 def _prepare(engine: deepspeed.DeepSpeedEngine, factor: int) -> None:
     """Say what the loss will be multiplied by, for gradients computed with it, and the micro-batch's own number."""
-    mesh, scale = engine.mpu.mesh, engine._get_optimizer_loss_scale() or 1.0
-    engine.module.step = engine.micro_steps * mesh.replicas + mesh.replica
-    engine.module.loss_scale = scale * factor / engine.gradient_accumulation_steps()
+    mesh, accumulate = engine.mpu.mesh, engine.gradient_accumulation_steps()
+    scale = engine._get_optimizer_loss_scale() or 1.0
+    number = engine.global_steps * accumulate + engine.micro_steps % accumulate  # a checkpoint holds global_steps only
+    engine.module.step = number * mesh.replicas + mesh.replica
+    engine.module.loss_scale = scale * factor / accumulate
 
 
 def _factor(engine: deepspeed.DeepSpeedEngine) -> int:

@@ -1,6 +1,8 @@
-"""One rank of a DeepSpeed engine that takes one step; started by test_engine.py.
+"""One rank that takes a step, saves a checkpoint of DeepSpeed and goes on from it; started by test_engine.py.
 
-    python deepspeed_draws.py ARTIFACT DS.json BATCH.safetensors        prints {"losses": [...]} of its micro-batches
+    python deepspeed_draws.py ARTIFACT DS.json BATCH.safetensors OUT
+
+Prints {"losses": [...]} of its micro-batches.
 """
 
 import json
@@ -11,14 +13,19 @@ from safetensors.torch import load_file
 import autosp_aot
 
 
-def main(artifact: str, config: str, batch: str) -> None:
-    engine, losses = autosp_aot.initialize(artifact, config), []
-    engine.compile()  # as scripts for AutoSP do; a program is compiled already
-    for _ in range(engine.gradient_accumulation_steps()):
-        loss = engine(**load_file(batch))
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss.detach()))
+def main(artifact: str, config: str, batch: str, out: str) -> None:
+    losses = []
+    for step in range(2):
+        engine = autosp_aot.initialize(artifact, config)
+        engine.compile()  # as scripts for AutoSP do; a program is compiled already
+        if step:
+            engine.load_checkpoint(out)
+        for _ in range(engine.gradient_accumulation_steps()):
+            loss = engine(**load_file(batch))
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss.detach()))
+        engine.save_checkpoint(out)
     print(json.dumps({"losses": losses}))
 
 

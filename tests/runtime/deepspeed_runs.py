@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 import autosp_aot
 from autosp_aot.artifact_read import read_manifest
-from tests.runtime.replicas import STEPS, config, micro_batches
+from autosp_aot.runtime.items import is_items
+from tests.runtime.replicas import STEPS, config, steps
 
 
 def main(artifact: str, runs: str, out: str) -> None:
@@ -32,18 +33,17 @@ def main(artifact: str, runs: str, out: str) -> None:
         engine.destroy()
 
 
-def train(engine, accumulate: int) -> torch.Tensor:
-    """The mean loss of every step over micro-batches and replicas."""
-    mesh = engine.mpu.mesh
-    feed = iter(micro_batches(STEPS * accumulate * mesh.replicas))
-    losses = torch.zeros(STEPS, dtype=torch.float64)
-    for step in range(STEPS):
-        for _ in range(accumulate):
-            batch = [next(feed) for _ in range(mesh.replicas)][mesh.replica]
+def train(engine, accumulate: int, taken: range = range(STEPS)) -> torch.Tensor:
+    """The mean loss of every step that is taken, over micro-batches and replicas."""
+    mesh, items = engine.mpu.mesh, any(map(is_items, engine.module.manifest.batch))
+    all_steps = steps(accumulate * mesh.replicas, items)
+    losses = torch.zeros(len(taken), dtype=torch.float64)
+    for at, step in enumerate(taken):
+        for batch in all_steps[step][mesh.replica :: mesh.replicas]:
             loss = engine(**batch)
             engine.backward(loss)
             engine.step()
-            losses[step] += loss.detach() / accumulate
+            losses[at] += loss.detach() / accumulate
     dist.all_reduce(losses)
     return losses / dist.get_world_size()
 

@@ -28,6 +28,17 @@ def micro_batches(count: int) -> list[dict[str, Tensor]]:
     return found
 
 
+def steps(count: int, items: bool = False) -> list[list[dict[str, Tensor]]]:
+    """The `count` micro-batches of each step; with `items`, each has the number of labels that count in all of them."""
+    batches = micro_batches(STEPS * count)
+    found = [batches[first : first + count] for first in range(0, len(batches), count)]
+    for step in found if items else ():
+        number = sum((batch["labels"][:, 1:] != -100).sum() for batch in step)
+        for batch in step:
+            batch["num_items_in_batch"] = number
+    return found
+
+
 def config(zero: int, accumulate: int, clip: float, bf16: bool = False) -> dict:
     """What a DeepSpeed user of AutoSP has in ds.json."""
     return {
@@ -41,25 +52,26 @@ def config(zero: int, accumulate: int, clip: float, bf16: bool = False) -> dict:
     }
 
 
-def reference(accumulate: int, clip: float, dtype: str = "float32") -> dict[str, Tensor]:
+def reference(accumulate: int, clip: float, dtype: str = "float32", items: bool = False) -> dict[str, Tensor]:
     """`losses` of all steps and the parameters at the end, of eager training with `accumulate` micro-batches a step.
 
-    Of bfloat16 parameters there are fp32 masters, which AdamW works on with gradients added up in fp32.
+    A step's loss is the mean of theirs; with `items` the sum of what is divided by the labels of all of them. Of
+    bfloat16 parameters there are fp32 masters, which AdamW works on with gradients added up in fp32.
     """
     trained = model(dtype)
     masters = {name: p.detach().float().requires_grad_() for name, p in trained.named_parameters()}
     optimizer = torch.optim.AdamW(masters.values(), LR, weight_decay=DECAY)
-    batches, losses = iter(micro_batches(STEPS * accumulate)), []
-    for _ in range(STEPS):
+    weight, losses = 1 if items else 1 / accumulate, []
+    for step in steps(accumulate, items):
         found = []
         optimizer.zero_grad()
-        for _ in range(accumulate):
+        for batch in step:
             trained.zero_grad()
-            loss = trained(**next(batches)).loss
+            loss = trained(**batch).loss
             loss.backward()
             found.append(float(loss.detach()))
             for name, parameter in trained.named_parameters():
-                part = parameter.grad.float() / accumulate
+                part = parameter.grad.float() * weight
                 masters[name].grad = part if masters[name].grad is None else masters[name].grad + part
         if clip:
             torch.nn.utils.clip_grad_norm_(masters.values(), clip)
@@ -67,7 +79,7 @@ def reference(accumulate: int, clip: float, dtype: str = "float32") -> dict[str,
         with torch.no_grad():
             for name, parameter in trained.named_parameters():
                 parameter.copy_(masters[name])
-        losses.append(sum(found) / accumulate)
+        losses.append(sum(found) * weight)
     parameters = {name: p.detach() for name, p in trained.named_parameters()}
     return {"losses": torch.tensor(losses, dtype=torch.float64), **parameters}
 

@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 import autosp_aot
 from autosp_aot.runtime.groups import Group
 from tests.processes import json_lines, run_ranks
-from tests.runtime.replicas import DECAY, LR, config, error, micro_batches, model, reference
+from tests.runtime.replicas import DECAY, LR, config, error, micro_batches, model, reference, steps
 
 RUNS = [{"zero": z, "accumulate": a, "clip": c} for z, a, c in product((0, 1, 2), (1, 3), (0.0, 0.3))]
 SCRIPT, DRAWS = (Path(__file__).with_name(name) for name in ("deepspeed_runs.py", "deepspeed_draws.py"))
 
 
-def trained(tmp_path, sp: int, dp: int, dtype: str, runs: list[dict]) -> list[dict[str, torch.Tensor]]:
-    autosp_aot.build(model(dtype), micro_batches(1)[0], sp, tmp_path / "artifact", target="cpu")
+def trained(
+    tmp_path, sp: int, dp: int, dtype: str, runs: list[dict], items: bool = False
+) -> list[dict[str, torch.Tensor]]:
+    autosp_aot.build(model(dtype), steps(1, items)[0][0], sp, tmp_path / "artifact", target="cpu")
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     run_ranks(dp * sp, SCRIPT, tmp_path / "artifact", tmp_path / "runs.json", tmp_path)
     return [load_file(tmp_path / f"{number}.safetensors") for number in range(len(runs))]
@@ -37,6 +39,14 @@ def test_bf16_is_as_near_to_fp32_as_eager_bf16_with_fp32_masters(tmp_path):
     fp32, eager = reference(6, 0.3), reference(6, 0.3, "bfloat16")
     for run, found in zip(runs, trained(tmp_path, 2, 2, "bfloat16", runs)):
         assert error(found, fp32) < 2 * error(eager, fp32), run
+
+
+def test_every_label_weighs_alike_where_the_model_takes_their_number(tmp_path):
+    runs = [{"zero": zero, "accumulate": 3, "clip": 0.3} for zero in (0, 1, 2)]
+    expected = reference(6, 0.3, items=True)
+    assert error(reference(6, 0.3), expected) > 1e-3
+    for run, found in zip(runs, trained(tmp_path, 2, 2, "float32", runs, items=True)):
+        assert error(found, expected) < 1e-5, run
 
 
 def command(*args) -> subprocess.CompletedProcess:
@@ -77,13 +87,15 @@ class Dropping(torch.nn.Module):
         return torch.nn.functional.dropout(self.table(input_ids), 0.5).square().mean()
 
 
-def test_what_is_drawn_follows_from_the_number_of_the_micro_batch(tmp_path):
+def test_what_is_drawn_follows_from_the_number_of_the_micro_batch_since_the_first_step(tmp_path):
     torch.manual_seed(0)
     ids = torch.arange(18).view(2, 9) % 8
     path = autosp_aot.build(Dropping(), {"input_ids": ids}, 1, target="cpu").save(tmp_path / "artifact")
-    (tmp_path / "ds.json").write_text(json.dumps(config(zero=1, accumulate=2, clip=0.0)))
+    still = config(zero=1, accumulate=2, clip=0.0)
+    still["optimizer"]["params"]["lr"] = 0.0
+    (tmp_path / "ds.json").write_text(json.dumps(still))
     save_file({"input_ids": ids}, tmp_path / "batch.safetensors")
-    results = run_ranks(2, DRAWS, path, tmp_path / "ds.json", tmp_path / "batch.safetensors")
+    results = run_ranks(2, DRAWS, path, tmp_path / "ds.json", tmp_path / "batch.safetensors", tmp_path / "saved")
     module = autosp_aot.load(path, comm=Group(0, 1, torch.device("cpu")))
-    losses = [float(module(input_ids=ids).detach()) for _ in range(4)]
+    losses = [float(module(input_ids=ids).detach()) for _ in range(8)]
     assert [json_lines(result)[0]["losses"] for result in results] == [losses[0::2], losses[1::2]]

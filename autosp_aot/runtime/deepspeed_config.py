@@ -9,6 +9,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def checked_config(config: dict, manifest: Manifest, replicas: int) -> dict:
     for key in ("compile", "sequence_parallel_size", "data_parallel_size"):
         applied.pop(key, None)
     return {"communication_data_type": "fp32", "seq_parallel_communication_data_type": "fp32"} | applied
+
+
+def check_samples(count: int, config: dict, replicas: int) -> None:
+    """Raise ArtifactError where DeepSpeed's loader would end an epoch of `count` samples with a part of a batch."""
+    rows = config[BATCH_SIZES[1]]
+    left = math.ceil(count / replicas) % rows
+    if left and not config.get("dataloader_drop_last"):
+        what = f"the last batch of an epoch would have {left} rows, the artifact says {rows}"
+        raise ArtifactError(Problem("deepspeed-config", what, "training_data",
+                                    f"{count} samples are shared out over {replicas} groups of ranks",
+                                    'say "dataloader_drop_last": true in the config'))  # fmt: skip
 
 
 def _check_sections(config: dict) -> Iterator[Problem]:

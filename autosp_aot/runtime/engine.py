@@ -11,7 +11,7 @@ DeepSpeed adds up gradients over sequence x data parallel ranks and divides by t
 does, which is what summands need.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 
 import deepspeed
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from autosp_aot.artifact_read import read_manifest
-from autosp_aot.runtime.deepspeed_config import checked_config, read_config
+from autosp_aot.runtime.deepspeed_config import check_samples, checked_config, read_config
 from autosp_aot.runtime.groups import Mesh
 from autosp_aot.runtime.items import is_items
 from autosp_aot.runtime.load import load
@@ -40,13 +40,15 @@ def initialize(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     lr_scheduler: Callable[[Optimizer], object] | None = None,
     training_data: Dataset | None = None,
+    collate_fn: Callable[[list], dict[str, Tensor]] | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine that trains with an artifact: `loss = engine(**batch); engine.backward(loss); engine.step()`.
 
     `config` is DeepSpeed's, a dict or a JSON file. What it says of sequence parallelism, dtype and batch size has to be
     the artifact's, and what would not be applied to a program is refused; "auto" is filled in where the artifact knows.
-    `init_from` is as for `load`; `optimizer` and `lr_scheduler` are DeepSpeed's, as functions; `training_data` becomes
-    `engine.training_dataloader`, which gives the ranks that share a sequence the same samples.
+    `init_from` is as for `load`; `optimizer` and `lr_scheduler` are DeepSpeed's, as functions; `training_data`, put
+    together by `collate_fn`, becomes `engine.training_dataloader`, which gives the ranks that share a sequence the same
+    samples.
 
     DeepSpeed averages over micro-batches and replicas. Where forward takes `num_items_in_batch`, give the number of
     labels that count in all of them together; the loss is then multiplied by their number: the average is the sum.
@@ -58,22 +60,20 @@ def initialize(
     said = config if isinstance(config, dict) else read_config(Path(config))
     mesh = Mesh.join(manifest.target, manifest.ranks, alone=False)
     applied = checked_config(said, manifest, mesh.replicas)
+    if isinstance(training_data, Sized):
+        check_samples(len(training_data), applied, mesh.replicas)
     module = load(artifact, init_from, mesh.world.device, mesh.sequence, sum_gradients=False)
-    return engine_of(module, applied, mesh, optimizer, lr_scheduler, training_data)
+    return engine_of(
+        module, applied, mesh, optimizer=optimizer, lr_scheduler=lr_scheduler, training_data=training_data,
+        collate_fn=collate_fn,
+    )  # fmt: skip
 
 
-def engine_of(
-    module: ShardedModel,
-    config: dict,
-    mesh: Mesh,
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
-    lr_scheduler: Callable[[Optimizer], object] | None = None,
-    training_data: Dataset | None = None,
-) -> deepspeed.DeepSpeedEngine:
-    """The engine over a module that leaves gradients as summands; `config` is a checked one."""
+def engine_of(module: ShardedModel, config: dict, mesh: Mesh, **given: object) -> deepspeed.DeepSpeedEngine:
+    """The engine over a module that leaves gradients as summands; `config` is checked, the rest as DeepSpeed has it."""
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config,
-        mpu=Places(mesh), optimizer=optimizer, lr_scheduler=lr_scheduler, training_data=training_data,
+        mpu=Places(mesh), **given,
     )  # fmt: skip
     _undo_first_step(engine.optimizer)
     factor = _factor(engine)

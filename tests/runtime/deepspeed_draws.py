@@ -2,7 +2,7 @@
 
     python deepspeed_draws.py ARTIFACT DS.json BATCH.safetensors OUT
 
-Prints {"losses": [...]} of its micro-batches.
+Prints {"losses": [...], "evaluated": ...}, of its micro-batches and of the batch in eval mode.
 """
 
 import json
@@ -26,7 +26,8 @@ def main(artifact: str, config: str, batch: str, out: str) -> None:
             engine.step()
             losses.append(float(loss.detach()))
         engine.save_checkpoint(out)
-    print(json.dumps({"losses": losses}))
+    engine.eval()
+    print(json.dumps({"losses": losses, "evaluated": float(engine(**load_file(batch)))}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 import autosp_aot
 from autosp_aot.errors import ArtifactError
-from autosp_aot.runtime.deepspeed_config import checked_config, read_config
+from autosp_aot.runtime.deepspeed_config import check_samples, checked_config, read_config
 from tests.runtime.replicas import config, micro_batches, model
 
 GOOD = config(zero=1, accumulate=3, clip=1.0) | {"train_batch_size": 12}
@@ -93,6 +93,14 @@ def test_auto_of_a_dtype_is_the_artifacts(manifests):
 )
 def test_what_disagrees_or_would_not_be_applied_is_refused(manifests, entries, said):
     assert said in refusal(manifests["f32"], **entries)
+
+
+def test_a_part_of_a_batch_at_the_end_of_an_epoch_is_refused(manifests):
+    applied = checked_config(GOOD, manifests["f32"], 2)
+    check_samples(8, applied, 2)
+    check_samples(9, applied | {"dataloader_drop_last": True}, 2)
+    with pytest.raises(ArtifactError, match="would have 1 rows, the artifact says 2"):
+        check_samples(9, applied, 2)
 
 
 def test_half_parameters_want_their_section(manifests):

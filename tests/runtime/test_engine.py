@@ -84,13 +84,14 @@ class Dropping(torch.nn.Module):
         self.table = torch.nn.Embedding(8, 64)
 
     def forward(self, input_ids):
-        return torch.nn.functional.dropout(self.table(input_ids), 0.5).square().mean()
+        return torch.nn.functional.dropout(self.table(input_ids), 0.5, self.training).square().mean()
 
 
 def test_what_is_drawn_follows_from_the_number_of_the_micro_batch_since_the_first_step(tmp_path):
     torch.manual_seed(0)
     ids = torch.arange(18).view(2, 9) % 8
-    path = autosp_aot.build(Dropping(), {"input_ids": ids}, 1, target="cpu").save(tmp_path / "artifact")
+    model = Dropping()
+    path = autosp_aot.build(model, {"input_ids": ids}, 1, target="cpu").save(tmp_path / "artifact")
     still = config(zero=1, accumulate=2, clip=0.0)
     still["optimizer"]["params"]["lr"] = 0.0
     (tmp_path / "ds.json").write_text(json.dumps(still))
@@ -99,3 +100,5 @@ def test_what_is_drawn_follows_from_the_number_of_the_micro_batch_since_the_firs
     module = autosp_aot.load(path, comm=Group(0, 1, torch.device("cpu")))
     losses = [float(module(input_ids=ids).detach()) for _ in range(8)]
     assert [json_lines(result)[0]["losses"] for result in results] == [losses[0::2], losses[1::2]]
+    for result in results:
+        assert json_lines(result)[0]["evaluated"] == pytest.approx(model.eval()(ids).item(), rel=1e-6)

@@ -47,3 +47,4 @@ for step, batch in zip(range(args.steps), engine.training_dataloader):
 
 if engine.global_rank == 0:
     engine.module.save_pretrained(args.out)
+torch.distributed.destroy_process_group()

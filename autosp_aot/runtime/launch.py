@@ -78,6 +78,9 @@ def _check(manifest: Manifest, training: Training) -> None:
     for option, path in (("--metrics", training.metrics), ("--dump", training.dump)):
         if path is not None and not path.absolute().parent.is_dir():
             raise AutospError(Problem("no-such-folder", f"{option} {path}: the folder does not exist"))
+        if path is not None and training.artifact.resolve() in path.resolve().parents:
+            raise AutospError(Problem("output-inside", f"{option} {path}: it is in the artifact",
+                                      why="an artifact holds what its manifest lists and nothing else"))  # fmt: skip
     if training.dump is not None and training.dump.exists() and not training.dump.is_file():
         raise AutospError(Problem("output-unwritable", f"--dump {training.dump}: it is no file that could be replaced"))
     if training.save is not None:

@@ -82,6 +82,13 @@ def test_what_is_no_file_is_not_replaced_by_gradients(artifact, tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
+@pytest.mark.parametrize("option", ["--metrics", "--dump"])
+def test_a_file_in_the_artifact_is_refused(artifact, option):
+    result = run(artifact, option, artifact / "file")
+    assert result.returncode == 2 and result.stderr.startswith(f"error[output-inside]: {option} ")
+    read_manifest(artifact)
+
+
 def test_fp16_without_a_scaled_loss_is_refused(tmp_path):
     build(plain.build_model(**TINY | {"dtype": "float16"}), plain.example_batch(2, 5), 1, tmp_path / "a", target="cpu")
     result = run(tmp_path / "a")

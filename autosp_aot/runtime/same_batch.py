@@ -10,6 +10,7 @@ from autosp_aot.errors import ArtifactError, Problem
 
 LIMIT = 1048573  # of a mark, a prime: sums of squares over ranks stay exact
 PLACES = 65521
+BLOCK = 2**18  # elements at once: what is live for a mark is a few MiB, however large the tensor
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,9 +30,10 @@ def check_same_batch(batch: Mapping[str, Tensor], ranks: Sums) -> None:
     """
     if ranks.size == 1 or not batch:
         return
-    marks = torch.stack([_mark(tensor) for tensor in batch.values()])
+    names = sorted(batch)  # each rank has an order of its own
+    marks = torch.stack([_mark(batch[name]) for name in names])
     sums, squares = ranks.sum(torch.stack([marks, marks * marks]).view(-1)).view(2, -1).tolist()
-    differ = [name for name, m, s in zip(batch, sums, squares) if ranks.size * s != m * m]
+    differ = [name for name, m, s in zip(names, sums, squares) if ranks.size * s != m * m]
     if differ:
         raise ArtifactError(Problem(
             "batches-differ", f"ranks that share a sequence were given different {', '.join(differ)}",
@@ -42,6 +44,9 @@ def check_same_batch(batch: Mapping[str, Tensor], ranks: Sums) -> None:
 
 def _mark(tensor: Tensor) -> Tensor:
     """A number below LIMIT that follows from a tensor's bits and their places, on its device."""
-    bits = tensor.contiguous().view(-1).view(BITS[tensor.itemsize]).long() % LIMIT
-    places = torch.arange(1, bits.numel() + 1, device=bits.device) % PLACES
-    return (bits * places).sum() % LIMIT
+    bits, mark = tensor.contiguous().view(-1).view(BITS[tensor.itemsize]), torch.tensor(0, device=tensor.device)
+    for start in range(0, bits.numel(), BLOCK):
+        block = bits[start : start + BLOCK].long() % LIMIT
+        places = torch.arange(start + 1, start + 1 + block.numel(), device=bits.device) % PLACES
+        mark = (mark + (block * places).sum()) % LIMIT
+    return mark

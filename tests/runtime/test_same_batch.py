@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from autosp_aot.errors import ArtifactError
+from autosp_aot.runtime import same_batch
 from autosp_aot.runtime.groups import Mesh
 from autosp_aot.runtime.same_batch import check_same_batch
 from tests.threads import on_ranks
@@ -47,3 +48,17 @@ def test_all_inputs_that_differ_are_named():
     ones = {"a": torch.ones(2), "b": torch.ones(()), "c": torch.ones(1)}
     said = verdicts([ones, ones | {"a": torch.zeros(2), "b": torch.zeros(())}])
     assert "different a, b\n" in said[0]
+
+
+def test_the_order_of_inputs_is_each_ranks_own():
+    ones = {"a": torch.ones(2), "b": torch.zeros(3)}
+    assert verdicts([ones, dict(reversed(ones.items()))]) == ["", ""]
+
+
+def test_a_place_counts_from_the_start_of_the_tensor(monkeypatch):
+    monkeypatch.setattr(same_batch, "BLOCK", 2)
+    assert all(verdicts([batch(1, 0, 0, 0, 0), batch(0, 0, 1, 0, 0)]))
+
+
+def test_tensors_without_elements_are_alike():
+    assert verdicts([{"a": torch.zeros(0, 3), "b": torch.zeros(2, 2).t()}] * 2) == ["", ""]

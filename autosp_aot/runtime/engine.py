@@ -31,6 +31,8 @@ from autosp_aot.runtime.items import is_items
 from autosp_aot.runtime.load import load
 from autosp_aot.runtime.module import ShardedModel
 
+FURTHER = 2**40  # more than there are micro-batches
+
 
 def initialize(
     artifact: str | Path,
@@ -77,9 +79,30 @@ def engine_of(module: ShardedModel, config: dict, mesh: Mesh, **given: object) -
     )  # fmt: skip
     _undo_first_step(engine.optimizer)
     factor = _factor(engine)
-    engine.register_forward_pre_hook(lambda engine, args: _prepare(engine, factor))
+    engine.register_forward_pre_hook(Preparation(factor))
     module.register_forward_hook(lambda module, args, loss: loss * factor if module.training else loss)
     return engine
+
+
+class Preparation:
+    """Before each forward: what the loss will be multiplied by, for gradients computed with it, and what it draws.
+
+    A micro-batch draws by its number. DeepSpeed counts them as it steps: of several forwards between two of its steps,
+    each further one in training mode draws by a number of its own, far from all numbers of micro-batches.
+    """
+
+    def __init__(self, factor: int):
+        self.factor, self.number, self.further = factor, -1, 0
+
+    def __call__(self, engine: deepspeed.DeepSpeedEngine, args: tuple) -> None:
+        module, mesh, accumulate = engine.module, engine.mpu.mesh, engine.gradient_accumulation_steps()
+        scale = engine._get_optimizer_loss_scale() or 1.0
+        number = engine.global_steps * accumulate + engine.micro_steps % accumulate  # checkpoints have global_steps only
+        if module.training:
+            self.further = self.further + 1 if number == self.number else 0
+            self.number = number
+        module.step = self.further * FURTHER + number * mesh.replicas + mesh.replica
+        module.loss_scale = scale * self.factor / accumulate
 
 
 class Driven:
@@ -179,16 +202,11 @@ def _undo_first_step(optimizer: Optimizer | DeepSpeedOptimizer) -> None:
     optimizer.optimizer.state.clear()
 
 
-def _prepare(engine: deepspeed.DeepSpeedEngine, factor: int) -> None:
-    """Say what the loss will be multiplied by, for gradients computed with it, and the micro-batch's own number."""
-    mesh, accumulate = engine.mpu.mesh, engine.gradient_accumulation_steps()
-    scale = engine._get_optimizer_loss_scale() or 1.0
-    number = engine.global_steps * accumulate + engine.micro_steps % accumulate  # a checkpoint holds global_steps only
-    engine.module.step = number * mesh.replicas + mesh.replica
-    engine.module.loss_scale = scale * factor / accumulate
-
-
 def _factor(engine: deepspeed.DeepSpeedEngine) -> int:
-    """What makes an average over a step's micro-batches the sum, where each is divided by the labels of all of them."""
-    counted = any(map(is_items, engine.module.manifest.batch))
-    return engine.mpu.mesh.replicas * engine.gradient_accumulation_steps() if counted else 1
+    """What makes an average over a step's micro-batches the sum, where each is divided by the labels of all of them.
+
+    With `gradient_allreduce_op: sum` DeepSpeed averages over a replica's own micro-batches only.
+    """
+    if not any(map(is_items, engine.module.manifest.batch)):
+        return 1
+    return engine.gradient_accumulation_steps() * (engine.mpu.mesh.replicas if engine.gradient_average else 1)

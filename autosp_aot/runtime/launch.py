@@ -55,6 +55,7 @@ def run(
     if deepspeed is not None:
         need_package("deepspeed", "--deepspeed")
         config = checked_config(read_config(deepspeed), manifest, training.dp)
+        config["managed_gradient_accumulation"] = True  # whose loop it is that counts: not the user's here
         training = replace(training, deepspeed=config, accumulate=config["gradient_accumulation_steps"])
     _check(manifest, training)
     inputs = tuple(entry for entry in manifest.batch if not is_items(entry))

@@ -81,7 +81,7 @@ def test_auto_of_a_dtype_is_the_artifacts(manifests):
         ({"fp16": None, "compile": "auto"}, "compile is auto\n"),
         ({"bfloat16": {"enabled": True}}, "bf16: enabled is true, the artifact says f32"),
         ({"data_types": {"buffer_dtype": "bf16"}}, "data_types: buffer_dtype would not be applied"),
-        ({"data_efficiency": {"data_routing": {"enabled": True}}}, "data_efficiency: data_routing would not be applied"),
+        ({"data_efficiency": {"data_routing": {"enabled": True}}}, "data_efficiency: data_routing would not be"),
         ({"weight_quantization": {"post_init_quant": {}}}, "weight_quantization would not be applied"),
         ({"compile": {"deepcompile": True}}, "compile: passes not given would not be applied"),
         ({"compile": {"deepcompile": True, "passes": ["autosp", "z1"]}}, "compile: passes ['autosp', 'z1'] would not"),

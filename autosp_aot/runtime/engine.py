@@ -97,7 +97,7 @@ class Preparation:
     def __call__(self, engine: deepspeed.DeepSpeedEngine, args: tuple) -> None:
         module, mesh, accumulate = engine.module, engine.mpu.mesh, engine.gradient_accumulation_steps()
         scale = engine._get_optimizer_loss_scale() or 1.0
-        number = engine.global_steps * accumulate + engine.micro_steps % accumulate  # checkpoints have global_steps only
+        number = engine.global_steps * accumulate + engine.micro_steps % accumulate  # checkpoints have global_steps
         if module.training:
             self.further = self.further + 1 if number == self.number else 0
             self.number = number

@@ -175,3 +175,31 @@ def test_modules_and_functions_of_torch_gather_no_hidden_state(name):
 
 def test_a_recurrent_network_is_exact():
     assert not built(lambda m, x: m(x)[0].repeat(1, 1, 4), nn.GRU(H, 8, batch_first=True)).fallbacks
+
+
+class Scaled(nn.Module):
+    """A product with a parameter and buffers, one of them in no checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(H, H))
+        self.register_buffer("scale", torch.rand(H))
+        self.register_buffer("shift", torch.rand(H), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight * self.scale + self.shift
+
+
+@pytest.mark.parametrize("called", [("a", "b"), ("b",), ("b", "a", "b")])
+def test_a_module_that_has_two_names(called):
+    parts = nn.ModuleDict({"a": Scaled()})
+    parts["b"] = parts["a"]
+
+    def f(parts, x):
+        for name in called:
+            x = x + parts[name](x)
+        return x
+
+    whole = built(f, parts).whole
+    names = {entry.value.name for entry in whole.inputs if "parts" in entry.value.name}
+    assert names == {"parts.a.weight", "parts.a.scale", "parts.a.shift"}

@@ -151,7 +151,7 @@ def capture_exported(forward: Forward) -> Joint:
 
 
 class Step(nn.Module):
-    """The exported forward with each parameter held once, run node by node so that its sources are kept."""
+    """The exported forward with each parameter and buffer held once, run node by node so that its sources are kept."""
 
     def __init__(self, exported: torch.export.ExportedProgram, wrapped: nn.Module):
         super().__init__()
@@ -166,11 +166,15 @@ class Step(nn.Module):
         self.parameter_names = list(parameters)
         for placeholder, name in signature.inputs_to_parameters.items():
             self.slots[placeholder] = ("parameter", self.parameter_names.index(own[id(by_name[name])]))
-        constants = {**dict(wrapped.named_buffers(remove_duplicate=False)), **exported.constants}
+        first = {id(buffer): name for name, buffer in wrapped.named_buffers()}
+        buffers = dict(wrapped.named_buffers(remove_duplicate=False))
+        constants = {**buffers, **exported.constants}
         for placeholder, name in {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}.items():
-            self.slots[placeholder] = ("buffer", len(self.buffer_names))
-            self.register_buffer(f"b{len(self.buffer_names)}", constants[name])
-            self.buffer_names.append(name)
+            own_name = first[id(buffers[name])] if name in buffers else name
+            if own_name not in self.buffer_names:
+                self.register_buffer(f"b{len(self.buffer_names)}", constants[name])
+                self.buffer_names.append(own_name)
+            self.slots[placeholder] = ("buffer", self.buffer_names.index(own_name))
 
     def forward(self, **batch: Tensor) -> Tensor:
         module = self.exported[0].graph_module

@@ -137,7 +137,8 @@ class _Watch:
             )
 
     def attribute_set(self, module: nn.Module, name: str, value: object) -> None:
-        buffer = module._buffers.get(name)
+        # What torch puts around a module that has two names is set up by setting attributes.
+        buffer = vars(module).get("_buffers", {}).get(name)
         if buffer is not None and value is not buffer and is_users(sys._getframe(2)):
             self.problems.append(
                 Problem(

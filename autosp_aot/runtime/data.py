@@ -84,7 +84,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Windows:
-    """Batches of windows of a token source. `vocabulary` None: not known, not checked."""
+    """Batches of windows of a token source. `vocabulary` None: not known, and all that the inputs can hold is taken."""
 
     inputs: tuple[TensorSpec, ...]
     source: RandomTokens | TokenFile | Text
@@ -96,11 +96,13 @@ class Windows:
         rows, length = self.inputs[0].shape
         samples = range(number * rows, (number + 1) * rows)
         tokens = np.stack([self.source.draw(np.random.default_rng((self.seed, n)), length) for n in samples])
-        if self.vocabulary is not None and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
+        held = min(torch.iinfo(DTYPES[entry.dtype]).max for entry in self.inputs)
+        last = held if self.vocabulary is None else self.vocabulary - 1
+        if not 0 <= tokens.min() <= tokens.max() <= last:
             raise ArtifactError(Problem(
                 "token-out-of-range", f"token ids reach from {tokens.min()} to {tokens.max()}",
                 f"samples {samples.start} to {samples.stop - 1} of the data",
-                f"the model has embeddings for 0 to {self.vocabulary - 1}",
+                f"the model has {'inputs' if self.vocabulary is None else 'embeddings'} for 0 to {last}",
                 "give data made with this model's tokenizer, or build the model with a larger vocabulary",
             ))  # fmt: skip
         return {entry.name: torch.from_numpy(tokens).to(DTYPES[entry.dtype]) for entry in self.inputs}
@@ -228,6 +230,8 @@ def _count_tokens(path: Path) -> int:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ArtifactError(Problem("bad-token-file", f"{path} is no array to numpy", why=str(error))) from error
+    if not isinstance(tokens, np.ndarray):
+        raise ArtifactError(Problem("bad-token-file", f"{path} is an archive of arrays", why="run reads one array"))
     if not np.issubdtype(tokens.dtype, np.integer):
         raise ArtifactError(Problem("bad-token-file", f"{path} holds {tokens.dtype}", why="token ids are integers"))
     return tokens.size

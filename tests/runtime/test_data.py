@@ -86,6 +86,14 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("token", [2**31, -1])
+def test_a_token_that_its_input_cannot_hold_is_refused(token, tmp_path):
+    np.save(tmp_path / "ids.npy", np.full(9, token))
+    feed = open_feed((TensorSpec("input_ids", "i32", (3, 4)),), 0, tmp_path / "ids.npy", None)
+    with pytest.raises(ArtifactError, match="the model has inputs for 0 to 2147483647"):
+        feed.at(0)
+
+
 @pytest.mark.parametrize(
     ("make", "code"),
     [
@@ -93,6 +101,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
         (lambda path: path.mkdir(), "data-too-short"),
         (lambda path: np.save(path.with_suffix(".npy"), np.zeros(9)), "bad-token-file"),
         (lambda path: path.with_suffix(".npy").write_text("nonsense"), "bad-token-file"),
+        (lambda path: np.savez(path.with_suffix(".npy").open("wb"), np.zeros(9, int)), "bad-token-file"),
     ],
 )
 def test_data_that_cannot_serve_is_refused(make, code, tmp_path):

@@ -66,7 +66,10 @@ def checked_config(config: dict, manifest: Manifest, replicas: int) -> dict:
         raise ArtifactError(*problems)
     for key in ("compile", "sequence_parallel_size", "data_parallel_size"):
         applied.pop(key, None)
-    return {"communication_data_type": "fp32", "seq_parallel_communication_data_type": "fp32"} | applied
+    applied.setdefault("communication_data_type", "fp32")
+    # DeepSpeed's default is fp32 whatever the other says, and with sequence parallelism this is the one it follows.
+    applied.setdefault("seq_parallel_communication_data_type", applied["communication_data_type"])
+    return applied
 
 
 def check_samples(count: int, config: dict, replicas: int) -> None:

@@ -36,10 +36,9 @@ def test_what_people_have_is_taken_and_gradients_are_added_up_in_fp32(manifests)
     assert applied["optimizer"] == GOOD["optimizer"]
 
 
-def test_a_communication_dtype_that_is_said_stays(manifests):
-    assert checked_config(GOOD | {"communication_data_type": "bf16"}, manifests["f32"], 2)[
-        "communication_data_type"
-    ] == "bf16"
+def test_a_communication_dtype_that_is_said_holds_for_ranks_that_share_sequences_too(manifests):
+    applied = checked_config(GOOD | {"communication_data_type": "bf16"}, manifests["f32"], 2)
+    assert applied["communication_data_type"] == applied["seq_parallel_communication_data_type"] == "bf16"
 
 
 @pytest.mark.parametrize(

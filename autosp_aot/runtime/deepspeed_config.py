@@ -137,7 +137,7 @@ def _check_dtype(config: dict, manifest: Manifest, replicas: int) -> Iterator[Pr
     why = "DeepSpeed would cast parameters, and programs are built for the dtypes they have"
     if wanted and found != wanted:
         yield _disagrees(f"{' and '.join(on)}: enabled", "true", " and ".join(found), why)
-    if not wanted and set(found) & set(HALF.values()):
+    if not wanted and set(found) - {"f32"}:
         yield _disagrees("bf16, fp16: enabled", "false", " and ".join(found), "DeepSpeed would take them for fp32")
 
 

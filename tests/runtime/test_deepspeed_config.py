@@ -18,7 +18,7 @@ def manifests():
     """Of an artifact for 2 ranks with 2 rows a batch, by dtype; `mixed` has parameters of both."""
     mixed = model("bfloat16")
     mixed.model.norm.float()
-    models = {"f32": model(), "bf16": model("bfloat16"), "mixed": mixed}
+    models = {"f32": model(), "bf16": model("bfloat16"), "f64": model("float64"), "mixed": mixed}
     return {name: autosp_aot.build(m, micro_batches(1)[0], 2, target="cpu").manifest for name, m in models.items()}
 
 
@@ -102,8 +102,9 @@ def test_a_part_of_a_batch_at_the_end_of_an_epoch_is_refused(manifests):
         check_samples(9, applied, 2)
 
 
-def test_half_parameters_want_their_section(manifests):
-    assert "bf16, fp16: enabled is false, the artifact says bf16\n" in refusal(manifests["bf16"])
+@pytest.mark.parametrize("dtype, said", [("bf16", "bf16"), ("f64", "f64"), ("mixed", "bf16 and f32")])
+def test_parameters_that_are_not_fp32_are_not_taken_for_it(manifests, dtype, said):
+    assert f"bf16, fp16: enabled is false, the artifact says {said}\n" in refusal(manifests[dtype])
 
 
 def test_parameters_of_two_dtypes_would_be_cast(manifests):

@@ -8,6 +8,7 @@ Prints {"losses": [...], "evaluated": ...}, of its micro-batches and of the batc
 import json
 import sys
 
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import autosp_aot
@@ -32,3 +33,4 @@ def main(artifact: str, config: str, batch: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    dist.destroy_process_group()

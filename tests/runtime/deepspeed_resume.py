@@ -42,3 +42,4 @@ def main(micro_batches: str, out: str, *artifacts: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    dist.destroy_process_group()

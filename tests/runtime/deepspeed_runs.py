@@ -50,3 +50,4 @@ def train(engine, accumulate: int, taken: range = range(STEPS)) -> torch.Tensor:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    dist.destroy_process_group()

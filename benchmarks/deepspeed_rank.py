@@ -30,6 +30,7 @@ def main(said: str, config: str, artifact: str | None = None) -> None:
         ends.append((time.time(), time.process_time()))
     if engine.global_rank == 0:
         Path(said).write_text(json.dumps(ends))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -47,4 +47,5 @@ for step, batch in zip(range(args.steps), engine.training_dataloader):
 
 if engine.global_rank == 0:
     engine.module.save_pretrained(args.out)
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()

@@ -33,4 +33,5 @@ def main(artifact: str, config: str, batch: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    dist.barrier()
     dist.destroy_process_group()

@@ -28,6 +28,7 @@ def main(artifact: str, config: str, batch: str) -> None:
         found[name] = engine.module.table.weight.detach().flatten().tolist()
         engine.destroy()
     print(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
 
 

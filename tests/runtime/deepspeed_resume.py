@@ -42,4 +42,5 @@ def main(micro_batches: str, out: str, *artifacts: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    dist.barrier()
     dist.destroy_process_group()

@@ -50,4 +50,5 @@ def train(engine, accumulate: int, taken: range = range(STEPS)) -> torch.Tensor:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    dist.barrier()
     dist.destroy_process_group()

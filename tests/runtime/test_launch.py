@@ -121,8 +121,8 @@ def test_the_error_of_a_rank_is_the_only_thing_said(artifact, tmp_path):
 
 
 def test_a_rank_that_breaks_stops_all_of_them(artifact, tmp_path):
-    """Rank 0 cannot write the dump to a folder; rank 1 loses its peer. Named is the rank whose end is seen first."""
-    (tmp_path / "dump").mkdir()
+    """Rank 0 cannot write a dump to where the link leads; rank 1 loses its peer. Named is who is seen to end first."""
+    (tmp_path / "dump").symlink_to(tmp_path / "nowhere" / "dump")
     code = (
         "from pathlib import Path\n"
         "from autosp_aot.runtime.launch import run\n"

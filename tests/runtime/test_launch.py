@@ -120,15 +120,25 @@ def test_the_error_of_a_rank_is_the_only_thing_said(artifact, tmp_path):
     assert "Traceback" not in result.stderr and "torch" not in result.stderr.replace("torch.float", "")
 
 
-def test_a_rank_that_breaks_stops_all_of_them(artifact, tmp_path):
-    """Rank 0 cannot write a dump to where the link leads; rank 1 loses its peer. Named is who is seen to end first."""
-    (tmp_path / "dump").symlink_to(tmp_path / "nowhere" / "dump")
-    code = (
-        "from pathlib import Path\n"
-        "from autosp_aot.runtime.launch import run\n"
-        "from autosp_aot.runtime.train import Training\n"
-        f"run(Training(Path({str(artifact)!r}), dump=Path({str(tmp_path / 'dump')!r})), None, None)"
-    )
+KILLS_A_RANK = """
+import multiprocessing, threading, time
+from pathlib import Path
+from autosp_aot.runtime.launch import run
+from autosp_aot.runtime.train import Training
+
+def kill():
+    while len(multiprocessing.active_children()) < 2:
+        time.sleep(0.05)
+    multiprocessing.active_children()[0].kill()
+
+threading.Thread(target=kill, daemon=True).start()
+run(Training(Path({artifact!r}), steps=10**9), None, None)
+"""
+
+
+def test_a_rank_that_breaks_stops_all_of_them(artifact):
+    """One is killed, the other loses its peer. Named is the rank whose end is seen first."""
+    code = KILLS_A_RANK.format(artifact=str(artifact))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     assert re.search(r"error\[rank-failed\]: rank [01] ended", result.stderr)

@@ -14,6 +14,7 @@ less, and how long a second step takes: it is the part of the first that is no s
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from autosp_aot.builder import build_file
 from autosp_aot.config import BuildConfig
 
 LIMIT_S = 2.0
+LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+ALONE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
 DEFAULTS = {"sp": 2, "dp": 1, "layers": 2, "hidden": 128, "seq": 256, "rounds": 5}
 MODEL = Path(__file__).parent.parent / "examples" / "llama.py"
 CONFIG = {
@@ -64,7 +67,7 @@ def launched(ranks: int, said: Path, *arguments: Path) -> tuple[float, float, fl
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     started = time.time()
     command = [*launcher, "-m", "benchmarks.deepspeed_rank", str(said), *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | ALONE)
     (first, processor), (second, _) = json.loads(said.read_text())
     return first - started, processor, second - first
 

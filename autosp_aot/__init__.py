@@ -8,7 +8,6 @@ _PUBLIC = {
     "build": "autosp_aot.builder",
     "initialize": "autosp_aot.runtime.engine",
     "load": "autosp_aot.runtime.load",
-    "save_weights": "autosp_aot.runtime.save",
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autosp_aot.operators import wide
-from autosp_aot.placement import common, transfers
+from autosp_aot.placement import PARTIAL, common, transfers
 from autosp_aot.program import Value
 
 Box = tuple[tuple[int, int, int], ...]
@@ -89,6 +89,14 @@ def _in_order(tensor: Tensor, parts: list[Tensor]) -> bool:
             return False
         at += part.numel()
     return tensor.is_contiguous() and at == tensor.storage_offset() + tensor.numel()
+
+
+def places_of_tile(part: Value, out: Value, box: int, rank: int) -> list[tuple[Box, Box]]:
+    """Where in a tile's part, box `box`, and where in rank `rank`'s result what they share is; of a summand nothing."""
+    if part.placement == PARTIAL:
+        return []
+    a, b, whole = part.placement, out.placement, out.whole_shape
+    return [(at.local(a, whole, box), at.local(b, whole, rank)) for at in common(a, b, whole, box, rank)]
 
 
 def narrowed(tensor: Tensor, box: Box) -> Tensor:

@@ -20,9 +20,9 @@ from onnx import AttributeProto, GraphProto, NodeProto, StringStringEntryProto, 
 from autosp_aot.errors import Problem
 from autosp_aot.interchange.onnx_calls import TYPES, Constant, named
 from autosp_aot.interchange.onnx_operators import standard
-from autosp_aot.moves import Move, Shard
+from autosp_aot.moves import Move, Shard, places_of_tile
 from autosp_aot.operators import COPIES, FREE, STRUCTURE, TILES
-from autosp_aot.placement import PARTIAL, Placement, common
+from autosp_aot.placement import PARTIAL, Placement
 from autosp_aot.program import Dtype, Instr, Program, Ref, Value, flatten, map_instr, values_of
 
 DOMAIN, ATEN = "autosp", "aten"
@@ -128,7 +128,7 @@ class GraphBuilder:
             if not self.refused:
                 graphs.append(graph.graph(f"tile{tile}", [], [info_of(value) for value in own]))
             parts = zip((inside[name] for name in body.gives), outs)
-            places.append([_places(part, out, box, self.rank) for part, out in parts])
+            places.append([places_of_tile(part, out, box, self.rank) for part, out in parts])
         sums = tuple(int(inside[name].placement == PARTIAL) for name in body.gives)
         node.attribute.extend([_attribute("sums", sums), _attribute("places", json.dumps(places))])
         node.attribute.append(AttributeProto(name="tiles", type=AttributeProto.GRAPHS, graphs=graphs))
@@ -175,15 +175,6 @@ class GraphBuilder:
 
 class _Unheld(Exception):
     """An argument that no attribute can hold."""
-
-
-def _places(part: Value, out: Value, box: int, rank: int) -> list:
-    """Where in a tile's part, and where in the result, the boxes are that the rank has of it."""
-    if part.placement == PARTIAL:
-        return []
-    pieces = common(part.placement, out.placement, out.whole_shape, box, rank)
-    whole = out.whole_shape
-    return [(piece.local(part.placement, whole, box), piece.local(out.placement, whole, rank)) for piece in pieces]
 
 
 def _attribute(name: str, argument) -> AttributeProto:

@@ -30,7 +30,7 @@ from autosp_aot.program import Instr, Program, rename
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.groups import TARGETS, check_devices
 from autosp_aot.runtime.load import check_operators
-from autosp_aot.runtime.module import run
+from autosp_aot.runtime.module import place, run
 
 GROUP = "0"  # torch's name of the default process group
 collectives = torch.ops._c10d_functional
@@ -143,19 +143,9 @@ class _Step(nn.Module):
         super().__init__()
         self._graph, self._labels, self._names = graph, labels, names
         for name, tensor in stored.items():
-            self._hold(name, tensor, True)
+            place(self, name, tensor)
         for name, tensor in buffers.items():
-            self._hold(name, tensor, False)
-
-    def _hold(self, name: str, tensor: Tensor, persistent: bool) -> None:
-        """Register a value under a dotted name; `persistent` ones are the state dict."""
-        *path, leaf = name.split(".")
-        owner: nn.Module = self
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner._modules[part]
-        owner.register_buffer(leaf, tensor, persistent)
+            place(self, name, tensor, persistent=False)
 
     def forward(self, **given: Tensor) -> dict[str, Tensor]:
         held = dict(self.named_buffers())

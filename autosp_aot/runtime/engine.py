@@ -106,25 +106,22 @@ class Preparation:
 
 
 class Driven:
-    """A DeepSpeed engine for the loop of `run`, whose steps it takes as the last micro-batch of each is accumulated."""
+    """A DeepSpeed engine for the loop of `run`. DeepSpeed's own `step` comes after each micro-batch and counts."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine):
         self.engine, self.factor = engine, _factor(engine)
-        self.norm = self.lr = 0.0
 
     def accumulate(self, batch: dict[str, Tensor]) -> Tensor:
         loss = self.engine(**batch)
         self.engine.backward(loss)
-        if self.engine.is_gradient_accumulation_boundary():
-            (self.lr, *_), norm = self.engine.get_lr(), self._norm()
-            self.engine.step()
-            self.norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
-        else:
+        if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
         return loss.detach() / self.factor
 
     def step(self) -> tuple[float, float]:
-        return self.norm, self.lr
+        (lr, *_), norm = self.engine.get_lr(), self._norm()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm), lr
 
     def _norm(self) -> Tensor | None:
         """The norm of all gradients where DeepSpeed, without an optimizer of its own, does not say it."""
@@ -141,9 +138,8 @@ class Places:
         sp, rank = mesh.sequence.size, mesh.world.rank
         self.alone = dist.new_group([rank], use_local_synchronization=True)
         self.sequence = self.alone if sp == 1 else mesh.sequence.process_group or dist.group.WORLD
-        columns = [list(range(first, mesh.world.size, sp)) for first in range(sp)]
-        self.columns = columns
-        self.data = dist.group.WORLD if sp == 1 else [dist.new_group(ranks) for ranks in columns][rank % sp]
+        self.columns = [list(range(first, mesh.world.size, sp)) for first in range(sp)]
+        self.data = dist.group.WORLD if sp == 1 else [dist.new_group(ranks) for ranks in self.columns][rank % sp]
 
     def get_model_parallel_group(self):
         return self.alone

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from autosp_aot import operators
-from autosp_aot.moves import Move, Shard, joined, narrowed
+from autosp_aot.moves import Move, Shard, joined, narrowed, places_of_tile
 from autosp_aot.operators import DTYPES, wide
-from autosp_aot.placement import PARTIAL, common
+from autosp_aot.placement import PARTIAL
 from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
 from autosp_aot.runtime import kernels, random
 from autosp_aot.runtime.host import Host
@@ -119,7 +119,9 @@ class Executor:
         summed = [inside[name].placement == PARTIAL for name in gives]
         tiles = range(instr.body.tiles)
         steps = list(zip(*(self._inner(inner, inside, tiles) for inner in instr.body.instrs)))
-        places = [[self._place(inside[name], out, tile, tiles) for name, out in zip(gives, outs)] for tile in tiles]
+        boxes = range(self.rank * len(tiles), (self.rank + 1) * len(tiles))
+        parts = [(inside[name], out) for name, out in zip(gives, outs)]
+        places = [[places_of_tile(part, out, box, self.rank) for part, out in parts] for box in boxes]
 
         def step(values: dict[str, Tensor]) -> None:
             results = [_room(out, add, self.device) for out, add in zip(outs, summed)]
@@ -150,12 +152,6 @@ class Executor:
             return [_shard(source, target, self.rank, self.rank * len(tiles) + tile) for tile in tiles]
         own = [map_instr(instr, lambda n: n.values[tile]) for tile in tiles]
         return [self._call(own[0])] * len(tiles) if own[0] == own[-1] == instr else [self._call(i) for i in own]
-
-    def _place(self, part: Value, out: Value, tile: int, tiles: range):
-        """Where in a tile's part, and where in the result, the boxes are that the rank has of it."""
-        box, a, b, whole = self.rank * len(tiles) + tile, part.placement, out.placement, out.whole_shape
-        pieces = common(a, b, whole, box, self.rank) if a != PARTIAL else ()
-        return [(piece.local(a, whole, box), piece.local(b, whole, self.rank)) for piece in pieces]
 
     def _all_reduce(self, instr: Instr) -> Step:
         sources, targets = [ref.name for ref in instr.args], [out.name for out in instr.values()]

@@ -70,9 +70,9 @@ class ShardedModel(nn.Module):
             value = weights[spec.name].to(executor.device)
             is_parameter = spec.name in parameters
             tensors[spec.name] = nn.Parameter(value, spec.name in manifest.trainable) if is_parameter else value
-            self._place(spec.name, tensors[spec.name])
+            place(self, spec.name, tensors[spec.name])
         for alias, name in manifest.aliases.items():
-            self._place(alias, tensors[name])
+            place(self, alias, tensors[name])
 
     def compile(self, *args, **kwargs) -> None:
         """Nothing: a program is compiled already, and `engine.compile()` of scripts for AutoSP comes here."""
@@ -94,19 +94,6 @@ class ShardedModel(nn.Module):
                 "the module that is loaded has attributes of that name",
                 "rename them, or build a module that holds the model under another name",
             ))  # fmt: skip
-
-    def _place(self, name: str, tensor: Tensor) -> None:
-        """Register a tensor under a dotted name, so that names are the original's."""
-        *path, leaf = name.split(".")
-        owner: nn.Module = self
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner._modules[part]
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-        else:
-            owner.register_buffer(leaf, tensor)
 
     def forward(self, **batch: Tensor) -> Tensor:
         """The loss of a batch, given whole.
@@ -146,6 +133,19 @@ class ShardedModel(nn.Module):
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
         return {**self.constants, **state, **batch, **{name: step_seed(self.seed, self.step) for name in seeds}}
+
+
+def place(owner: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:
+    """Register a tensor under a dotted name; buffers that are `persistent` are part of the state dict."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner._modules[part]
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent)
 
 
 class _Step(torch.autograd.Function):

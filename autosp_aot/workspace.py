@@ -1,9 +1,9 @@
 """What our own operators make in memory, by shapes, dtype and target: kernels obey it, cost.py counts it.
 
-    attention    out like q, lse [B, S, N] in memory      backward    gradients [B, S, N, D] in memory
+    attention    out like q, lse as `outputs` says        backward    gradients [B, S, N, D] in memory
     rows of q    all without gaps
 
-Meanwhile they need what the runs of a call need one at a time: a run is one key/value head with its query heads (all
+Attention copies what of q, k, v and out is not dense. Meanwhile they need what the runs of a call need one at a time: a run is one key/value head with its query heads (all
 heads at once where they are one to one), or the rows of one head. `Need` says how much that is.
 
 Sources: FlashAttention-2's `mha_bwd` (Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp, as in
@@ -29,10 +29,26 @@ SCORING, PART, PART_GRADIENT, DRAWING = 8, 1, 2, 12
 DRAWN, NUMBERS, FEW = 2**18, 4, 512
 
 
-def outputs(q: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Empty out [B, N, S, width] and lse [B, N, S] of q [B, N, S, D]."""
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements of the last dim lie next to each other, as flash kernels take them to without a check."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a contiguous copy where it is not dense."""
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def outputs(q: Tensor, width: int, device_type: str) -> tuple[Tensor, Tensor]:
+    """Empty out [B, N, S, width] and lse [B, N, S] of a dense q [B, N, S, D], laid out as flash kernels make them.
+
+    CPU's kernel makes lse [B, S, N] in memory; CUDA's makes it [B, N, S], and `mha_bwd` reads it so without a check.
+    """
     out = torch.empty_like(q) if width == q.shape[3] else q.new_empty((*q.shape[:3], width))
-    return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide(q.dtype)).transpose(1, 2)
+    batch, heads, rows = q.shape[:3]
+    if device_type != "cpu":
+        return out, q.new_empty((batch, heads, rows), dtype=wide(q.dtype))
+    return out, q.new_empty((batch, rows, heads), dtype=wide(q.dtype)).transpose(1, 2)
 
 
 def gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -70,26 +86,28 @@ def made(op: str, args: tuple, kwargs: dict, target: str) -> tuple[list[Tensor],
 
 
 def _attention(q, k, v, vectors, seed, group, first_head, target, **scoring):
-    results = outputs(q, v.shape[3])
+    (q, k, v), copied_bytes = _densed(q, k, v)
+    results = outputs(q, v.shape[3], target)
     if q.numel() == 0:
         return results, 0
     runs = head_runs(q.shape[1], group, first_head)
     run = _Run(q, k, v, vectors, scoring, target, _most_heads(runs))
-    return results, run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
+    return results, copied_bytes + run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
 
 
 def _attention_backward(grad_out, q, k, v, out, lse, grad_lse, vectors, seed, group, first_head, target, **scoring):
     results = gradient(q), gradient(k), gradient(v)
     if q.numel() == 0:
         return results, 0
+    (q, k, v, out), copied_bytes = _densed(q, k, v, out)
     runs = head_runs(q.shape[1], group, first_head)
     run = _Run(q, k, v, vectors, scoring, target, _most_heads(runs))
     beside = run.backward_bytes(grad_lse is not None)
     if group == 1:
-        return results, beside
+        return results, copied_bytes + beside
     sums = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.itemsize
     own = run.gradient_bytes() + max(beside, sums)
-    return results, own if len(runs) > 1 else own - sums - q.numel() * q.itemsize
+    return results, copied_bytes + (own if len(runs) > 1 else own - sums - q.numel() * q.itemsize)
 
 
 def _attention_vector_gradient(
@@ -104,9 +122,10 @@ def _attention_rows(q, k, v, vectors, seed, group, rows, start, target, **scorin
     results = q.new_empty((*q.shape[:2], v.shape[3])), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
     if q.numel() == 0:
         return results, 0
+    (q, k, v), copied_bytes = _densed(q, k, v)
     run = _Run(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
     # Up to two sets of keys, merged in the wide dtype, and one left from the run before.
-    return results, 8 * run.output_bytes(wide(q.dtype)) + run.forward_bytes()
+    return results, copied_bytes + 8 * run.output_bytes(wide(q.dtype)) + run.forward_bytes()
 
 
 def _attention_rows_backward(
@@ -114,8 +133,10 @@ def _attention_rows_backward(
 ):
     if q.numel() == 0:
         return _summed([q, k, v], lse.dtype, 0)
+    (q, k, v, out), copied_bytes = _densed(q, k, v, out)
     run = _Run(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
-    return _summed([q, k, v], lse.dtype, run.gradient_bytes() + run.backward_bytes(grad_lse is not None))
+    beside = copied_bytes + run.gradient_bytes() + run.backward_bytes(grad_lse is not None)
+    return _summed([q, k, v], lse.dtype, beside)
 
 
 def _attention_rows_vector_gradient(
@@ -184,7 +205,7 @@ class _Run:
 
     def backward_bytes(self, lse_has_gradient: bool) -> int:
         if self.has_kernel() and not lse_has_gradient:
-            return 0 if self.target == "cpu" else self.flash_bytes()
+            return 0 if self.target == "cpu" else self.flash_bytes() + self.lse_bytes()
         return self.accumulated_bytes() + self.block_bytes(2 * SCORING, PART + PART_GRADIENT)
 
     def vector_gradient_bytes(self, which: int) -> int:
@@ -199,6 +220,11 @@ class _Run:
     def flash_bytes(self) -> int:
         rows, width = -(-self.q.shape[2] // 128) * 128, -(-self.q.shape[3] // 32) * 32
         return self.lines * rows * (width + 1) * 4
+
+    def lse_bytes(self) -> int:
+        """Of the dense copy of lse [B, n, rows] that a kernel reads where that is a part of a larger one."""
+        is_part = self.heads < self.q.shape[1] or self.rows < self.q.shape[2]
+        return self.lines * self.rows * wide(self.q.dtype).itemsize if is_part and self.q.shape[0] > 1 else 0
 
     def block_bytes(self, tensors: int, parts: int) -> int:
         """Of a block of rows and keys: scores, expression, draws, and what is read of q, k, v and vectors, widened."""
@@ -217,6 +243,11 @@ class _Run:
         if self.most_rows is not None and plain:
             return has_kernel(self.q, self.k, self.v, plain, False, self.target)
         return has_kernel(self.q, self.k, self.v, plain, scoring.get("causal", False), self.target)
+
+
+def _densed(*tensors: Tensor) -> tuple[list[Tensor], int]:
+    """The tensors as `dense` makes them, and the bytes of the copies."""
+    return [dense(t) for t in tensors], sum(t.numel() * t.itemsize for t in tensors if not is_dense(t))
 
 
 def _most_heads(runs: list[tuple[slice, slice]]) -> int:

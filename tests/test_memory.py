@@ -156,6 +156,28 @@ def test_what_a_run_of_rows_found_is_gone_before_the_next_run():
         assert not compare(compiled.program, rank, inputs, heard[rank])
 
 
+class HeadsByConvolutions(nn.Module):
+    """Attention between convolutions: what lies in memory as [B, heads, head dim, S] is copied for its kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.qkv, self.head = nn.Embedding(64, 16), nn.Conv1d(16, 32, 1), nn.Linear(16, 64)
+
+    def forward(self, input_ids, labels):
+        q, k, v = self.qkv(self.tokens(input_ids).mT).unflatten(1, (-1, 4)).mT.split((4, 2, 2), dim=1)
+        o = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return nn.functional.cross_entropy(self.head(o.mT.flatten(1, 2).mT).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_copies_for_a_kernel_that_takes_the_head_dim_to_be_innermost_are_planned(ranks):
+    torch.manual_seed(0)
+    compiled, inputs = built(HeadsByConvolutions(), half_labelled(13), ranks, recompute="none", tile="off")
+    heard = answers(compiled.program, inputs)
+    for rank in range(ranks):
+        assert not compare(compiled.program, rank, inputs, heard[rank])
+
+
 @pytest.mark.parametrize("name, ranks, length, options", [
     ("mamba2", 2, 13, {"recompute": "none", "tile": 3}), ("mamba2", 3, 64, {"recompute": "sac", "tile": "off"}),
 ])  # fmt: skip

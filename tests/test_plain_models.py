@@ -203,3 +203,16 @@ def test_a_module_that_has_two_names(called):
     whole = built(f, parts).whole
     names = {entry.value.name for entry in whole.inputs if "parts" in entry.value.name}
     assert names == {"parts.a.weight", "parts.a.scale", "parts.a.shift"}
+
+
+def heads_by_convolutions(parts, x: Tensor) -> Tensor:
+    """Attention between convolutions over [B, H, S]: the head dim of q, k, v and of the output has a stride of S."""
+    q, k, v = (parts[name](x.mT).unflatten(1, (N, D)).mT for name in "qkv")
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return parts["o"](o.mT.flatten(1, 2)).mT
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_the_head_dim_need_not_be_the_innermost_in_memory(ranks):
+    parts = nn.ModuleDict({name: nn.Conv1d(H, H, 1, bias=False) for name in "qkvo"})
+    built(heads_by_convolutions, parts, ranks)

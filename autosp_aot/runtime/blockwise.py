@@ -71,7 +71,7 @@ class Scoring:
 def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Output and lse."""
     call = _Call(q, k, v, vectors, scoring)
-    results = outputs(q, v.shape[3])
+    results = outputs(q, v.shape[3], q.device.type)
     for rows in _blocks(q, q.shape[2]):
         seen, hidden = call.keys(rows)
         state = _state(q, v, rows, call.dtype)

@@ -6,9 +6,10 @@
     vectors: [B or 1, n or 1, S or 1, T or 1] each, what `score` (see `scores`) reads beside products and positions
 
 `first_head` is the number of q's first head in the whole; key/value head number h // group serves query head h, and k's
-first head is number first_head // group. `lse` is fp32 for half dtypes, else q's dtype. The rest is `Scoring`'s, and
-where `dropout` is not zero the `site` of the draws and the number of all `heads`. A rank without heads yields empty
-tensors and calls no kernel.
+first head is number first_head // group. What of q, k, v and out is not dense is copied: flash kernels read the head
+dim as if it were, and do not check it. `lse` is fp32 for half dtypes, else q's dtype. The rest is `Scoring`'s, and where
+`dropout` is not zero the `site` of the draws and the number of all `heads`. A rank without heads yields empty tensors and
+calls no kernel.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 from autosp_aot.operators import wide
 from autosp_aot.runtime import experts
 from autosp_aot.runtime.blockwise import Dropout, Scoring, blockwise, blockwise_backward, blockwise_vector_gradient
-from autosp_aot.workspace import gradient, has_kernel, head_runs, outputs
+from autosp_aot.workspace import dense, gradient, has_kernel, head_runs, outputs
 
 aten = torch.ops.aten
 
@@ -29,10 +30,11 @@ def attention(
     group: int, first_head: int, **scoring,
 ):  # fmt: skip
     """Forward: out and the log of the sum of exponentials of each row's scores."""
+    q, k, v = dense(q), dense(k), dense(v)
     if q.numel() == 0:
-        return outputs(q, v.shape[3])
+        return outputs(q, v.shape[3], q.device.type)
     runs = head_runs(q.shape[1], group, first_head)
-    results = outputs(q, v.shape[3]) if len(runs) > 1 else None
+    results = outputs(q, v.shape[3], q.device.type) if len(runs) > 1 else None
     for heads, kv in runs:
         mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
         found = _forward(*_part(q, k, v, heads, kv), _of_heads(vectors, heads), mask)
@@ -50,6 +52,7 @@ def attention_backward(
     """Gradients of q, k and v; those of k and v hold what this rank's query heads add to them."""
     if q.numel() == 0:
         return gradient(q), gradient(k).zero_(), gradient(v).zero_()
+    q, k, v, out = dense(q), dense(k), dense(v), dense(out)
     runs = head_runs(q.shape[1], group, first_head)
     results = (gradient(q), gradient(k), gradient(v)) if len(runs) > 1 else None
     for heads, kv in runs:
@@ -90,6 +93,7 @@ def attention_rows(
     Vectors are whole, [B or 1, N or 1, S or 1, T or 1], or cut as q is, [B or 1, L, T or 1].
     """
     results = q.new_empty((*q.shape[:2], v.shape[3])), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
+    q, k, v = dense(q), dense(k), dense(v)
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         (mine,), found = run.rows(q), None
         for keys, mask in _key_blocks(run, k.shape[2], run.scoring(scoring, seed, k)):
@@ -105,6 +109,7 @@ def attention_rows_backward(
 ):  # fmt: skip
     """Gradients of `attention_rows`; those of k and v hold what this rank's rows add to them."""
     grad_q, grad_k, grad_v = (t.new_zeros(t.shape, dtype=lse.dtype) for t in (q, k, v))
+    q, k, v, out = dense(q), dense(k), dense(v), dense(out)
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
         grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
         for keys, mask in _key_blocks(run, k.shape[2], run.scoring(scoring, seed, k)):
@@ -261,7 +266,7 @@ def _cuda_flash(q, k, v, scale, causal):
 def _cuda_flash_backward(grad_out, q, k, v, out, lse, scale, causal):
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a random generator that dropout 0 does not read
     return aten._scaled_dot_product_flash_attention_backward(
-        grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, state, state[:1], scale=scale
+        grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, state[:1], scale=scale
     )
 
 

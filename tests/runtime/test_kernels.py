@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosp_aot.runtime import blockwise, kernels
 
@@ -185,3 +186,55 @@ def test_rows_of_half_dtypes_keep_lse_in_fp32(dtype, count):
     assert [grad.dtype for grad in grads] == [dtype] * 3
     whole = reference(*(tensor.double() for tensor in (q, k, v)), True, GROUP)
     assert_close((out, lse), [part.flatten(1, 2)[:, start : start + count] for part in whole], 2e-2)
+
+
+def head_dim_outside(tensor):
+    """The same elements with the head dim as the slowest but the batch."""
+    return tensor.movedim(-1, 1).contiguous().movedim(1, -1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "group"), [(3, 3, 1), (4, 2, 2)])
+def test_a_head_dim_that_is_not_innermost_is_read_right(heads, kv_heads, group, causal):
+    assert_like_reference(*map(head_dim_outside, tensors(heads, kv_heads, 5, 5)), causal, group)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_so_it_is_in_intervals_of_heads_and_rows(causal):
+    q, k, v, grad_out = map(head_dim_outside, tensors(HEADS, HEADS // GROUP, ROWS, ROWS))
+    for start, count in ((0, HEADS * ROWS), (2, 6), (7, 1)):
+        assert_interval(q, k, v, grad_out, start, count, causal)
+
+
+class LseOfCuda(TorchDispatchMode):
+    """What CUDA's flash backward is given as lse, as (shape, whether it is dense), by torch's meta kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
+            self.found.append((tuple(args[5].shape), args[5].is_contiguous()))
+        return func(*args, **kwargs or {})
+
+
+def on_meta(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def test_cuda_is_given_lse_as_its_backward_reads_it():
+    q, k, grad_out = on_meta(2, 4, 16, 8), on_meta(2, 2, 16, 8), on_meta(2, 4, 16, 8)
+    out, lse = attention(q, k, k, SCALE, True, 2, 0)
+    assert lse.is_contiguous()
+    with LseOfCuda() as seen:
+        attention_backward(grad_out, q, k, k, out, lse, SCALE, True, 2, 0)
+    assert seen.found == [((2, 2, 16), True)] * 2
+
+
+def test_so_it_is_for_intervals_of_heads_and_rows():
+    q, k = on_meta(2, 24, 8), on_meta(2, 2, 16, 8)
+    out, lse = attention_rows(q, k, k, SCALE, False, 1, 16, 0)
+    with LseOfCuda() as seen:
+        attention_rows_backward(q, q, k, k, out, lse, SCALE, False, 1, 16, 0)
+    assert seen.found == [((2, 1, 16), True), ((2, 1, 8), True)]

@@ -3,8 +3,9 @@
     attention    out like q, lse as `outputs` says        backward    gradients [B, S, N, D] in memory
     rows of q    all without gaps
 
-Attention copies what of q, k, v and out is not dense. Meanwhile they need what the runs of a call need one at a time: a run is one key/value head with its query heads (all
-heads at once where they are one to one), or the rows of one head. `Need` says how much that is.
+Attention copies what of q, k, v and out is not dense. Meanwhile they need what the runs of a call need one at a time: a
+run is one key/value head with its query heads (all heads at once where they are one to one), or the rows of one head.
+`_Run` says how much that is.
 
 Sources: FlashAttention-2's `mha_bwd` (Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp, as in
 aten/native/transformers/cuda/flash_attn) rounds rows to 128 and widths to 32, adds up grad_q in fp32 and keeps one fp32

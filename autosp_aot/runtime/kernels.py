@@ -7,9 +7,9 @@
 
 `first_head` is the number of q's first head in the whole; key/value head number h // group serves query head h, and k's
 first head is number first_head // group. What of q, k, v and out is not dense is copied: flash kernels read the head
-dim as if it were, and do not check it. `lse` is fp32 for half dtypes, else q's dtype. The rest is `Scoring`'s, and where
-`dropout` is not zero the `site` of the draws and the number of all `heads`. A rank without heads yields empty tensors and
-calls no kernel.
+dim as if it were, and do not check it. `lse` is fp32 for half dtypes, else q's dtype. The rest is `Scoring`'s, and
+where `dropout` is not zero the `site` of the draws and the number of all `heads`. A rank without heads yields empty
+tensors and calls no kernel.
 """
 
 from dataclasses import dataclass, replace
@@ -266,8 +266,9 @@ def _cuda_flash(q, k, v, scale, causal):
 def _cuda_flash_backward(grad_out, q, k, v, out, lse, scale, causal):
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a random generator that dropout 0 does not read
     return aten._scaled_dot_product_flash_attention_backward(
-        grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, state[:1], scale=scale
-    )
+        grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, state[:1],
+        scale=scale,
+    )  # fmt: skip
 
 
 def rescale(x: Tensor, tangent: Tensor, guess: Tensor) -> Tensor:

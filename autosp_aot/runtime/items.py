@@ -1,30 +1,24 @@
 """How many labels count: what a model divides the sum of its losses by that takes `num_items_in_batch`.
 
-    %target = ...%labels...                         lines of whole.program, a shift and a reshape mostly
+    %target = ...%labels...                         lines of whole.program (see targets.py)
     nll_loss_forward(%scores, %target, ..., -100)   what is not -100 counts
     div(%nll_loss, %num_items_in_batch)
 
-The lines that lead from the batch to the target are run on each batch, so labels count where the loss reads them: as
-transformers' Trainer counts `labels[..., 1:]` for a loss that shifts.
+So labels count where the loss reads them: as transformers' Trainer counts `labels[..., 1:]` for a loss that shifts.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from autosp_aot.artifact import BUFFERS, Manifest, TensorSpec
-from autosp_aot.artifact_read import read_tensors, read_whole
+from autosp_aot.artifact import Manifest, TensorSpec
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.program import Instr, Program, Section
-from autosp_aot.runtime.execute import DTYPES, Executor
-from autosp_aot.runtime.groups import Group
-from autosp_aot.runtime.load import check_operators
-from autosp_aot.runtime.module import run
+from autosp_aot.runtime.execute import DTYPES
+from autosp_aot.runtime.targets import CROSS_ENTROPY, Targets, open_targets
 
 ITEMS = "num_items_in_batch"
-HOST = Group(0, 1, torch.device("cpu"))
 
 
 def is_items(entry: TensorSpec) -> bool:
@@ -34,17 +28,15 @@ def is_items(entry: TensorSpec) -> bool:
 
 @dataclass(frozen=True)
 class Items:
-    """Counts labels. `executor` gives the targets of a batch, `ignored` is the one that does not count."""
+    """Counts labels: of `targets` all but those that are `ignored`."""
 
-    executor: Executor
-    constants: dict[str, Tensor]
+    targets: Targets
     ignored: int
     dtype: torch.dtype
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         """The labels of a batch, on the host, that count: i64, a scalar."""
-        found = run(self.executor, "targets", self.constants | batch, HOST)
-        return (found["targets"] != self.ignored).sum()
+        return (self.targets.of(batch) != self.ignored).sum()
 
     def filled(self, batch: dict[str, Tensor], count: Tensor) -> dict[str, Tensor]:
         """The batch, with what all batches of the step counted together."""
@@ -59,29 +51,14 @@ def open_items(path: Path, manifest: Manifest) -> Items | None:
     entry = next((entry for entry in manifest.batch if is_items(entry)), None)
     if entry is None:
         return None
-    whole = read_whole(path)
-    targets = {(i.refs()[1], i.args[4]) for i in whole.instrs() if i.op == "aten.nll_loss_forward.default"}
-    if len(targets) != 1:
-        raise _unknown(path, f"it has {len(targets)} cross entropies whose labels differ; it should have one")
-    (name, ignored), = targets
-    lines = _lines_to(name, whole)
-    given = {spec.name for spec in (*manifest.batch, *manifest.buffers)} - {ITEMS}
-    others = sorted({ref for i in lines for ref in i.refs()} - {out.name for i in lines for out in i.values()} - given)
+    found = [targets for targets in open_targets(path, manifest) if targets.instr.op == CROSS_ENTROPY]
+    if len(found) != 1:
+        raise _unknown(path, f"it has {len(found)} cross entropies whose labels differ; it should have one")
+    (targets,) = found
+    others = targets.reads - {spec.name for spec in (*manifest.batch, *manifest.buffers) if spec.name != ITEMS}
     if others:
-        raise _unknown(path, f"the targets of its cross entropy are computed from {', '.join(others)}")
-    program = replace(whole, sections=(Section("targets", (), tuple(lines), (("targets", name),)),))
-    check_operators(program, manifest)
-    return Items(Executor(program, 0, HOST.device), read_tensors(path, BUFFERS), ignored, DTYPES[entry.dtype])
-
-
-def _lines_to(name: str, whole: Program) -> list[Instr]:
-    """The instructions that a value of the whole program follows from, in order."""
-    needed, lines = {name}, []
-    for instr in reversed(list(whole.instrs())):
-        if any(out.name in needed for out in instr.values()):
-            needed |= set(instr.refs())
-            lines.append(instr)
-    return lines[::-1]
+        raise _unknown(path, f"the targets of its cross entropy are computed from {', '.join(sorted(others))}")
+    return Items(targets, targets.instr.args[4], DTYPES[entry.dtype])
 
 
 def _unknown(path: Path, why: str) -> ArtifactError:

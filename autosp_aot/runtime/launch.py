@@ -29,8 +29,10 @@ from autosp_aot.runtime.deepspeed_config import checked_config, read_config
 from autosp_aot.runtime.groups import Mesh, check_devices, check_size
 from autosp_aot.runtime.items import is_items, open_items
 from autosp_aot.runtime.save import refuse_saving
+from autosp_aot.runtime.targets import refuse_unshifted
 from autosp_aot.runtime.train import Training, train
 
+STORED = ".safetensors"
 INTERRUPTED = 128  # a shell's exit code for a process that signal n ended is 128 + n
 
 
@@ -58,10 +60,12 @@ def run(
         config["managed_gradient_accumulation"] = True  # whose loop it is that counts: not the user's here
         training = replace(training, deepspeed=config, accumulate=config["gradient_accumulation_steps"])
     _check(manifest, training)
+    if data is not None or eval_data is not None and eval_data.suffix != STORED:
+        refuse_unshifted(training.artifact, manifest)
     inputs = tuple(entry for entry in manifest.batch if not is_items(entry))
     feeds = [open_feed(inputs, training.seed, data, batch_file, training.dp * training.accumulate)]
     if eval_data is not None:
-        stored = eval_data.suffix == ".safetensors"
+        stored = eval_data.suffix == STORED
         sources = (None, eval_data) if stored else (eval_data, None)
         feeds.append(open_feed(inputs, training.seed, *sources, training.eval_batches))
     if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:

@@ -13,6 +13,7 @@ from autosp_aot.artifact import Manifest
 from autosp_aot.artifact_read import read_bodies, read_manifest, read_whole
 from autosp_aot.cost import flops, heaviest
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.names import folded
 from autosp_aot.operators import COLLECTIVES, COPIES, FREE, MOVES
 from autosp_aot.passes import decisions
 from autosp_aot.passes.early import compute_early
@@ -71,23 +72,25 @@ class Explanation:
 def explain(path: str | Path, value: str) -> Explanation:
     """Explain a value of an artifact, named in full or by an end of its name that no other value has.
 
-    Raises ArtifactError: `no-such-value`, `value-ambiguous` with the candidates, and what reading an artifact raises.
+    Where the others differ in the number of a layer only, the first is explained, and named are all. Raises ArtifactError: `no-such-value`, `value-ambiguous` with the candidates, and what reading an artifact raises.
     """
     manifest, whole = read_manifest(path), read_whole(path)
     program = read_bodies(path)[0][1]
     names = dict.fromkeys((*program.values(), *values_of(program.instrs())))
-    name = _resolved(value, list(names), str(path))
-    rows = _Explainer(manifest, whole, program).rows(name)
-    return Explanation(name, tuple((heading, tuple(lines)) for heading, lines in rows if any(lines)))
+    found = _resolved(value, list(names), str(path))
+    alike = [f"{folded(found)[0]}: the first of {len(found)}, explain another by its whole name"] if found[1:] else []
+    rows = ("one of", alike), *_Explainer(manifest, whole, program).rows(found[0])
+    return Explanation(found[0], tuple((heading, tuple(lines)) for heading, lines in rows if any(lines)))
 
 
-def _resolved(text: str, names: list[str], place: str) -> str:
+def _resolved(text: str, names: list[str], place: str) -> list[str]:
+    """The value that is meant, or those of all layers."""
     if text in names:
-        return text
+        return [text]
     found = [name for name in names if name.startswith(text) or name.endswith(text)]
-    found = [name for name in found if _again(name) == min(map(_again, found))]
-    if len(found) == 1:
-        return found[0]
+    found = [name for name in found if _rank(name) == min(map(_rank, found))]
+    if len(folded(found)) == 1:
+        return found
     if found:
         more = f"\nand {len(found) - LISTED} more" if len(found) > LISTED else ""
         why = "\n".join(found[:LISTED]) + more
@@ -99,9 +102,9 @@ def _resolved(text: str, names: list[str], place: str) -> str:
                                 "autosp-aot show lists the values"))  # fmt: skip
 
 
-def _again(name: str) -> tuple[bool, bool]:
-    """Whether a value is computed again, and whether only tiles know it."""
-    return name.removeprefix(TILE).startswith(RECOMPUTED), name.startswith(TILE)
+def _rank(name: str) -> tuple[bool, bool, bool]:
+    """What is meant by less than a whole name: what comes first among forward, backward, recomputed and tiles' values."""
+    return name.removeprefix(TILE).startswith(RECOMPUTED), name.startswith(TILE), name.startswith("grad.")
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ def by_section(found: Timeline, parameters: int) -> Rows:
 
 def at_peak(program: Program, found: Timeline) -> Rows:
     """The storages that are alive at the peak, alike ones of several layers together, the largest first."""
-    where = _where(program)
+    where, peak_at = _where(program), found.peak_at
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for kind, life in found.storages:
-        if found.peak_at in life.moments:
+        if peak_at in life.moments:
             alike[_folded(life.value.name), kind, where[life.value.name].source].append(life.nbytes)
     ranked = sorted(alike.items(), key=lambda entry: (-sum(entry[1]), entry[0]))
     rows: Rows = [("value", "kind", "bytes", "made at")]

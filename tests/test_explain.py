@@ -157,6 +157,14 @@ def test_a_unique_end_or_beginning_of_a_name_will_do(saved):
     assert explain(saved, "gelu").value == "blocks.0.gelu"
 
 
+def test_a_name_that_every_layer_has_is_explained_of_the_first(tmp_path):
+    model = plain.build_model(**TINY | {"layers": 3}, dtype="float64")
+    artifact = compile_model(model, plain.example_batch(2, 5), {"input_ids": 1, "labels": 1}, BuildConfig(2), "")
+    said = explain(artifact.save(tmp_path / "a"), "gelu")
+    assert said.value == "blocks.0.gelu"
+    assert said.rows[0] == ("one of", ("blocks.{0-2}.gelu: the first of 3, explain another by its whole name",))
+
+
 def test_a_name_of_several_values_lists_them(saved):
     assert refused(saved, "embedding") == (
         "error[value-ambiguous]: 2 values begin or end with embedding\n"

@@ -131,6 +131,7 @@ class ShardedModel(nn.Module):
         check_batch(self.manifest, batch, executor.device)
         check_same_batch(batch, self.comm)
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        check_state(self.manifest, state, executor.device)
         seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
         return {**self.constants, **state, **batch, **{name: step_seed(self.seed, self.step) for name in seeds}}
 
@@ -232,3 +233,19 @@ def check_batch(manifest: Manifest, batch: Mapping[str, Tensor], device: torch.d
         what = "the batch is not the one that was built for"
         raise ArtifactError(Problem("batch-mismatch", what, "forward", "\n".join(problems),
                                     "give the whole batch on every rank, or build again for this shape"))  # fmt: skip
+
+
+def check_state(manifest: Manifest, state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Raise ArtifactError (`state-mismatch`) where a module was cast or moved since it was loaded."""
+    problems = []
+    for spec in manifest.parameters:
+        tensor, wanted = state[spec.name], (DTYPES[spec.dtype], spec.shape, device.type)
+        if (tensor.dtype, tuple(tensor.shape), tensor.device.type) != wanted:
+            found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device.type}"
+            problems.append(f"{spec.name} is {found}, built for {spec.dtype} {list(spec.shape)} on {device.type}")
+    if problems:
+        more = [f"and {len(problems) - 3} more"] if problems[3:] else []
+        raise ArtifactError(Problem(
+            "state-mismatch", "the module's parameters are not those that its program was built for", "forward",
+            "\n".join(problems[:3] + more), "leave the module as it was loaded; for another dtype, build a model of it"
+        ))  # fmt: skip

@@ -321,6 +321,18 @@ def test_a_batch_of_another_shape_dtype_or_device_is_refused(module, change, sai
     assert f"  why    {said}\n" in str(caught.value)
 
 
+def test_a_module_that_was_cast_says_what_it_was_built_for(module):
+    module.bfloat16()
+    with pytest.raises(ArtifactError) as caught:
+        module(**tokens(0))
+    assert str(caught.value).startswith(
+        "error[state-mismatch]: the module's parameters are not those that its program was built for\n"
+        "  where  forward\n"
+        "  why    tokens.weight is torch.bfloat16 [8, 4] on cpu, built for f64 [8, 4] on cpu\n"
+    )
+    assert str(caught.value).endswith("leave the module as it was loaded; for another dtype, build a model of it")
+
+
 def test_a_saved_state_starts_another_module(module, path, tmp_path):
     with torch.no_grad():
         module.get_parameter("tokens.weight").add_(1)

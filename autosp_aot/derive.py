@@ -58,10 +58,11 @@ class _Derivation:
         self.early: set[str] = set()
 
     def run(self) -> None:
-        if {stands_for(entry.value.name) for entry in self.program.inputs} != set(self.whole_inputs):
+        name_of = lambda entry: entry.value.name.removeprefix(EARLY if entry.kind == "guess" else "")  # noqa: E731
+        if set(map(name_of, self.program.inputs)) != set(self.whole_inputs):
             raise _wrong("the inputs are not those of the whole program")
         for entry in self.program.inputs:
-            name = stands_for(entry.value.name)
+            name = name_of(entry)
             wanted = self.whole_inputs[name]
             if entry.kind == "guess" and wanted.kind == "tangent":
                 self.early.add(entry.value.name)

@@ -72,7 +72,8 @@ class Explanation:
 def explain(path: str | Path, value: str) -> Explanation:
     """Explain a value of an artifact, named in full or by an end of its name that no other value has.
 
-    Where the others differ in the number of a layer only, the first is explained, and named are all. Raises ArtifactError: `no-such-value`, `value-ambiguous` with the candidates, and what reading an artifact raises.
+    Where several such names differ in the number of a layer only, the first is explained. Raises ArtifactError:
+    `no-such-value`, `value-ambiguous` with the candidates, and what reading an artifact raises.
     """
     manifest, whole = read_manifest(path), read_whole(path)
     program = read_bodies(path)[0][1]
@@ -103,7 +104,7 @@ def _resolved(text: str, names: list[str], place: str) -> list[str]:
 
 
 def _rank(name: str) -> tuple[bool, bool, bool]:
-    """What is meant by less than a whole name: what comes first among forward, backward, recomputed and tiles' values."""
+    """What is meant by less than a whole name: values of forward before those of backward, recomputation, tiles."""
     return name.removeprefix(TILE).startswith(RECOMPUTED), name.startswith(TILE), name.startswith("grad.")
 
 

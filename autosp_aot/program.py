@@ -24,6 +24,14 @@ TILE = "tile."
 EARLY = "early."
 
 
+def free_of_prefixes(name: str) -> str:
+    """A name for a value of the unsharded program that none of the prefixes above begins, whatever a module is called.
+
+    No module has an empty name, so `.early.0.mm` is no other value's.
+    """
+    return f".{name}" if name.startswith((RECOMPUTED, TILE, EARLY)) else name
+
+
 @dataclass(frozen=True, slots=True)
 class PerRank:
     """An integer that differs between ranks: `values[r]` is rank r's."""

@@ -21,6 +21,8 @@
 A layout names the intervals of all ranks, in a body of all ranks' tiles. A constant is a number that differs between
 ranks or tiles; its values are not part of the text (they stand in `ranks.json`), so that ranks of one structure share
 one text.
+
+Names are those of modules, whatever they are called: what would end a name is written as `\\u0020` is for a space.
 """
 
 import re
@@ -37,6 +39,8 @@ KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")
 INTO = "into"  # as a keyword, the operand whose memory the result takes
 DEPTH = 300  # of lists in an argument; a score expression has at most 256 parts
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
+ESCAPED = re.compile(r"[\s,:;=()\[\]{}@#%$\"\\]")  # in a name
+SPACES = re.compile(r"[\s\\]")  # in where an instruction comes from
 
 
 # --- print --------------------------------------------------------------------------------------------------------
@@ -56,10 +60,11 @@ class _Printer:
     def text(self) -> tuple[str, dict[str, tuple[int, ...]]]:
         lines = [f"{entry.kind} {self.value(entry.value)}" for entry in self.program.inputs]
         for section in self.program.sections:
-            lines.append(f"section {section.name} takes ({', '.join('%' + n for n in section.takes)})")
+            lines.append(f"section {section.name} takes ({self.names(section.takes)})")
             for instr in section.instrs:
                 lines.extend("  " + line for line in self.lines(instr))
-            lines.append(f"gives ({', '.join(f'{label}=%{name}' for label, name in section.gives)})")
+            gives = (f"{escaped(label)}=%{escaped(name)}" for label, name in section.gives)
+            lines.append(f"gives ({', '.join(gives)})")
         head = [HEADER, f"ranks {self.program.ranks}"]
         head += [f"layout {name} = {' '.join(f'{a}:{b}' for a, b in bounds)}" for bounds, name in self.layouts.items()]
         if self.constants:
@@ -70,19 +75,22 @@ class _Printer:
         if instr.body is None:
             return [self.instr(instr)]
         inside = ["  " + self.instr(inner) for inner in instr.body.instrs]
-        return [self.instr(instr), *inside, f"gives ({', '.join('%' + name for name in instr.body.gives)})"]
+        return [self.instr(instr), *inside, f"gives ({self.names(instr.body.gives)})"]
+
+    def names(self, names: tuple[str, ...]) -> str:
+        return ", ".join(f"%{escaped(name)}" for name in names)
 
     def instr(self, instr: Instr) -> str:
         args = [self.arg(a) for a in instr.args] + [f"{k}={self.arg(v)}" for k, v in instr.kwargs]
-        args += [] if instr.into is None else [f"{INTO}=%{instr.refs()[instr.into]}"]
+        args += [] if instr.into is None else [f"{INTO}=%{escaped(instr.refs()[instr.into])}"]
         call = f"{instr.op}({', '.join(args)})" + (f" in {instr.body.tiles}" if instr.body else "")
         outs = "; ".join("_" if out is None else self.value(out) for out in instr.outs)
-        note = " ".join(p for p in (instr.where.source or "-", instr.where.module) if p)
+        note = " ".join(escaped(p, SPACES) for p in (instr.where.source or "-", instr.where.module) if p)
         return (f"{outs} = {call}" if outs else call) + ("" if note == "-" else f"  # {note}")
 
     def value(self, value: Value) -> str:
         shape = ", ".join(self.int(n) for n in value.shape)
-        return f"%{value.name}: {value.dtype}[{shape}] @ {self.placement(value.placement)}"
+        return f"%{escaped(value.name)}: {value.dtype}[{shape}] @ {self.placement(value.placement)}"
 
     def int(self, n: Int) -> str:
         if isinstance(n, PerRank):
@@ -107,7 +115,7 @@ class _Printer:
 
     def arg(self, arg) -> str:
         if isinstance(arg, Ref):
-            return "%" + arg.name
+            return "%" + escaped(arg.name)
         if isinstance(arg, Dtype):
             return f"dtype:{arg.name}"
         if isinstance(arg, str):
@@ -119,8 +127,22 @@ class _Printer:
         return repr(arg)
 
 
+def escaped(text: str, characters: re.Pattern = ESCAPED) -> str:
+    """A name as the text has it."""
+    return characters.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def unescaped(text: str, characters: re.Pattern = ESCAPED) -> str:
+    """The name that `escaped` has made a text of. Raises ValueError for a text that it does not make."""
+    name = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+    if escaped(name, characters) != text:
+        raise ValueError(f"not a name: {text!r}")
+    return name
+
+
 # --- parse --------------------------------------------------------------------------------------------------------
 
+_ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
 _INPUT = re.compile(rf"({'|'.join(KINDS)}) (.+)")
 _SECTION = re.compile(r"section (\w+) takes \((.*)\)")
 _VALUE = re.compile(rf"%({NAME}): (\w+)\[([^\]]*)\] @ (.+)")
@@ -207,9 +229,8 @@ class _Parser:
             if instrs[-1].body is not None:
                 instrs[-1] = replace(instrs[-1], body=self.body(instrs[-1].body.tiles))
         gives = self.expect(r"gives \((.*)\)")[1]
-        pairs = tuple(tuple(pair.split("=%")) for pair in gives.split(", ")) if gives else ()
-        takes = tuple(name.removeprefix("%") for name in head[2].split(", ")) if head[2] else ()
-        return Section(head[1], takes, tuple(instrs), pairs)
+        pairs = (map(unescaped, pair.split("=%")) for pair in gives.split(", ")) if gives else ()
+        return Section(head[1], self.names(head[2]), tuple(instrs), tuple(map(tuple, pairs)))
 
     def body(self, tiles: int) -> Body:
         instrs = []
@@ -218,7 +239,10 @@ class _Parser:
             if instrs[-1].body is not None:
                 raise ValueError("a body within a body")
         gives = self.expect(r"  gives \((.*)\)")[1]
-        return Body(tiles, tuple(instrs), tuple(name.removeprefix("%") for name in gives.split(", ")) if gives else ())
+        return Body(tiles, tuple(instrs), self.names(gives))
+
+    def names(self, text: str) -> tuple[str, ...]:
+        return tuple(unescaped(name.removeprefix("%")) for name in text.split(", ")) if text else ()
 
     def instr(self, line: str) -> Instr:
         code, _, note = line.partition("  # ")
@@ -233,7 +257,7 @@ class _Parser:
             if not isinstance(taken, Ref):
                 raise ValueError(f"{INTO} is an operand")
             into = Instr((), match[1], args, tuple(kwargs)).refs().index(taken.name)
-        source, _, module = note.partition(" ")
+        source, module = (unescaped(part, SPACES) for part in note.partition(" ")[::2])
         where = Where("" if source == "-" else source, module)
         values = tuple(None if out == "_" else self.value(out) for out in outs.split("; ")) if outs else ()
         body = Body(int(match[3]), (), ()) if match[3] else None
@@ -246,7 +270,7 @@ class _Parser:
         if not match or match[2] not in ITEMSIZE:
             raise ValueError(f"not a value: {text!r}")
         shape = tuple(self.int(n) for n in match[3].split(", ")) if match[3] else ()
-        return Value(match[1], match[2], shape, self.placement(match[4]))
+        return Value(unescaped(match[1]), match[2], shape, self.placement(match[4]))
 
     def int(self, text: str) -> Int:
         return self.ints[text] if text[0] == "$" else int(text)
@@ -296,7 +320,7 @@ class _Parser:
 
     def leaf(self, kind: str, token: str):
         if kind == "ref":
-            return Ref(token)
+            return Ref(unescaped(token))
         if kind == "constant":
             return self.ints[token]
         if kind == "dtype":

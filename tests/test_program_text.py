@@ -1,6 +1,8 @@
 """The text is the program: what is printed is read back, and only that."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autosp_aot.errors import ArtifactError
 from autosp_aot.placement import Cut, Placement
@@ -58,6 +60,24 @@ def test_a_real_program_is_read_back(tiny):
     text, constants = print_program(tiny.program)
     again = parse_program(text, constants)
     assert again == tiny.program and print_program(again) == (text, constants)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=3, max_size=3, unique=True))
+def test_values_may_be_called_anything(names):
+    ids, made, label = names
+    where = Where(f"{label}.py:3", made)
+    add = Instr((Value(made, "f32", ()),), "aten.add.Tensor", (Ref(ids), Ref(ids)), (), where)
+    step = Section("step", (ids,), (add, Instr((), "free", (Ref(ids),))), ((label, made),))
+    program = Program(1, (Input("batch", Value(ids, "f32", ())),), (step,))
+    text, _ = print_program(program)
+    assert parse_program(text, {}) == program and len(text.split("\n")) == 8
+
+
+@pytest.mark.parametrize("name", ["a b", "a\\u0062", "a\\u20", "a\\x"])
+def test_a_name_has_one_spelling(name):
+    text, _ = print_program(PROGRAM)
+    with pytest.raises(ArtifactError, match="program-syntax"):
+        parse_program(text.replace("%embed.embedding", f"%{name}"), {"$0": 2})
 
 
 def test_a_damaged_line_is_refused_with_its_number():

@@ -25,7 +25,7 @@ from autosp_aot.export.shapes import SHAPES, expand, shaped
 from autosp_aot.export.source import where
 from autosp_aot.operators import DTYPE_NAMES as DTYPES
 from autosp_aot.operators import DTYPES as TORCH_DTYPES
-from autosp_aot.program import Dtype, Input, Instr, Program, Ref, Section, Value, map_args
+from autosp_aot.program import Dtype, Input, Instr, Program, Ref, Section, Value, free_of_prefixes, map_args
 
 aten = torch.ops.aten
 
@@ -72,6 +72,7 @@ class _Canonical:
         self.inputs: list[Input] = []
         self.constants: dict[str, Tensor] = dict(joint.constants)
         self.after_loss: set[str] = set()
+        self.seed: Ref | None = None
         self.sites = 0
         self.attention_sites: dict[int, tuple[Ref, int]] = {}
 
@@ -192,10 +193,11 @@ class _Canonical:
 
     def site(self) -> tuple[Ref, int]:
         """The seed and the number of a new drawing operator; the step has a seed as soon as something draws."""
-        if not self.sites:
-            self.add_input("seed", SEED, torch.empty((), dtype=torch.int64))
+        if self.seed is None:
+            name = SEED if SEED not in {name for _, name in self.joint.inputs} else f".{SEED}"
+            self.seed = Ref(self.add_input("seed", name, torch.empty((), dtype=torch.int64)))
         self.sites += 1
-        return Ref(SEED), self.sites - 1
+        return self.seed, self.sites - 1
 
     def uniform(self, node: Node, like: Tensor, dtype: torch.dtype) -> str:
         """A new draw from [0, 1)."""
@@ -240,7 +242,7 @@ class _Canonical:
 
     def fresh(self, module: str, op: str, at: int, count: int) -> str:
         role = op.split(".")[1].removeprefix("_") + (f"_{at}" if count > 1 else "")
-        name = f"{module}.{role}" if module and not module.endswith(".") else module + role
+        name = free_of_prefixes(f"{module}.{role}" if module and not module.endswith(".") else module + role)
         self.taken[name] += 1
         return name if self.taken[name] == 1 else f"{name}.{self.taken[name] - 1}"
 

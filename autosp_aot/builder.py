@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot import __version__
 from autosp_aot.artifact import FORMAT, Evaluation, Manifest, specs
@@ -22,7 +21,6 @@ from autosp_aot.dump import Dump
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical import DTYPES, canonical_program
 from autosp_aot.export.evaluation import capture_evaluation, in_eval_mode
-from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import Joint, capture
 from autosp_aot.export.model_file import (
     checked_sequence_dims,
@@ -32,6 +30,8 @@ from autosp_aot.export.model_file import (
     read_model_file,
 )
 from autosp_aot.export.modules import refuse_modules
+from autosp_aot.export.sharing import refuse_shared
+from autosp_aot.export.subject import Subject
 from autosp_aot.export.watch import refuse_hooks
 from autosp_aot.inputs import vocabularies
 from autosp_aot.operators import STRUCTURE, schema
@@ -122,12 +122,13 @@ def compile_model(
     model: nn.Module, batch, sequence_dims: dict[str, int], config: BuildConfig, source: str, watch: Watch = unwatched
 ) -> Artifact:
     """Capture, partition and schedule a model; no weights are allocated. `watch` is shown what each pass makes."""
-    captured = capture_model(model, batch, config.target)
+    subject = Subject(model, batch, config.target)
+    captured = capture_model(subject)
     whole, buffers = captured.whole, dict(model.named_buffers()) | captured.constants
     compiled = compile_program(whole, sequence_dims, config, watch=watch)
     steps, evaluation = [compiled], None
     if config.evaluation:
-        evaluation, constants = _evaluation(model, batch, captured, buffers, sequence_dims, config, watch)
+        evaluation, constants = _evaluation(subject, captured, buffers, sequence_dims, config, watch)
         steps.append(evaluation)
         buffers |= constants
     persistent = set(_state_names(model))
@@ -178,23 +179,23 @@ class Captured:
     joint: Joint
 
 
-def capture_model(model: nn.Module, batch, target: str) -> Captured:
+def capture_model(subject: Subject) -> Captured:
     """Capture the step of a model. Raises BuildError."""
-    refuse_modules(model)
-    refuse_hooks(model)
-    mode = FakeTensorMode()
-    joint = capture(fake_copy(model, mode), batch, mode, target)
+    refuse_modules(subject.model)
+    refuse_hooks(subject.model)
+    refuse_shared(subject.model)
+    joint = capture(subject)
     whole, constants = canonical_program(joint)
     _refuse_operators(whole)
     return Captured(whole, constants, joint)
 
 
 def _evaluation(
-    model: nn.Module, batch, step: Captured, known, sequence_dims: dict[str, int], config: BuildConfig, watch: Watch
+    subject: Subject, step: Captured, known, sequence_dims: dict[str, int], config: BuildConfig, watch: Watch
 ) -> tuple[Compiled, dict[str, Tensor]]:
     """The program that gives the loss in eval mode, and the constants that it has beside the step's."""
     with in_eval_mode():
-        whole, constants = capture_evaluation(model, batch, config.target, step.joint, step.whole, known)
+        whole, constants = capture_evaluation(subject, step.joint, step.whole, known)
         _refuse_operators(whole)
         shown = lambda name, program: watch(f"evaluate.{name}", program)  # noqa: E731
         return compile_evaluation(whole, sequence_dims, config, shown), constants

@@ -19,6 +19,7 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.cost import costs
 from autosp_aot.errors import BuildError
 from autosp_aot.export.model_file import make_batch, make_model, read_model_file
+from autosp_aot.export.subject import Subject
 from autosp_aot.longest import longest
 from autosp_aot.operators import FREE, makes_view
 from autosp_aot.passes.pipeline import compile_program
@@ -142,7 +143,7 @@ class Planner:
 
     def _captured(self, seq: int) -> tuple[Program, dict[str, int]]:
         batch, sequence_dims = make_batch(self.model_file, self.asked.batch_size, seq)
-        whole = capture_model(self.model, batch, self.setting.device.kind).whole
+        whole = capture_model(Subject(self.model, batch, self.setting.device.kind)).whole
         return whole, sequence_dims
 
     def longest(self, known: dict[int, Point]) -> Point | None:

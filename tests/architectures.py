@@ -16,6 +16,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from autosp_aot.builder import capture_model
+from autosp_aot.export.subject import Subject
 from tests.exactness import eager
 from tests.steps import eager_loss, evaluation, losses, sharded, worst
 
@@ -170,7 +171,7 @@ class Case:
         options = {"recompute": self.recompute, "tile": self.tile, "offload": self.offload}
         model, reference = architecture.build(), architecture.build()
         reference.config._experts_implementation = "eager"
-        step = capture_model(model, batch, "cpu")
+        step = capture_model(Subject(model, batch, "cpu"))
         compiled, results = sharded(model, batch, self.ranks, step=step, **options)
         error = worst(eager(reference, batch), results)
         if self.recompute == "sac":

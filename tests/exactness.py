@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot.builder import model_values
 from autosp_aot.config import BuildConfig
 from autosp_aot.export.canonical import canonical_program
-from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
+from autosp_aot.export.subject import Subject
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.program import Program
 from autosp_aot.runtime.simulate import simulate
@@ -70,8 +69,8 @@ class Case:
 
 def captured(case: Case) -> tuple[nn.Module, Program, dict[str, Tensor]]:
     """The model, its whole step, and constants of the graph."""
-    model, mode = case.model(), FakeTensorMode()
-    whole, constants = canonical_program(capture(fake_copy(model, mode), next(case.batches()), mode, "cpu"))
+    model = case.model()
+    whole, constants = canonical_program(capture(Subject(model, next(case.batches()), "cpu")))
     return model, whole, constants
 
 

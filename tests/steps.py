@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from autosp_aot.builder import Captured, capture_model, model_values
 from autosp_aot.config import BuildConfig
 from autosp_aot.export.evaluation import capture_evaluation
+from autosp_aot.export.subject import Subject
 from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
 from autosp_aot.program import Program
 from autosp_aot.runtime.execute import DTYPES
@@ -75,7 +76,7 @@ def built(
     **options,
 ) -> tuple[Compiled, dict[str, Tensor]]:
     """What a model is built to, and all inputs of its programs, tangents of one among them."""
-    step = step or capture_model(model, batch, "cpu")
+    step = step or capture_model(Subject(model, batch, "cpu"))
     compiled = compile_program(step.whole, dims or _dims(batch), BuildConfig(ranks, **options), watch=watch)
     tangents = [entry.value for entry in compiled.program.inputs if entry.kind in ("tangent", "guess")]
     ones = {value.name: torch.ones((), dtype=DTYPES[value.dtype]) for value in tangents}
@@ -86,8 +87,8 @@ def evaluation(
     model: nn.Module, batch: dict[str, Tensor], ranks: int, step: Captured | None = None, **options
 ) -> tuple[Compiled, dict[str, Tensor]]:
     """What a model's eval mode is built to, and all inputs of its programs."""
-    step, known = step or capture_model(model, batch, "cpu"), _values(model)
-    whole, constants = capture_evaluation(model, batch, "cpu", step.joint, step.whole, known | step.constants)
+    step, known = step or capture_model(Subject(model, batch, "cpu")), _values(model)
+    whole, constants = capture_evaluation(Subject(model, batch, "cpu"), step.joint, step.whole, known | step.constants)
     compiled = compile_evaluation(whole, _dims(batch), BuildConfig(ranks, **options))
     return compiled, known | step.constants | constants | batch
 

@@ -10,8 +10,8 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.cost import costs
 from autosp_aot.errors import ArtifactError, BuildError
 from autosp_aot.export.canonical import canonical_program, forward_part
-from autosp_aot.export.fake import fake_copy
-from autosp_aot.export.joint import FakeTensorMode, capture_exported, export_forward
+from autosp_aot.export.joint import capture_exported, export_forward
+from autosp_aot.export.subject import Subject
 from autosp_aot.report import show
 from autosp_aot.runtime.random import step_seed
 from examples import llama, plain
@@ -103,7 +103,7 @@ def wrapped(inner: nn.Module) -> nn.Module:
 ], ids=["gpt2", "bloom", "mlp", "attention", "switching", "without gradients", "encoder", "plain"])  # fmt: skip
 def test_the_loss_is_eager_s_in_eval_mode_at_any_number_of_ranks(model, limit):
     model = model()
-    step, wanted = capture_model(model, BATCH, "cpu"), eager_loss(model, BATCH)
+    step, wanted = capture_model(Subject(model, BATCH, "cpu")), eager_loss(model, BATCH)
     for ranks in (1, 2, 3, 4):
         compiled, inputs = evaluation(model, BATCH, ranks, step)
         assert not compiled.fallbacks
@@ -114,7 +114,7 @@ def test_the_loss_is_eager_s_in_eval_mode_at_any_number_of_ranks(model, limit):
 
 def test_it_does_not_draw_what_training_alone_draws():
     model = model_of("gpt2")
-    step = capture_model(model, BATCH, "cpu")
+    step = capture_model(Subject(model, BATCH, "cpu"))
     compiled, _ = evaluation(model, BATCH, 2, step)
     assert "seed" in {entry.kind for entry in step.whole.inputs}
     assert {entry.kind for entry in compiled.program.inputs} <= {"parameter", "buffer", "batch"}
@@ -135,9 +135,8 @@ def test_what_eval_mode_draws_too_is_drawn_by_position(name):
 def test_the_part_of_the_step_that_the_loss_needs_is_what_is_captured_without_gradients(name):
     model = small() if name == "plain" else llama.build_model(num_hidden_layers=1)
     with torch.no_grad():
-        mode = FakeTensorMode()
-        captured = capture_exported(export_forward(fake_copy(model, mode).eval(), BATCH, mode, "cpu"))
-    assert canonical_program(captured)[0] == forward_part(capture_model(model, BATCH, "cpu").whole)
+        captured = capture_exported(export_forward(Subject(model, BATCH, "cpu", nn.Module.eval)))
+    assert canonical_program(captured)[0] == forward_part(capture_model(Subject(model, BATCH, "cpu")).whole)
 
 
 def test_a_mode_s_own_literals_and_buffers_are_in_the_artifact(tmp_path):
@@ -153,7 +152,7 @@ def test_a_mode_s_own_literals_and_buffers_are_in_the_artifact(tmp_path):
 
 def test_nothing_is_kept_and_tiles_hold_slices():
     model = small()
-    step = capture_model(model, BATCH, "cpu")
+    step = capture_model(Subject(model, BATCH, "cpu"))
     (wanted,) = losses(*evaluation(model, BATCH, 1, step, tile="off"))
     for ranks, tile in ((1, 3), (3, 2)):
         compiled, inputs = evaluation(model, BATCH, ranks, step, tile=tile)
@@ -166,7 +165,7 @@ def test_nothing_is_kept_and_tiles_hold_slices():
 @pytest.mark.parametrize(("ranks", "tile", "dtype"), [(1, "off", "float32"), (2, 3, "bfloat16"), (3, "off", "float64")])
 def test_the_measured_peak_is_the_planned_one_and_below_the_step_s(ranks, tile, dtype):
     model = small(dtype)
-    step = capture_model(model, BATCH, "cpu")
+    step = capture_model(Subject(model, BATCH, "cpu"))
     compiled, inputs = evaluation(model, BATCH, ranks, step, tile=tile)
     heard = answers(compiled.program, inputs)
     assert not compare(compiled.program, ranks - 1, inputs, heard[ranks - 1])
@@ -223,7 +222,7 @@ def test_what_eval_mode_computes_follows_from_the_user_s_own_eval():
             return super().train(False)
 
     model = wrapped(nn.Sequential(Frozen(), nn.Linear(8, 8)))
-    step = capture_model(model, BATCH, "cpu")
+    step = capture_model(Subject(model, BATCH, "cpu"))
     assert evaluation(model, BATCH, 1, step)[0].whole == forward_part(step.whole)
 
 

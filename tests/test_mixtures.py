@@ -3,15 +3,14 @@
 import pytest
 import torch
 import transformers as hf
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autosp_aot
 from autosp_aot.builder import compile_model
 from autosp_aot.check import check
 from autosp_aot.config import BuildConfig
 from autosp_aot.export.canonical import canonical_program
-from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
+from autosp_aot.export.subject import Subject
 from autosp_aot.numeric import check_numeric
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.pipeline import compile_program
@@ -113,9 +112,7 @@ def test_bf16_is_as_near_to_fp64_as_eager_bf16(batch):
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_no_collective_outside_of_attention_moves_a_hidden_state(name, auxiliary, batch):
     """Parameters' gradients are summed; of the tokens themselves nothing as wide as the model leaves its rank."""
-    mode = FakeTensorMode()
-    model = fake_copy(built(name, output_router_logits=auxiliary), mode)
-    whole, _ = canonical_program(capture(model, batch, mode, "cpu"))
+    whole, _ = canonical_program(capture(Subject(built(name, output_router_logits=auxiliary), batch, "cpu")))
     program = compile_program(whole, dict.fromkeys(batch, 1), BuildConfig(3)).program
     moved = [instr for section in program.sections[:2] for instr in section.instrs if instr.op in COLLECTIVES]
     outside = [instr for instr in moved if "self_attn" not in instr.where.module]

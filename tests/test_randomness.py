@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot.artifact_read import read_rank
 from autosp_aot.builder import build, model_values
@@ -16,8 +15,8 @@ from autosp_aot.config import BuildConfig
 from autosp_aot.derive import derive
 from autosp_aot.errors import ArtifactError
 from autosp_aot.export.canonical import canonical_program
-from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
+from autosp_aot.export.subject import Subject
 from autosp_aot.passes.pipeline import Compiled, compile_program
 from autosp_aot.program import PerRank
 from autosp_aot.runtime.execute import DTYPES
@@ -103,8 +102,7 @@ def model_of(name: str) -> nn.Module:
 
 def compiled(model: nn.Module, ranks: int, recompute: str = "sac") -> tuple[Compiled, dict[str, torch.Tensor]]:
     """The programs, and values of the graph's constants."""
-    mode = FakeTensorMode()
-    whole, constants = canonical_program(capture(fake_copy(model, mode), BATCH, mode, "cpu"))
+    whole, constants = canonical_program(capture(Subject(model, BATCH, "cpu")))
     return compile_program(whole, dict.fromkeys(BATCH, 1), BuildConfig(ranks, recompute=recompute)), constants
 
 

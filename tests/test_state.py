@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from autosp_aot.builder import capture_model
+from autosp_aot.export.subject import Subject
 from autosp_aot.program_text import parse_program
 from autosp_aot.runtime.groups import Group
 from autosp_aot.runtime.optimizer import AdamW
@@ -51,7 +52,7 @@ def test_without_an_optimizer_there_are_parameters_and_gradients():
 @pytest.mark.parametrize("zero, accumulate", [(0, 1), (1, 1), (1, 2)])
 def test_it_is_what_run_holds(dtype, zero, accumulate):
     model = plain.build_model(vocab_size=8, hidden_size=4, layers=1, heads=2, kv_heads=1, max_length=8, dtype=dtype)
-    whole = capture_model(model, plain.example_batch(1, 4), "cpu").whole
+    whole = capture_model(Subject(model, plain.example_batch(1, 4), "cpu")).whole
     optimizer = AdamW(model.parameters(), Group(0, 2, torch.device("cpu")), zero)
     if accumulate > 1:
         model(**plain.example_batch(1, 4)).backward()
@@ -65,7 +66,8 @@ def test_it_is_what_run_holds(dtype, zero, accumulate):
 
 def test_tied_parameters_count_once():
     tied, untied = (
-        capture_model(Tied(tie), {"tokens": torch.zeros(1, 4, dtype=torch.int64)}, "cpu").whole for tie in (True, False)
+        capture_model(Subject(Tied(tie), {"tokens": torch.zeros(1, 4, dtype=torch.int64)}, "cpu")).whole
+        for tie in (True, False)
     )
     one, two = (training_state(whole, "adamw", zero=0, ranks=1) for whole in (tied, untied))
     assert (two.parameters, two.gradients, two.optimizer) == (2 * one.parameters, 2 * one.gradients, 2 * one.optimizer)

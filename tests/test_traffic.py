@@ -15,13 +15,13 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot.collectives import collectives_of
 from autosp_aot.config import BuildConfig
 from autosp_aot.export.canonical import canonical_program
-from autosp_aot.export.fake import fake_copy, weightless
+from autosp_aot.export.fake import weightless
 from autosp_aot.export.joint import capture
+from autosp_aot.export.subject import Subject
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.placement import disjoint
@@ -74,8 +74,7 @@ MIXTURES = ("mixtral", "qwen3_moe")
 @cache
 def whole(name: str) -> Program:
     batch = {key: torch.zeros(1, LENGTH, dtype=torch.long) for key in ("input_ids", "labels")}
-    mode = FakeTensorMode()
-    return canonical_program(capture(fake_copy(DECODERS[name].build(), mode), batch, mode, "cpu"))[0]
+    return canonical_program(capture(Subject(DECODERS[name].build(), batch, "cpu")))[0]
 
 
 @cache

@@ -3,27 +3,24 @@
 import contextlib
 import inspect
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.export import ExportedProgram
-from torch.func import functional_call
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.reads import read_problem
 from autosp_aot.export.regions import MARKS
 from autosp_aot.export.routing_op import PRODUCTS
-from autosp_aot.export.settled import settled
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.user_code import FAILURES, raised_at, said
 
@@ -39,15 +36,7 @@ def diagnosed(place: str) -> Iterator[None]:
     try:
         yield
     except DATA_DEPENDENT as error:
-        raise BuildError(
-            Problem(
-                "data-dependent",
-                "the step would depend on values of the batch",
-                raised_at(error) or place,
-                "a number, a branch or a shape is taken from a tensor, and one program serves all batches",
-                "keep it in tensors of a fixed shape, as with torch.where",
-            )
-        ) from error
+        raise BuildError(read_problem(error, place)) from error
     except UnsupportedOperatorException as error:
         raise BuildError(_unknown(str(error.func), raised_at(error) or place)) from error
     except FAILURES as error:
@@ -114,20 +103,13 @@ def refuse_mutation(changed: list[tuple[str, Node]], place: str) -> None:
         )
 
 
-def refuse_other_gradients(wrapped: nn.Module, batch: Mapping[str, Tensor], captured: set[str], place: str) -> None:
+def refuse_other_gradients(loss: Tensor, model: nn.Module, captured: set[str], place: str) -> None:
     """BuildError unless the parameters with a gradient in eager are those named in `captured`.
 
-    `wrapped` returns the loss; it runs once more, on fake tensors without a tracer, and its autograd graph is walked.
+    `loss` is what eager computed of the parameters of `model`: its autograd graph is walked.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    parameters = {name: _fake_like(parameter, mode) for name, parameter in wrapped.named_parameters()}
-    # torch.compiler.is_exporting() has to say the same as it did in capture.
-    with diagnosed(place), mode, _compiling_state_context(), settled(), torch.enable_grad():
-        loss = functional_call(
-            wrapped, parameters, (), {name: _fake_like(tensor, mode) for name, tensor in batch.items()}
-        )
     reached = _leaves(loss)
-    eager = {module_path(name) for name, parameter in parameters.items() if id(parameter) in reached}
+    eager = {module_path(name) for name, parameter in model.named_parameters() if id(parameter) in reached}
     problems = [
         Problem(
             "gradient-lost",
@@ -136,8 +118,7 @@ def refuse_other_gradients(wrapped: nn.Module, batch: Mapping[str, Tensor], capt
             "capture lost the way from the parameter to the loss",
             "compute the loss with torch operators on tensors",
         )
-        for name in map(module_path, parameters)
-        if name in eager - captured
+        for name in sorted(eager - captured)
     ] + [
         Problem(
             "gradient-gained",
@@ -146,8 +127,7 @@ def refuse_other_gradients(wrapped: nn.Module, batch: Mapping[str, Tensor], capt
             "capture does not see what keeps the gradient away, such as torch.inference_mode",
             "use torch.no_grad() or .detach()",
         )
-        for name in map(module_path, parameters)
-        if name in captured - eager
+        for name in sorted(captured - eager)
     ]
     if problems:
         raise BuildError(*problems)
@@ -167,12 +147,6 @@ def _unknown(name: str, place: str) -> Problem:
         "its effect on a part of the sequence is unknown",
         "write it with torch operators" if name not in PRODUCTS else GROUPED,
     )
-
-
-def _fake_like(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def _leaves(loss: Tensor) -> set[int]:

@@ -13,30 +13,31 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical import canonical_program, forward_part
-from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import Joint, capture_exported, export_forward
+from autosp_aot.export.state import refuse_state
+from autosp_aot.export.subject import Subject
 from autosp_aot.export.user_code import defined_at
 from autosp_aot.names import folded
 from autosp_aot.program import Program, rename
 
 
 def capture_evaluation(
-    model: nn.Module, batch, target: str, joint: Joint, whole: Program, known: Mapping[str, Tensor]
+    subject: Subject, joint: Joint, whole: Program, known: Mapping[str, Tensor]
 ) -> tuple[Program, dict[str, Tensor]]:
     """The evaluation of a model as a program of one section `step`, and the values of its constants by name.
 
     `joint` is its captured step and `whole` that as a program; `known` are the values that names of buffers and
     constants stand for there. The model is left alone. Raises BuildError.
     """
-    mode = FakeTensorMode()
+    subject = replace(subject, prepared=_switched)
     with torch.no_grad():
-        forward = export_forward(_switched(fake_copy(model, mode)), batch, mode, target)
+        refuse_state(subject)
+        forward = export_forward(subject)
         if forward.calls() == joint.calls and _same(forward.literals(), joint.constants):
             return forward_part(whole), {}
         program, constants = canonical_program(capture_exported(forward))

@@ -25,14 +25,15 @@ from autosp_aot.export.diagnose import (
     refuse_operators,
     refuse_other_gradients,
 )
+from autosp_aot.export.flags import eager_flags
 from autosp_aot.export.functions import Call, marked_functions, restore_functions
+from autosp_aot.export.loss import LossOnly
 from autosp_aot.export.randomness import refuse_random
 from autosp_aot.export.regions import SET_GRAD, Flat, flat_regions, spell_casts
 from autosp_aot.export.routing import canonical_routing
-from autosp_aot.export.settled import settled
 from autosp_aot.export.source import module_path
-from autosp_aot.export.user_code import defined_at
-from autosp_aot.export.watch import refuse_hooks, watched
+from autosp_aot.export.state import refuse_state
+from autosp_aot.export.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Forward:
     """The exported forward of a model that returns nothing but its loss, for inputs of `mode`; `place` is its line."""
 
     exported: torch.export.ExportedProgram
-    wrapped: "LossOnly"
+    wrapped: LossOnly
     functions: list[Call]
     batch: Mapping[str, Tensor]
     mode: FakeTensorMode
@@ -71,67 +72,25 @@ class Forward:
         return {module_path(name): self.exported.constants[name] for name in names}
 
 
-class LossOnly(nn.Module):
-    """The user's model, returning nothing but its scalar loss."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        return loss_of(self.model(**batch), forward_at(self.model))
-
-
-def forward_at(model: nn.Module) -> str:
-    """The line where the model's forward begins."""
-    return defined_at(model.forward) or "forward"
-
-
-def loss_of(result, place: str) -> Tensor:
-    """The loss of what a model returned: itself, `.loss`, `["loss"]`, or the first of a tuple.
-
-    Raises BuildError where there is none or it is not a scalar of a floating dtype; `place` is where forward begins.
-    """
-    loss = result
-    if isinstance(result, Mapping):
-        loss = result.get("loss")
-    elif hasattr(result, "loss"):
-        loss = result.loss
-    elif isinstance(result, (tuple, list)) and result:
-        loss = result[0]
-    if not isinstance(loss, Tensor):
-        raise BuildError(Problem(
-            "no-loss", f"forward returned {type(result).__name__} without a loss", place,
-            "training needs one number to differentiate",
-            "return the loss, an object with .loss, a mapping with 'loss', or a tuple that begins with it"))
-    if loss.dim() or not loss.dtype.is_floating_point:
-        raise BuildError(Problem(
-            "loss-not-scalar", f"the loss is {loss.dtype} of shape {list(loss.shape)}", place,
-            "only a single floating number can be differentiated", "reduce it, with .mean() or .sum()"))
-    return loss
-
-
-def capture(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode, target: str) -> Joint:
-    """Capture the step of a model whose parameters are fake tensors of `mode`; `batch` are the inputs of forward."""
-    forward = export_forward(model, batch, mode, target)
-    captured = capture_exported(forward)
+def capture(subject: Subject) -> Joint:
+    """Capture the step of a model. Raises BuildError."""
+    loss, model = refuse_state(subject)
+    captured = capture_exported(export_forward(subject))
     gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
-    refuse_other_gradients(forward.wrapped, forward.batch, gradients, forward.place)
+    refuse_other_gradients(loss, model, gradients, subject.place)
     if not gradients:
-        raise BuildError(Problem("nothing-trains", "no parameter gets a gradient", forward.place,
+        raise BuildError(Problem("nothing-trains", "no parameter gets a gradient", subject.place,
                                  "there is nothing for a step to train", "set requires_grad of what is to be trained"))
     return captured
 
 
-def export_forward(model: nn.Module, batch: Mapping[str, Tensor], mode: FakeTensorMode, target: str) -> Forward:
+def export_forward(subject: Subject) -> Forward:
     """Export forward up to the loss, as the model's modes and `torch.is_grad_enabled()` have it."""
-    batch = {name: mode.from_tensor(torch.empty_like(tensor)) for name, tensor in batch.items()}
-    wrapped = LossOnly(model)
-    place = forward_at(model)
-    refuse_hooks(model)
-    with watched(target, place), diagnosed(place), flat_regions(), marked_functions() as calls, settled(), mode:
-        exported = torch.export.export(wrapped, (), batch, strict=False)
-    return Forward(exported, wrapped, calls, batch, mode, place)
+    model, mode = subject.copy()
+    batch = subject.inputs(mode)
+    with subject.running(), flat_regions(), marked_functions() as calls, eager_flags(), mode:
+        exported = torch.export.export(model, (), batch, strict=False)
+    return Forward(exported, model, calls, batch, mode, subject.place)
 
 
 def capture_exported(forward: Forward) -> Joint:

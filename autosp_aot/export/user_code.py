@@ -1,11 +1,17 @@
-"""Lines of the user's code as `file.py:line`: where an exception was raised, a call is running, a function begins."""
+"""Lines of the user's code as `file.py:line`: where an exception was raised, a call is running, something changes.
+
+The user's code is what runs inside of this package and is not torch's or Python's: libraries such as transformers count.
+Who called this package does not.
+"""
 
 import inspect
 import os
 import re
+import sys
 import sysconfig
 import traceback
-from types import FrameType
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType, TracebackType
 
 import torch
 
@@ -22,17 +28,30 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def raised_at(error: BaseException) -> str:
-    """The innermost line outside of torch, Python and this package in an exception's traceback, or in its text."""
+    """The innermost of the user's lines in an exception's traceback, or in its text; "" where there is none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{os.path.basename(error.filename)}:{error.lineno}"
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    return _innermost(frames) or _innermost(_FRAME.findall(str(error)))
+    return innermost(frames) or innermost(_FRAME.findall(str(error)))
+
+
+def users_traceback(error: BaseException) -> TracebackType | None:
+    """The innermost entry of the user's in an exception's traceback."""
+    found, entry = None, error.__traceback__
+    while entry is not None:
+        found = entry if is_users(entry.tb_frame) else found
+        entry = entry.tb_next
+    return found
 
 
 def called_at() -> str:
-    """The innermost such line of the code that is running now."""
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_stack()]
-    return _innermost(frames)
+    """The innermost of the user's lines of the code that is running now."""
+    return innermost([(frame.filename, frame.lineno) for frame in traceback.extract_stack()])
+
+
+def traced_at(stack_trace: str) -> str:
+    """The innermost of the user's lines in the text of a stack."""
+    return innermost(_FRAME.findall(stack_trace))
 
 
 def defined_at(function: object) -> str:
@@ -45,9 +64,52 @@ def defined_at(function: object) -> str:
     return f"{os.path.basename(inner.__code__.co_filename)}:{inner.__code__.co_firstlineno}"
 
 
+def changed_at(run: Callable[[], object], state: Callable[[], object]) -> str:
+    """The first of the user's lines that leaves `state()` other than it found it while `run()` runs; "" for none."""
+    found, lines, last = "", [], state()
+
+    def look() -> None:
+        nonlocal found, last
+        now = state()
+        if now != last and lines and lines[-1]:
+            found, last = found or lines[-1], now
+
+    def trace(frame: FrameType, event: str, arg):
+        if event == "call":
+            if not is_users(frame):
+                return None
+            look()
+            lines.append("")
+            return trace
+        look()
+        if event == "line":
+            lines[-1] = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        elif event == "return":
+            lines.pop()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return found
+
+
 def is_users(frame: FrameType | None) -> bool:
-    """True where a running frame belongs to the user's code or to a library other than torch."""
+    """True where a running frame belongs to the user's code."""
     return frame is not None and _users(frame.f_code.co_filename)
+
+
+def frames_of_users(frame: FrameType | None) -> Iterator[FrameType]:
+    """The user's frames among those of a running call, the innermost first, up to this package's."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    ours = max((at for at, f in enumerate(frames) if f.f_code.co_filename.startswith(OURS)), default=len(frames))
+    return (f for f in frames[:ours] if is_users(f))
 
 
 def said(error: BaseException) -> str:
@@ -56,8 +118,11 @@ def said(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
-def _innermost(frames: list[tuple[str, int | str]]) -> str:
-    users = [frame for frame in frames if _users(frame[0])]
+def innermost(frames: Iterable[tuple[str, int | str]]) -> str:
+    """The last of the user's frames, given the outermost first as (path, line)."""
+    frames = list(frames)
+    ours = next((at for at, (path, _) in enumerate(frames) if path.startswith(OURS)), -1)
+    users = [frame for frame in frames[ours + 1 :] if _users(frame[0])]
     return f"{os.path.basename(users[-1][0])}:{users[-1][1]}" if users else ""
 
 

@@ -4,16 +4,17 @@ with torch.autocast("cuda"):        makes no casts when captured on CPU
 checkpoint(f, x, use_reentrant=True) traced through: its own backward is lost
 x.register_hook(double)             lost
 self.count = self.count + 1         of a buffer: lost
-if random.random() < 0.1:           drawn once, while building
 torch.manual_seed(0)                dropped: draws follow from the seed and the number of the step
 """
 
+import ast
 import contextlib
-import random
+import linecache
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType, FunctionType
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
@@ -21,27 +22,25 @@ from torch.utils.checkpoint import CheckpointFunction
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.user_code import called_at, is_users
 
+# Whether regions of autocast were asked to be on: they forget, since torch turns them off where it has no such device.
+_asked: WeakKeyDictionary[torch.autocast, bool] = WeakKeyDictionary()
+
 
 @contextlib.contextmanager
-def watched(target: str, place: str) -> Iterator[None]:
-    """Forward (defined at `place`) may run while it holds; then BuildError names all in it that capture would drop."""
+def watched(target: str) -> Iterator[None]:
+    """Forward may run while it holds; then BuildError names all in it that capture would drop."""
     watch = _Watch(target)
-    before = _states()
     with watch.seeing():
         yield
-    for module, state in _states().items():
-        if state != before[module]:
-            watch.problems.append(
-                Problem(
-                    "random-operator",
-                    f"forward draws from {module} random module",
-                    place,
-                    "the number drawn while building would stay for every step",
-                    "draw with torch operators",
-                )
-            )
     if watch.problems:
         raise BuildError(*dict.fromkeys(watch.problems))
+
+
+@contextlib.contextmanager
+def autocast_noted() -> Iterator[None]:
+    """While it holds, the user's code may make regions of autocast, as decorators, that forward enters later."""
+    with _seeing((torch.autocast, "__init__", _autocast_made)):
+        yield
 
 
 def refuse_hooks(model: nn.Module) -> None:
@@ -60,45 +59,42 @@ def refuse_hooks(model: nn.Module) -> None:
         raise BuildError(*(_hook(what, "build_model") for what in modules + parameters))
 
 
-def _states() -> dict[str, tuple]:
-    """The states of random modules that are not torch's."""
-    kind, keys, *more = np.random.get_state()
-    return {"Python's": random.getstate(), "numpy's": (kind, keys.tobytes(), *more)}
+def _autocast_made(region: torch.autocast, device_type: str, dtype=None, enabled: bool = True, *_, **__) -> None:
+    _asked[region] = enabled
+
+
+@contextlib.contextmanager
+def _seeing(*watching: tuple[type, str, Callable[..., None]]) -> Iterator[None]:
+    """While it holds, methods (of an owner, by name) tell a function of every call first."""
+    with contextlib.ExitStack() as undo:
+        for owner, name, see in watching:
+            undo.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, _seen(vars(owner)[name], see))
+        yield
 
 
 class _Watch:
     def __init__(self, target: str):
         self.target = target
         self.problems: list[Problem] = []
-        self.asked: dict[torch.autocast, bool] = {}
 
-    @contextlib.contextmanager
-    def seeing(self) -> Iterator[None]:
-        with contextlib.ExitStack() as undo:
-            for owner, name, see in (
-                (torch.autocast, "__init__", self.autocast_made),
-                (torch.autocast, "__enter__", self.autocast_entered),
-                (torch.autograd.Function, "apply", self.function_applied),
-                (torch.Tensor, "register_hook", self.hook_registered),
-                (nn.Module, "__setattr__", self.attribute_set),
-                *((torch, name, self.generator_set) for name in ("manual_seed", "set_rng_state")),
-                *((torch.random, name, self.generator_set) for name in ("manual_seed", "set_rng_state", "fork_rng")),
-            ):
-                undo.callback(setattr, owner, name, vars(owner)[name])
-                setattr(owner, name, _seen(vars(owner)[name], see))
-            yield
-
-    def autocast_made(
-        self, region: torch.autocast, device_type: str, dtype=None, enabled: bool = True, *_, **__
-    ) -> None:
-        # The region itself forgets: torch turns it off where it has no such device.
-        self.asked[region] = enabled
+    def seeing(self) -> contextlib.AbstractContextManager:
+        return _seeing(
+            (torch.autocast, "__init__", _autocast_made),
+            (torch.autocast, "__enter__", self.autocast_entered),
+            (torch.autograd.Function, "apply", self.function_applied),
+            (torch.Tensor, "register_hook", self.hook_registered),
+            (nn.Module, "__setattr__", self.attribute_set),
+            *((torch, name, self.generator_set) for name in ("manual_seed", "set_rng_state")),
+            *((torch.random, name, self.generator_set) for name in ("manual_seed", "set_rng_state", "fork_rng")),
+        )
 
     def autocast_entered(self, region: torch.autocast) -> None:
         if region.device == "cpu" and self.target == "cpu":
             return
-        # One made before, as a decorator, can have been turned off by torch as well as by the user.
-        if self.asked.get(region, region.device != "cpu" or region._enabled):
+        asked = _asked.get(region, region._enabled or _asked_by_decorator(sys._getframe(2)))
+        # One that was made before anyone watched, and elsewhere, can have been turned off by torch or by the user.
+        if asked or (asked is None and region.device != "cpu"):
             self.problems.append(
                 Problem(
                     "autocast-device",
@@ -170,3 +166,33 @@ def _hook(what: str, place: str) -> Problem:
         "capture does not keep hooks, and the gradients would differ",
         "compute what the hook does in forward, or after backward",
     )
+
+
+def _asked_by_decorator(frame: FrameType | None) -> bool | None:
+    """What `enabled` says in the decorator that is entering autocast; None where none is, or it is not written there.
+
+        @torch.autocast("cuda", enabled=False)
+        def forward(self, x): ...
+    """
+    while frame is not None and not is_users(frame) and frame.f_code.co_name != "decorate_autocast":
+        frame = frame.f_back
+    function = frame and frame.f_locals.get("func")
+    if not isinstance(function, FunctionType):
+        return None
+    code = function.__code__
+    for node in ast.walk(ast.parse("".join(linecache.getlines(code.co_filename)))):
+        decorators = getattr(node, "decorator_list", [])
+        if decorators and decorators[0].lineno == code.co_firstlineno and node.name == code.co_name:
+            calls = [call for call in decorators if isinstance(call, ast.Call) and "autocast" in ast.unparse(call.func)]
+            return _enabled(calls[0]) if len(calls) == 1 else None
+    return None
+
+
+def _enabled(call: ast.Call) -> bool | None:
+    """`enabled` of `torch.autocast(device, dtype, enabled)` or `torch.cuda.amp.autocast(enabled)`; None if computed."""
+    words = {word.arg: word.value for word in call.keywords}
+    first = call.args[0] if call.args else words.get("device_type", ast.Constant(""))
+    said = words.get("enabled", call.args[2] if len(call.args) > 2 else ast.Constant(True))
+    if isinstance(first, ast.Constant) and isinstance(first.value, bool):
+        said = first
+    return bool(said.value) if isinstance(said, ast.Constant) else None

@@ -3,11 +3,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot.errors import BuildError
-from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import Joint, capture
+from autosp_aot.export.subject import Subject
 
 
 @pytest.fixture
@@ -21,8 +20,7 @@ def captured(batch) -> Callable[..., Joint]:
     """The joint graph of a module's step."""
 
     def run(model: nn.Module, target: str = "cpu") -> Joint:
-        mode = FakeTensorMode()
-        return capture(fake_copy(model, mode), batch, mode, target)
+        return capture(Subject(model, batch, target))
 
     return run
 

@@ -108,6 +108,10 @@ Output = namedtuple("Output", "loss logits")
         lambda loss: (loss, loss + 1),
         lambda loss: [loss],
         lambda loss: Output(loss, loss + 1),
+        lambda loss: (loss.expand(2, 3), loss),
+        lambda loss: {"logits": loss.expand(2), "total": loss, "ids": loss.long()},
+        lambda loss: SimpleNamespace(logits=None, total=loss),
+        lambda loss: (loss.expand(2), {"deep": [loss]}),
     ],
 )
 def test_the_loss_is_found_in_what_forward_returns(captured, batch, give):
@@ -122,31 +126,22 @@ def test_the_loss_is_found_in_what_forward_returns(captured, batch, give):
 FORWARD = f"test_joint.py:{Model.forward.__code__.co_firstlineno}"
 
 
-@pytest.mark.parametrize(
-    ("give", "kind"),
-    [(lambda loss: None, "NoneType"), (lambda loss: {"logits": loss}, "dict"), (lambda loss: (), "tuple")],
-)
-def test_a_result_without_a_loss_is_refused(refusal, give, kind):
+@pytest.mark.parametrize(("give", "what"), [
+    (lambda loss: None, "no floating scalar: NoneType()"),
+    (lambda loss: (), "no floating scalar: tuple()"),
+    (lambda loss: loss.expand(3), "no floating scalar: float32 [3]"),
+    (lambda loss: loss.long(), "no floating scalar: int64 []"),
+    (lambda loss: {"logits": loss[None]}, "no floating scalar: dict(float32 [1])"),
+    (lambda loss: (loss[None], loss, loss + 1), "2 scalars, and calls none of them loss"),
+    (lambda loss: {"loss": loss[None], "other": loss}, "as its loss float32 [1]"),
+    (lambda loss: SimpleNamespace(loss=None, other=loss), "as its loss NoneType()"),
+])  # fmt: skip
+def test_a_result_in_which_the_loss_is_not_clear_is_refused(refusal, give, what):
     assert refusal(Model(give)) == (
-        f"error[no-loss]: forward returned {kind} without a loss\n"
+        f"error[no-loss]: forward returns {what}\n"
         f"  where  {FORWARD}\n"
         "  why    training needs one number to differentiate\n"
-        "  fix    return the loss, an object with .loss, a mapping with 'loss', or a tuple that begins with it"
+        "  fix    compute the loss in forward, as with cross_entropy(logits.flatten(0, 1), labels.flatten()), and return "
+        "it: alone, first, or as .loss or ['loss']"
     )
 
-
-@pytest.mark.parametrize(
-    ("give", "what"),
-    [
-        (lambda loss: loss.expand(3), "torch.float32 of shape [3]"),
-        (lambda loss: loss[None], "torch.float32 of shape [1]"),
-        (lambda loss: loss.long(), "torch.int64 of shape []"),
-    ],
-)
-def test_a_loss_that_is_not_one_floating_number_is_refused(refusal, give, what):
-    assert refusal(Model(give)) == (
-        f"error[loss-not-scalar]: the loss is {what}\n"
-        f"  where  {FORWARD}\n"
-        "  why    only a single floating number can be differentiated\n"
-        "  fix    reduce it, with .mean() or .sum()"
-    )

@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot.builder import model_values
 from autosp_aot.config import BuildConfig
 from autosp_aot.cost import costs
 from autosp_aot.export.canonical import canonical_program
-from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
+from autosp_aot.export.subject import Subject
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.passes.too_small import BudgetTooSmall
@@ -34,9 +33,9 @@ class Model:
     """A model's step, and what it takes."""
 
     def __init__(self, model: torch.nn.Module, ranks: int, length: int):
-        mode, self.ranks = FakeTensorMode(), ranks
+        self.ranks = ranks
         batch = half_labelled(length)
-        self.whole, constants = canonical_program(capture(fake_copy(model, mode), batch, mode, "cpu"))
+        self.whole, constants = canonical_program(capture(Subject(model, batch, "cpu")))
         self.inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
 
     def build(

@@ -4,14 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autosp_aot.builder import model_values
 from autosp_aot.config import BuildConfig
 from autosp_aot.derive import derive
 from autosp_aot.export.canonical import canonical_program
-from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.joint import capture
+from autosp_aot.export.subject import Subject
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.passes.partition import partition
 from autosp_aot.passes.pipeline import compile_program
@@ -38,8 +37,7 @@ class Step:
         model = llama.build_model(
             num_hidden_layers=LAYERS, hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=64
         )
-        mode = FakeTensorMode()
-        joint = capture(fake_copy(model, mode), llama.example_batch(2, 13), mode, "cpu")
+        joint = capture(Subject(model, llama.example_batch(2, 13), "cpu"))
         self.whole, constants = canonical_program(joint)
         ids = torch.randint(256, (2, 13))
         batch = {"input_ids": ids, "labels": ids}

@@ -1,0 +1,104 @@
+"""Memory that a model has under two names, found before it is captured: an optimizer changes both, a program one.
+
+    head.weight.data = embedding.weight.data      two parameters of one memory: each has a gradient and a step of its own
+    self.transposed = self.weight.data.t()        a constant of the program, stale from the second step on
+"""
+
+import mmap
+from collections.abc import Iterator
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autosp_aot.errors import BuildError, Problem
+
+# Of containers that are looked into for tensors; tables of a tokenizer hold none.
+LARGEST = 1000
+
+
+def refuse_shared(model: nn.Module) -> None:
+    """BuildError naming parameters that overlap, tensors that lie in one, those that need a gradient and are none, and
+    those that a step has computed which is over."""
+    parameters = dict(model.named_parameters())
+    others = dict(model.named_buffers()) | {
+        name: tensor for name, tensor in tensors_of(model) if not any(tensor is p for p in parameters.values())
+    }
+    kept = [name for name, tensor in others.items() if tensor.grad_fn is not None]
+    if kept:
+        raise BuildError(Problem(
+            "state-mutated", f"the model keeps what a step computed in {', '.join(kept)}", "build_model",
+            "state that outlives a step is not part of the program", "give a model that has not run, and keeps nothing;"
+            " for torch.nn.utils.weight_norm take torch.nn.utils.parametrizations.weight_norm",
+        ))  # fmt: skip
+    pairs = list(_overlapping(parameters | others))
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    viewed = {a if b in parameters else b: b if b in parameters else a for a, b in pairs
+              if (a in parameters) != (b in parameters)}  # fmt: skip
+    problems = [
+        Problem("parameters-overlap", f"parameters {a!r} and {b!r} share memory", "build_model",
+                "an optimizer steps each of them, and so changes both; as two parameters of a program they would part",
+                f"make them one parameter, as in model.{b} = model.{a}")
+        for a, b in pairs if a in parameters and b in parameters and trained & {a, b}
+    ] + [
+        Problem("parameter-viewed", f"{name!r} lies in the memory of parameter {parameter!r}", "build_model",
+                "it changes with every step, and would be a constant of the program",
+                "compute it from the parameter in forward")
+        for name, parameter in viewed.items()
+    ] + [
+        Problem("parameter-unregistered", f"{name!r} needs a gradient and is no parameter", "build_model",
+                "it would be a constant of the program", "make it an nn.Parameter, or call requires_grad_(False)")
+        for name, tensor in others.items() if tensor.requires_grad
+    ]  # fmt: skip
+    if problems:
+        raise BuildError(*problems)
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that modules hold as attributes, also in lists and mappings, by name; no parameters and no buffers."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield from _inside(f"{path}.{name}".removeprefix("."), value)
+
+
+def _inside(name: str, value) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple, dict)) and len(value) <= LARGEST:
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _inside(f"{name}[{key!r}]", part)
+
+
+def _overlapping(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Pairs of names whose tensors have an element in common."""
+    by_storage: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.layout is torch.strided and tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+    for names in by_storage.values():
+        yield from ((a, b) for a, b in combinations(names, 2) if _overlap(tensors[a], tensors[b]))
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common. Their bytes are laid over memory that nobody uses."""
+    (first, end), (other_first, other_end) = (_extent(tensor) for tensor in (a, b))
+    if end <= other_first or other_end <= first:
+        return False
+    with mmap.mmap(-1, max(end, other_end)) as nothing:
+        laid = [
+            np.ndarray((*t.shape, t.itemsize), np.uint8, nothing, t.storage_offset() * t.itemsize,
+                       (*(stride * t.itemsize for stride in t.stride()), 1))
+            for t in (a, b)
+        ]  # fmt: skip
+        found = np.shares_memory(*laid)
+        laid.clear()
+    return found
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage from which and to which a tensor reaches."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    first = tensor.storage_offset() * tensor.itemsize
+    return first, first + (last + 1) * tensor.itemsize

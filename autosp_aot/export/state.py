@@ -1,0 +1,177 @@
+"""What a model keeps between steps outside of its parameters, found by running forward twice in one trace.
+
+    self.memory = x[:, -8:].detach()      the second step reads what the first made of its batch
+    self.steps = self.steps + 1           the second step's loss has other literals
+    if self.steps < 2000: ...             neither shows it: what goes on changing is given many other values
+    if self.mask is None: self.mask = triu(ones(S, S))           a cache: the same expression in every step
+
+torch.export puts attributes back when it is done, and so captures the first step for all.
+"""
+
+import random
+import re
+
+import numpy as np
+from torch import Tensor, nn
+
+from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.eager import Trace
+from autosp_aot.export.keeping import Slot, slots
+from autosp_aot.export.subject import Subject
+from autosp_aot.export.user_code import FAILURES, changed_at
+
+# Where schedules turn: all numbers that stand in the model's code and attributes, and these.
+ROUND = sorted({0, 720720, *(2**n for n in range(31)), *(k * 10**n for n in range(9) for k in (1, 2, 5))})
+LONGEST = 10**4  # of lists that grow
+
+
+def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
+    """The loss of a step on fake tensors with its autograd graph, and the copy of the model that it is of.
+
+    BuildError for what a step changes that outlives it, where a later step's loss depends on it: names what is kept, and
+    the line that keeps it.
+    """
+    steps = _Steps(subject)
+    randoms = random_states()
+    loss, first = steps.step()
+    if drawn := [module for module, state in random_states().items() if state != randoms[module]]:
+        raise _drawn(subject, drawn)
+    if steps.trace.written:
+        raise BuildError(*(_written(name, at or subject.place) for name, at in steps.trace.written.items()))
+    start, after = steps.held, steps.look()
+    _, second = steps.step()
+    if first != second:
+        carried = steps.trace.carried(second)
+        read = [path for path, held in steps.kept.items() if held in carried]
+        raise _kept(subject, read or [path for path in after if after[path] != start.get(path)])
+    later = steps.look()
+    drifting = [path for path in later if later[path] != after.get(path)]
+    if drifting and (turned := steps.turned(drifting, first)):
+        raise _kept(subject, turned)
+    return loss, steps.model
+
+
+class _Steps:
+    """Steps of one copy of a model, one after the other, in one trace."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.model, self.mode = subject.copy()
+        self.trace = Trace(self.model)
+        self.held = self.look()
+        self.kept: dict[str, int | None] = {}  # what tensors hold as the last step begins, by path
+
+    def step(self) -> tuple[Tensor, int]:
+        """The loss of a step, and its expression."""
+        inputs = self.subject.inputs(self.mode)
+        self.trace.begin(inputs)
+        tensors = ((slot.path, slot.value) for slot in slots(self.model) if isinstance(slot.value, Tensor))
+        self.kept = {path: self.trace.stored.get(tensor.untyped_storage()._cdata) for path, tensor in tensors}
+        loss = self.subject.loss(self.model, inputs, self.mode, self.trace)
+        return loss, self.trace.expression(loss)
+
+    def look(self) -> dict[str, object]:
+        """What the model keeps, by path, such that what is the same compares equal."""
+        return {slot.path: self.trace.expression(slot.value) if isinstance(slot.value, Tensor) else _plain(slot.value)
+                for slot in slots(self.model)}  # fmt: skip
+
+    def turned(self, paths: list[str], expression: int) -> list[str]:
+        """Those of `paths`, whose numbers and lengths go on changing, on which the loss depends after all."""
+        places = [slot for slot in slots(self.model) if slot.path in paths and type(slot.value) in (int, float, list)]
+        numbers = {slot.value for slot in slots(self.model) if type(slot.value) in (int, float)} | _literals(self.model)
+        probes = sorted({n + d for n in numbers if abs(n) < 10**12 for d in (-1, 0, 1)} | set(ROUND))
+        for probe in probes if places else ():
+            if not self._stays(places, probe, expression):
+                found = [slot.path for slot in places if not self._stays([slot], probe, expression)]
+                return found or [slot.path for slot in places]
+        return []
+
+    def _stays(self, places: list[Slot], probe: float, expression: int) -> bool:
+        """Whether a step with these values, and the one after it, give the loss they gave."""
+        before = [(slot, slot.value) for slot in places]
+        for slot, value in before:
+            slot.put((value * LONGEST)[: int(min(probe, LONGEST))] if type(value) is list else type(value)(probe))
+        try:
+            return all(self.step()[1] == expression for _ in range(2))
+        except (BuildError, *FAILURES):
+            return False
+        finally:
+            for slot, value in before:
+                slot.put(value)
+
+
+def _plain(value) -> object:
+    return len(value) if isinstance(value, (list, tuple, dict)) else (type(value), repr(value))
+
+
+def _literals(model: nn.Module) -> set[float]:
+    """The numbers that stand in the code of the model's classes."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")}
+    codes = [value.__code__ for kind in kinds for value in vars(kind).values() if hasattr(value, "__code__")]
+    found: set[float] = set()
+    while codes:
+        constants = codes.pop().co_consts
+        codes += [value for value in constants if hasattr(value, "co_consts")]
+        found |= {value for value in constants if type(value) in (int, float)}
+    return found
+
+
+def _kept(subject: Subject, paths: list[str]) -> BuildError:
+    """The error for what is kept: the attributes, and the line that assigns each."""
+    attributes = list(dict.fromkeys(re.sub(r"\[.*", "", path) for path in paths))
+    return BuildError(*(
+        Problem(
+            "state-kept", f"forward keeps {attribute or 'something'} from one step to the next",
+            _assigned_at(subject, attribute) or subject.place,
+            "later steps compute with it, and a program does the same in every step",
+            "take it as an input of forward: a count as a scalar tensor of the batch, a memory as a tensor",
+        )
+        for attribute in attributes or [""]
+    ))  # fmt: skip
+
+
+def _assigned_at(subject: Subject, attribute: str) -> str:
+    """The line that leaves what is kept there other than it was."""
+    model, mode = subject.copy()
+    step = lambda: subject.loss(model, subject.inputs(mode), mode)  # noqa: E731
+    step()
+    places = [slot for slot in slots(model) if slot.path == attribute]
+    return changed_at(step, lambda: [_identity(slot.value) for slot in places])
+
+
+def _identity(value) -> object:
+    """What tells one value of a slot from another, without reading a tensor."""
+    return _plain(value) if isinstance(value, (bool, int, float, str, list, dict)) else Same(value)
+
+
+def _drawn(subject: Subject, modules: list[str]) -> BuildError:
+    model, mode = subject.copy()
+    at = changed_at(lambda: subject.loss(model, subject.inputs(mode), mode), random_states)
+    return BuildError(*(
+        Problem("random-operator", f"forward draws from {module} random module", at or subject.place,
+                "the number drawn while building would stay for every step",
+                "draw with torch operators, as with torch.rand(()) and torch.where")
+        for module in modules
+    ))  # fmt: skip
+
+
+def random_states() -> dict[str, tuple]:
+    """The states of random modules that are not torch's."""
+    kind, keys, *more = np.random.get_state()
+    return {"Python's": random.getstate(), "numpy's": (kind, keys.tobytes(), *more)}
+
+
+def _written(name: str, place: str) -> Problem:
+    return Problem("state-mutated", f"the step changes {name}", place,
+                   "state that outlives the step is not part of the program",
+                   "compute it without changing a buffer or an input")  # fmt: skip
+
+
+class Same:
+    """Equal to what holds the very same object."""
+
+    def __init__(self, held: object):
+        self.held = held
+
+    def __eq__(self, other) -> bool:
+        return self.held is other.held

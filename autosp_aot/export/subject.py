@@ -1,0 +1,73 @@
+"""A model to be captured: copies of it without weights, batches for them, and what holds while forward runs."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autosp_aot.batches import Constant, constants_of, tensors_of
+from autosp_aot.export.diagnose import diagnosed
+from autosp_aot.export.fake import fake_copy
+from autosp_aot.export.loss import LossOnly, forward_at
+from autosp_aot.export.settled import settled
+from autosp_aot.export.watch import watched
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The user's model, a flat batch, and the kind of device that the program is for.
+
+    `prepared` is applied to each copy: the model in the mode in which it is captured.
+    """
+
+    model: nn.Module
+    batch: Mapping[str, Tensor | Constant]
+    target: str
+    prepared: Callable[[nn.Module], nn.Module] = lambda model: model
+
+    @property
+    def place(self) -> str:
+        return forward_at(self.model)
+
+    def copy(self) -> tuple[LossOnly, FakeTensorMode]:
+        """A copy of the model with fake parameters, returning its loss; the model itself is left alone."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        return LossOnly(self.prepared(fake_copy(self.model, mode)), constants_of(self.batch)), mode
+
+    def inputs(self, mode: FakeTensorMode) -> dict[str, Tensor]:
+        """New fake tensors in place of the batch's."""
+        return {name: mode.from_tensor(torch.empty_like(tensor)) for name, tensor in tensors_of(self.batch).items()}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Forward may run while it holds; what is wrong with that is a BuildError with the user's line."""
+        with watched(self.target), diagnosed(self.place), settled(), _silence():
+            yield
+
+    def loss(self, model: LossOnly, inputs: Mapping[str, Tensor], *modes: contextlib.AbstractContextManager) -> Tensor:
+        """Run forward in these modes, the first outermost."""
+        with self.running(), contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            return model(**inputs)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """While it holds torch logs nothing, such as the graph in which an error was, and nothing warns."""
+    loggers = [logger for name, logger in logging.root.manager.loggerDict.items()
+               if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger) and not logger.disabled]  # fmt: skip
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.disabled = False

@@ -29,10 +29,7 @@ from autosp_aot.export.model_file import (
     make_model,
     read_model_file,
 )
-from autosp_aot.export.modules import refuse_modules
-from autosp_aot.export.sharing import refuse_shared
 from autosp_aot.export.subject import Subject
-from autosp_aot.export.watch import refuse_hooks
 from autosp_aot.inputs import vocabularies
 from autosp_aot.operators import STRUCTURE, schema
 from autosp_aot.page import artifact_page
@@ -181,9 +178,6 @@ class Captured:
 
 def capture_model(subject: Subject) -> Captured:
     """Capture the step of a model. Raises BuildError."""
-    refuse_modules(subject.model)
-    refuse_hooks(subject.model)
-    refuse_shared(subject.model)
     joint = capture(subject)
     whole, constants = canonical_program(joint)
     _refuse_operators(whole)

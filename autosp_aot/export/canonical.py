@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.diagnose import sparse_problem
 from autosp_aot.export.joint import Joint
 from autosp_aot.export.randomness import LOWERINGS, lower
 from autosp_aot.export.shapes import SHAPES, expand, shaped
@@ -122,9 +123,7 @@ class _Canonical:
                 raise BuildError(Problem("dtype-unsupported", what, where(node).source,
                                          "programs have no such dtype", "compute it in real floats or integers"))
         if any(isinstance(t, Tensor) and t.layout is not torch.strided for t in types):
-            raise BuildError(Problem("layout-unsupported", f"{node.target} makes a sparse tensor", where(node).source,
-                                     "programs have dense tensors only",
-                                     "compute it with dense tensors: sparse=False in an embedding"))  # fmt: skip
+            raise BuildError(sparse_problem(node.target, where(node).source))
         if not all(isinstance(t, Tensor) for t in types if t is not None):
             raise BuildError(Problem("data-dependent", f"{node.target} makes a number from data", where(node).source,
                                      "the program would depend on the values of a batch", "keep it in tensors"))

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.export import ExportedProgram
-from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from autosp_aot.errors import BuildError, Problem
@@ -86,19 +85,26 @@ def refuse_operators(exported: ExportedProgram) -> None:
         raise BuildError(*dict.fromkeys(problems))
 
 
-def refuse_mutation(changed: list[tuple[str, Node]], place: str) -> None:
-    """BuildError naming what the step changes beyond its end: (what it is, the node of its new value)."""
+WAYS_OUT = {
+    "parameter": "compute with a changed copy, as in weight.clamp(-1, 1), or change it after the step, outside of forward",
+    "buffer": "compute it anew in each step, or leave it out, as with track_running_stats=False in a batch norm",
+    "batch": "change a copy of it, as in labels = labels.clone()",
+}
+
+
+def refuse_mutation(changed: Mapping[str, str]) -> None:
+    """BuildError naming what a step changes beyond its end, as `buffer 'count'`, each with the line that does."""
     if changed:
         raise BuildError(
             *(
                 Problem(
                     "state-mutated",
                     f"the step changes {what}",
-                    where(node).source or place,
+                    place,
                     "state that outlives the step is not part of the program",
-                    "compute it without changing a buffer or an input",
+                    WAYS_OUT.get(what.partition(" ")[0], WAYS_OUT["buffer"]),
                 )
-                for what, node in changed
+                for what, place in changed.items()
             )
         )
 
@@ -131,6 +137,17 @@ def refuse_other_gradients(loss: Tensor, model: nn.Module, captured: set[str], p
     ]
     if problems:
         raise BuildError(*problems)
+
+
+def sparse_problem(target: object, place: str) -> Problem:
+    """Of an operator that makes a tensor that is not dense."""
+    return Problem(
+        "layout-unsupported",
+        f"{target} makes a sparse tensor",
+        place,
+        "programs have dense tensors only",
+        "compute it with dense tensors: sparse=False in an embedding",
+    )
 
 
 def _known(target: object) -> bool:

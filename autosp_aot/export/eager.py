@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autosp_aot.errors import BuildError
+from autosp_aot.export.diagnose import sparse_problem
 from autosp_aot.export.reads import asserts
 from autosp_aot.export.sharing import tensors_of
 from autosp_aot.export.source import module_path
@@ -31,6 +33,12 @@ STATISTICS = ("running_mean", "running_var")
 
 # What is read of a tensor where nothing but an assertion depends on it, by whether that is floating and boolean.
 ANSWERS = {(True, False): 1.0, (False, False): 1, (False, True): True}
+
+# Arguments that say by what they print what they are; functions and generators are refused when they are captured.
+LITERALS = (
+    int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.SymInt,
+    torch.SymFloat, torch.SymBool,
+)  # fmt: skip
 
 Expression = int
 
@@ -61,6 +69,7 @@ class Trace(TorchDispatchMode):
             self.leaf(tensor, f"buffer {module_path(name)!r}", False)
         for name, parameter in model.named_parameters():
             self.leaf(parameter, f"parameter {module_path(name)!r}", parameter.requires_grad)
+        self.homes = {name: parameter.untyped_storage()._cdata for name, parameter in model.named_parameters()}
 
     def leaf(self, tensor: Tensor, name: str, varies: bool) -> None:
         """From now on a storage holds what `name` says."""
@@ -80,6 +89,11 @@ class Trace(TorchDispatchMode):
         for name, tensor in batch.items():
             self.leaf(tensor, f"batch {name!r}", True)
 
+    def moved(self, model: nn.Module) -> list[str]:
+        """The parameters that have other memory than before, by assignment to .data."""
+        now = {name: parameter.untyped_storage()._cdata for name, parameter in model.named_parameters()}
+        return [name for name in now if now[name] != self.homes.get(name)]
+
     def number(self, key: tuple, operands: tuple[Expression, ...], varies: bool) -> Expression:
         """The number of an expression, the same for the same."""
         found = self.numbers.setdefault(key, len(self.operands))
@@ -90,6 +104,8 @@ class Trace(TorchDispatchMode):
 
     def expression(self, tensor: Tensor) -> Expression:
         """What a tensor is: what its storage holds, where it lies in there, and whether it needs a gradient."""
+        if tensor.layout is not torch.strided:
+            return self.number(("sparse",), (), True)
         storage = tensor.untyped_storage()
         if storage._cdata not in self.stored:
             self.alive.append(storage)
@@ -118,6 +134,8 @@ class Trace(TorchDispatchMode):
         operands: list[Expression] = []
         key = func, self.encoded((args, kwargs), operands), torch.is_grad_enabled()
         result = func(*args, **kwargs)
+        if any(tensor.layout is not torch.strided for tensor in _tensors(result)):
+            raise BuildError(sparse_problem(func, called_at()))
         drawn = isinstance(func, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in func.tags
         if drawn:
             key, self.draws = (*key, "draw", self.draws), self.draws + 1
@@ -126,10 +144,9 @@ class Trace(TorchDispatchMode):
             self.write(tensor, call)
         for at, tensor in enumerate(_tensors(result)):
             storage = tensor.untyped_storage()
-            if func in LIFTS:
-                self.stored[storage._cdata] = self.stored[args[0].untyped_storage()._cdata]
             if storage._cdata not in self.stored:
-                self.stored[storage._cdata] = self.number(("result", call, at), (call,), False)
+                source = args[0].untyped_storage()._cdata if func in LIFTS else None
+                self.stored[storage._cdata] = self.stored.get(source, self.number(("result", call, at), (call,), False))
                 self.alive.append(storage)
         return result
 
@@ -142,9 +159,7 @@ class Trace(TorchDispatchMode):
             return tuple(self.encoded(part, operands) for part in value)
         if isinstance(value, dict):
             return tuple((name, self.encoded(part, operands)) for name, part in value.items())
-        if callable(value):  # of an operator that takes functions, which is refused when it is captured
-            return getattr(value, "__code__", type(value))
-        return type(value), value if isinstance(value, (int, torch.dtype)) else repr(value)
+        return type(value), repr(value) if isinstance(value, LITERALS) else getattr(value, "__code__", None)
 
     def write(self, tensor: Tensor, call: Expression) -> None:
         storage = tensor.untyped_storage()._cdata

@@ -112,6 +112,8 @@ def _copied(value, memo: dict):
         found = copy.deepcopy(value, tried)
     except (TypeError, NotImplementedError, RuntimeError, AttributeError):
         return value
+    # What deepcopy keeps alive, under the memo's own id, which another object may have soon.
+    memo.setdefault(id(memo), []).append(tried.pop(id(tried), None))
     memo.update(tried)
     return found
 

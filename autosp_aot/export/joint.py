@@ -28,12 +28,15 @@ from autosp_aot.export.diagnose import (
 from autosp_aot.export.flags import eager_flags
 from autosp_aot.export.functions import Call, marked_functions, restore_functions
 from autosp_aot.export.loss import LossOnly
+from autosp_aot.export.modules import refuse_modules
 from autosp_aot.export.randomness import refuse_random
 from autosp_aot.export.regions import SET_GRAD, Flat, flat_regions, spell_casts
 from autosp_aot.export.routing import canonical_routing
-from autosp_aot.export.source import module_path
+from autosp_aot.export.sharing import refuse_shared
+from autosp_aot.export.source import module_path, where
 from autosp_aot.export.state import refuse_state
 from autosp_aot.export.subject import Subject
+from autosp_aot.export.watch import refuse_hooks
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ class Forward:
 
 def capture(subject: Subject) -> Joint:
     """Capture the step of a model. Raises BuildError."""
+    refuse_modules(subject.model)
+    refuse_hooks(subject.model)
+    refuse_shared(subject.model)
     loss, model = refuse_state(subject)
     captured = capture_exported(export_forward(subject))
     gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
@@ -86,7 +92,7 @@ def capture(subject: Subject) -> Joint:
 
 def export_forward(subject: Subject) -> Forward:
     """Export forward up to the loss, as the model's modes and `torch.is_grad_enabled()` have it."""
-    model, mode = subject.copy()
+    model, mode = subject.copy(buffers=False)
     batch = subject.inputs(mode)
     with subject.running(), flat_regions(), marked_functions() as calls, eager_flags(), mode:
         exported = torch.export.export(model, (), batch, strict=False)
@@ -159,7 +165,7 @@ def _described(module: GraphModule, step: Step, batch_names: list[str], place: s
         if node.op == "placeholder":
             inputs.append(_input(node.meta["desc"], step, batch_names))
     output = next(n for n in module.graph.nodes if n.op == "output")
-    labels, changed = [], []
+    labels, changed = [], {}
     for node, desc in zip(output.args[0], output.meta["desc"]):
         if node is None:
             labels.append("")
@@ -170,8 +176,8 @@ def _described(module: GraphModule, step: Step, batch_names: list[str], place: s
         else:
             assert isinstance(desc, descriptors.InputMutationAOTOutput), desc
             kind, name = _input(desc.mutated_input, step, batch_names)
-            changed.append((f"{kind} {name!r}", node))
-    refuse_mutation(changed, place)
+            changed[f"{kind} {name!r}"] = where(node).source or place
+    refuse_mutation(changed)
     return tuple(inputs), tuple(labels)
 
 

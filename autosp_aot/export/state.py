@@ -15,8 +15,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.diagnose import refuse_mutation
 from autosp_aot.export.eager import Trace
 from autosp_aot.export.keeping import Slot, slots
+from autosp_aot.export.source import module_path
 from autosp_aot.export.subject import Subject
 from autosp_aot.export.user_code import FAILURES, changed_at
 
@@ -36,8 +38,8 @@ def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
     loss, first = steps.step()
     if drawn := [module for module, state in random_states().items() if state != randoms[module]]:
         raise _drawn(subject, drawn)
-    if steps.trace.written:
-        raise BuildError(*(_written(name, at or subject.place) for name, at in steps.trace.written.items()))
+    moved = {f"parameter {module_path(name)!r}": _moved_at(subject, name) for name in steps.trace.moved(steps.model)}
+    refuse_mutation({name: at or subject.place for name, at in (steps.trace.written | moved).items()})
     start, after = steps.held, steps.look()
     _, second = steps.step()
     if first != second:
@@ -144,6 +146,14 @@ def _identity(value) -> object:
     return _plain(value) if isinstance(value, (bool, int, float, str, list, dict)) else Same(value)
 
 
+def _moved_at(subject: Subject, name: str) -> str:
+    """The line that gives a parameter other memory."""
+    model, mode = subject.copy()
+    parameter = model.get_parameter(name)
+    step = lambda: subject.loss(model, subject.inputs(mode), mode)  # noqa: E731
+    return changed_at(step, lambda: parameter.untyped_storage()._cdata)
+
+
 def _drawn(subject: Subject, modules: list[str]) -> BuildError:
     model, mode = subject.copy()
     at = changed_at(lambda: subject.loss(model, subject.inputs(mode), mode), random_states)
@@ -159,12 +169,6 @@ def random_states() -> dict[str, tuple]:
     """The states of random modules that are not torch's."""
     kind, keys, *more = np.random.get_state()
     return {"Python's": random.getstate(), "numpy's": (kind, keys.tobytes(), *more)}
-
-
-def _written(name: str, place: str) -> Problem:
-    return Problem("state-mutated", f"the step changes {name}", place,
-                   "state that outlives the step is not part of the program",
-                   "compute it without changing a buffer or an input")  # fmt: skip
 
 
 class Same:

@@ -34,9 +34,12 @@ class Subject:
     def place(self) -> str:
         return forward_at(self.model)
 
-    def copy(self) -> tuple[LossOnly, FakeTensorMode]:
-        """A copy of the model with fake parameters, returning its loss; the model itself is left alone."""
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    def copy(self, buffers: bool = True) -> tuple[LossOnly, FakeTensorMode]:
+        """A copy of the model with fake parameters, returning its loss; the model itself is left alone.
+
+        Its mode takes real tensors, as `buffers` are that nobody makes fake.
+        """
+        mode = FakeTensorMode(allow_non_fake_inputs=buffers)
         return LossOnly(self.prepared(fake_copy(self.model, mode)), constants_of(self.batch)), mode
 
     def inputs(self, mode: FakeTensorMode) -> dict[str, Tensor]:

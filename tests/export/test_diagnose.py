@@ -5,7 +5,6 @@ from torch.nn.functional import cross_entropy, dropout
 
 from autosp_aot.errors import BuildError
 from autosp_aot.export.diagnose import refuse_other_gradients
-from autosp_aot.export.joint import LossOnly
 from autosp_aot.export.watch import refuse_hooks
 
 
@@ -198,19 +197,20 @@ CHANGED = """\
 error[state-mutated]: the step changes {what}
   where  {line}
   why    state that outlives the step is not part of the program
-  fix    compute it without changing a buffer or an input"""
+  fix    {fix}"""
+ANEW = "compute it anew in each step, or leave it out, as with track_running_stats=False in a batch norm"
 
 
 def test_everything_the_step_writes_that_outlives_it_is_refused_at_once(refusal):
     named = {
-        "buffer 'inner.count'": 1,
-        "buffer 'inner.norm.running_mean'": 3,
-        "buffer 'inner.norm.running_var'": 3,
-        "buffer 'inner.norm.num_batches_tracked'": 3,
-        "batch 'labels'": 2,
+        "buffer 'inner.count'": (1, ANEW),
+        "batch 'labels'": (2, "change a copy of it, as in labels = labels.clone()"),
+        "buffer 'inner.norm.num_batches_tracked'": (3, ANEW),
+        "buffer 'inner.norm.running_mean'": (3, ANEW),
+        "buffer 'inner.norm.running_var'": (3, ANEW),
     }
     assert refusal(Model(Mutating())) == "\n".join(
-        CHANGED.format(what=what, line=line(Mutating, at)) for what, at in named.items()
+        CHANGED.format(what=what, line=line(Mutating, at), fix=fix) for what, (at, fix) in named.items()
     )
 
 
@@ -260,8 +260,9 @@ def test_a_gradient_that_eager_does_not_have_is_refused(refusal):
 
 
 def test_every_gradient_that_eager_has_and_the_captured_step_lacks_is_refused(batch):
+    model = Model(Negated())
     with pytest.raises(BuildError) as caught:
-        refuse_other_gradients(LossOnly(Model(Negated())), batch, {"head.weight"}, FORWARD)
+        refuse_other_gradients(model(**batch), model, {"head.weight"}, FORWARD)
     block = (
         "error[gradient-lost]: parameter '{}' has a gradient in eager and none in the captured step\n"
         f"  where  {FORWARD}\n"

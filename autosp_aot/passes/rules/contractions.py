@@ -29,6 +29,19 @@ def plus_product(left: str, right: str, product: str):
     return rule
 
 
+def triangular_solve(call) -> Spec | None:
+    """The solution of A x = b or, to the right, x A = b: what A's equations do not tie together is parallel.
+
+    A: [.., n, n]   b, x: [.., n, k], to the right [.., k, n]
+    """
+    shapes = [value.shape for value in call.operands]
+    if shapes[0][:-2] != shapes[1][:-2]:
+        return None
+    batch, left = LETTERS[: len(shapes[0]) - 2], dict(call.instr.kwargs).get("left", True)
+    text = "{0}XY,{0}Yz->{0}Xz" if left else "{0}XY,{0}zX->{0}zY"
+    return from_notation(text.format(batch), shapes, [call.results[0].shape], linear=((1,),), contraction=True)
+
+
 def reduction(sums: bool, linear: bool):
     """A reduction over the dims of argument 1, which have to be whole unless it `sums`."""
 

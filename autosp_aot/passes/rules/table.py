@@ -46,6 +46,7 @@ RULES = {
     "aten.index_put.default": lookups.index_put,
     "aten.isin.Tensor_Tensor": lookups.among,
     "aten.kthvalue.default": along(2, default=-1),
+    "aten.linalg_solve_triangular.default": contractions.triangular_solve,
     "aten.logcumsumexp.default": along(1),
     "aten.logsumexp.default": reduction(sums=False, linear=False),
     "aten.max.dim": along(1),

@@ -118,6 +118,14 @@ def _baddbmm(rng):
     return bias, a, b
 
 
+def _solve(rng):
+    b, n, k = sizes(rng, 3)
+    left = rng.random() < 0.5
+    matrix = normal(rng, b, n, n) + 5 * torch.eye(n, dtype=torch.float64)
+    right = normal(rng, b, n, k) if left else normal(rng, b, k, n)
+    return matrix, right, {"upper": rng.random() < 0.5, "left": left, "unitriangular": rng.random() < 0.5}
+
+
 def _expand(rng):
     shape = tuple(sizes(rng, 3))
     source = tuple(1 if rng.random() < 0.4 else size for size in shape)
@@ -170,6 +178,7 @@ ARGUMENTS = {
     "aten.embedding_dense_backward.default": _embedding_backward,
     "aten.expand.default": _expand,
     "aten.full.default": lambda rng: (tuple(sizes(rng, 2)), 2.5),
+    "aten.linalg_solve_triangular.default": _solve,
     "aten.logsumexp.default": _reduced,
     "aten.mm.default": _mm,
     "aten.mv.default": lambda rng: (x := normal(rng, *sizes(rng, 2)), x[0] * 2),

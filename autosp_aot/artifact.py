@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from autosp_aot.batches import Constant
 from autosp_aot.errors import Problem
 from autosp_aot.program import Value
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 BUFFERS = "buffers.safetensors"
@@ -62,6 +63,7 @@ class Manifest:
 
     versions      of the packages that decide the bytes: torch, and those the model's classes come from
     source        sha256 of the model file, its options and the build's options ("" for a model built in Python)
+    constants     what else the batch held when it was built, None, flags, numbers and texts by name
     aliases       further names of parameters and buffers (tied weights): name -> name it is stored under
     trainable     names of the parameters that get gradients
     operators     schema of every operator of the programs
@@ -81,6 +83,7 @@ class Manifest:
     offload: str
     sequence_dims: dict[str, int]
     batch: tuple[TensorSpec, ...]
+    constants: dict[str, Constant]
     parameters: tuple[TensorSpec, ...]
     buffers: tuple[TensorSpec, ...]
     aliases: dict[str, str]

@@ -27,6 +27,7 @@ from autosp_aot.artifact import (
     sealed,
     sha256_of,
 )
+from autosp_aot.batches import CONSTANTS
 from autosp_aot.config import checked_config
 from autosp_aot.errors import ArtifactError, BuildError, Problem
 from autosp_aot.program import ITEMSIZE, Program
@@ -89,6 +90,8 @@ def _manifest(found: dict) -> Manifest:
     for key in ("versions", "cuts", "decisions"):
         if not all(isinstance(text, str) for text in found[key].values()):
             raise ValueError(f"{key} are not texts")
+    if not all(type(value) in CONSTANTS for value in found["constants"].values()):
+        raise ValueError("constants are None, flags, numbers or texts")
     if not {"autosp-aot", "torch"} <= set(found["versions"]):
         raise ValueError("the versions of autosp-aot and torch are missing")
     return Manifest(**found)

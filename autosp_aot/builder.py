@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autosp_aot import __version__
 from autosp_aot.artifact import FORMAT, Evaluation, Manifest, specs
 from autosp_aot.artifact_write import Artifact, Programs, refuse_existing
+from autosp_aot.batches import constants_of, tensors_of
 from autosp_aot.config import BuildConfig, checked_config
 from autosp_aot.cost import costs
 from autosp_aot.dump import Dump
@@ -24,6 +25,7 @@ from autosp_aot.export.evaluation import capture_evaluation, in_eval_mode
 from autosp_aot.export.joint import Joint, capture
 from autosp_aot.export.model_file import (
     checked_sequence_dims,
+    flat_batch,
     guess_sequence_dims,
     make_batch,
     make_model,
@@ -40,8 +42,6 @@ from autosp_aot.recipe import Recipe
 from autosp_aot.runtime.groups import present_target
 from autosp_aot.units import bytes_of
 
-WEIGHTS_LIMIT_BYTES = 10**9
-
 
 def build_file(
     model_path: str | Path,
@@ -56,8 +56,8 @@ def build_file(
 ) -> Path:
     """`autosp-aot build`: compile MODEL.py and write the artifact to `out` (default `./<model file stem>.sp<ranks>`).
 
-    Weights are made only after compiling, from `seed`, when they are under 1 GB. Raises BuildError and writes all or
-    nothing; only what passes made is in `dump` also when a later one fails.
+    Weights are made from `seed` when they are under 1 GB. Raises BuildError and writes all or nothing; only what passes
+    made is in `dump` also when a later one fails.
     """
     model_file = read_model_file(model_path)
     out = Path(f"{model_file.stem}.sp{config.ranks}") if out is None else out
@@ -66,17 +66,16 @@ def build_file(
     batch, sequence_dims = make_batch(model_file, batch_size, seq)
     said = json.dumps([model_file.sha256, sorted(options.items()), seq, batch_size, asdict(config)], default=str)
     source = hashlib.sha256(said.encode()).hexdigest()
-    artifact = compile_model(make_model(model_file, options), batch, sequence_dims, config, source, watch)
-    if weights and sum(_nbytes(spec) for spec in artifact.manifest.parameters) < WEIGHTS_LIMIT_BYTES:
-        torch.manual_seed(seed)
-        values = model_values(model_file.build_model(**options))
-        artifact = replace(artifact, weights=values)
+    model = make_model(model_file, options, seed)
+    artifact = compile_model(model, batch, sequence_dims, config, source, watch)
+    if weights and not any(parameter.is_meta for parameter in model.parameters()):
+        artifact = replace(artifact, weights=model_values(model))
     return artifact.save(out)
 
 
 def build(
     module: nn.Module,
-    batch: Mapping[str, Tensor],
+    batch: Mapping,
     sp: int,
     path: str | Path | None = None,
     *,
@@ -90,7 +89,8 @@ def build(
     evaluation: bool = True,
     weights: bool = True,
 ) -> Artifact:
-    """Compile a module for `sp` ranks; `batch` are the keyword inputs of its forward, of the shapes to train with.
+    """Compile a module for `sp` ranks; `batch` are the keyword inputs of its forward, of the shapes to train with:
+    tensors, dicts of tensors, and as constants of the build None, flags, numbers and texts.
 
     `sequence_dims` says which dim of which input is the sequence (default: dim 1 of every input with two dims or more,
     where that is the length of some tokens [B, S] or they all agree). `memory_budget` is in bytes, or text as "70GiB":
@@ -104,7 +104,9 @@ def build(
     """
     budget = bytes_of(memory_budget) if isinstance(memory_budget, str) else memory_budget
     config = checked_config(sp, target or present_target(), recompute, budget, tile, offload, strict, evaluation)
-    dims = guess_sequence_dims(batch) if sequence_dims is None else checked_sequence_dims(batch, sequence_dims)
+    batch = flat_batch(batch, "batch")
+    tensors = tensors_of(batch)
+    dims = guess_sequence_dims(tensors) if sequence_dims is None else checked_sequence_dims(tensors, sequence_dims)
     if path is not None:
         refuse_existing(Path(path))
     artifact = compile_model(module, batch, dims, config, "")
@@ -146,6 +148,7 @@ def compile_model(
         offload=config.offload,
         sequence_dims=sequence_dims,
         batch=specs(inputs["batch"], vocabularies(whole)),
+        constants=constants_of(batch),
         parameters=specs([*inputs["parameter"], *stored, *_unused(model, inputs)]),
         buffers=specs(kept),
         aliases=_aliases(model),
@@ -258,8 +261,3 @@ def _versions(model: nn.Module) -> dict[str, str]:
     packages = sorted({owners[root][0] for root in roots if root in owners} - {"torch"})
     own = {"autosp-aot": __version__, "torch": torch.__version__.partition("+")[0]}
     return own | {name: importlib.metadata.version(name) for name in packages}
-
-
-def _nbytes(spec) -> int:
-    return Value(spec.name, spec.dtype, spec.shape).nbytes()
-

@@ -138,7 +138,7 @@ class Planner:
     def __init__(self, asked: Asked):
         self.asked, self.setting = asked, asked.setting
         self.model_file = read_model_file(asked.model)
-        self.model = make_model(self.model_file, asked.options)
+        self.model = make_model(self.model_file, asked.options, weights=False)
         self.captured = cache(self._captured)
 
     def _captured(self, seq: int) -> tuple[Program, dict[str, int]]:

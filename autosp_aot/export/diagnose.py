@@ -50,8 +50,8 @@ def diagnosed(place: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_operators(exported: ExportedProgram) -> None:
-    """BuildError naming every operator we cannot see into, and every value read past autograd."""
+def refuse_operators(exported: ExportedProgram, model: nn.Module) -> None:
+    """BuildError naming every operator we cannot see into, and every value of `model` read past autograd."""
     problems = []
     for node in exported.graph.nodes:
         if node.op == "call_function" and not _known(node.target):
@@ -70,8 +70,10 @@ def refuse_operators(exported: ExportedProgram) -> None:
                 )
             )
     lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     for node in exported.graph.nodes:
-        if node.users and isinstance(exported.constants.get(lifted.get(node.name)), FakeTensor):
+        value = exported.constants.get(lifted.get(node.name))
+        if node.users and isinstance(value, FakeTensor) and value.untyped_storage()._cdata not in parameters:
             problems.append(
                 Problem(
                     "data-dependent",

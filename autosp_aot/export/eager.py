@@ -10,7 +10,6 @@ the same where their losses are the same expression: of constants, and of the ba
 import ctypes
 import hashlib
 import sys
-import sys
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosp_aot.errors import BuildError
+from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.diagnose import sparse_problem
+from autosp_aot.export.keeping import tensors_of
 from autosp_aot.export.reads import asserts
-from autosp_aot.export.sharing import tensors_of
 from autosp_aot.export.source import module_path
-from autosp_aot.export.user_code import called_at
+from autosp_aot.export.user_code import called_at, frames_of_users
 
 aten = torch.ops.aten
 # Operators whose result holds what their operand does.
@@ -47,13 +46,16 @@ class Trace(TorchDispatchMode):
     """While it is active, every call is written down.
 
     `written` has what was written to of what outlives a step: its name, and the line that wrote first. Where `answers`,
-    what reads a value is given one, so that it can be seen whether the loss depends on that.
+    what reads a value is given one, so that it can be seen whether the loss depends on that. `calls`, where it is a list,
+    gets every call's expression and line.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, original: nn.Module):
+        """`model` is a copy of `original`, whose own parameters are not to be seen in it."""
         super().__init__()
+        self.originals = {p.untyped_storage()._cdata: name for name, p in original.named_parameters()}
         self.numbers: dict[tuple, Expression] = {}
         self.operands: list[tuple[Expression, ...]] = []
         self.varies: list[bool] = []  # whether an expression depends on batch, trained parameters or draws
@@ -63,13 +65,14 @@ class Trace(TorchDispatchMode):
         self.batch: list[int] = []
         self.written: dict[str, str] = {}
         self.draws, self.answers = 0, False
+        self.calls: list[tuple[Expression, str]] | None = None
         for name, tensor in tensors_of(model):
-            self.leaf(tensor, f"attribute {module_path(name)!r}", False)
+            self.leaf(tensor, f"attribute {name!r}", False)
         for name, tensor in model.named_buffers():
             self.leaf(tensor, f"buffer {module_path(name)!r}", False)
         for name, parameter in model.named_parameters():
             self.leaf(parameter, f"parameter {module_path(name)!r}", parameter.requires_grad)
-        self.homes = {name: parameter.untyped_storage()._cdata for name, parameter in model.named_parameters()}
+        self.homes = homes(model)
 
     def leaf(self, tensor: Tensor, name: str, varies: bool) -> None:
         """From now on a storage holds what `name` says."""
@@ -90,9 +93,8 @@ class Trace(TorchDispatchMode):
             self.leaf(tensor, f"batch {name!r}", True)
 
     def moved(self, model: nn.Module) -> list[str]:
-        """The parameters that have other memory than before, by assignment to .data."""
-        now = {name: parameter.untyped_storage()._cdata for name, parameter in model.named_parameters()}
-        return [name for name in now if now[name] != self.homes.get(name)]
+        """The parameters and buffers that have other memory than before, as by assignment to .data."""
+        return [what for what, storage in homes(model).items() if storage != self.homes.get(what)]
 
     def number(self, key: tuple, operands: tuple[Expression, ...], varies: bool) -> Expression:
         """The number of an expression, the same for the same."""
@@ -140,6 +142,8 @@ class Trace(TorchDispatchMode):
         if drawn:
             key, self.draws = (*key, "draw", self.draws), self.draws + 1
         call = self.number(key, tuple(operands), drawn)
+        if self.calls is not None:
+            self.calls.append((call, called_at()))
         for tensor in written_by(func, args, kwargs):
             self.write(tensor, call)
         for at, tensor in enumerate(_tensors(result)):
@@ -153,6 +157,9 @@ class Trace(TorchDispatchMode):
     def encoded(self, value, operands: list[Expression]):
         """Arguments as a key; `operands` gets the expressions of the tensors among them."""
         if isinstance(value, Tensor):
+            storage = value.untyped_storage()._cdata if value.layout is torch.strided else None
+            if storage in self.originals or (value.requires_grad and not isinstance(value, FakeTensor)):
+                raise BuildError(_outside(value, self.originals.get(storage)))
             operands.append(self.expression(value))
             return operands[-1]
         if isinstance(value, (list, tuple)):
@@ -170,6 +177,12 @@ class Trace(TorchDispatchMode):
             self.written.setdefault(self.names[storage], called_at())
 
 
+def homes(model: nn.Module) -> dict[str, int]:
+    """The storages of parameters and buffers, by what they are called."""
+    named = (("parameter", model.named_parameters()), ("buffer", model.named_buffers()))
+    return {f"{kind} {module_path(name)!r}": tensor.untyped_storage()._cdata for kind, all_ in named for name, tensor in all_}
+
+
 def written_by(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
     """The tensors that a call writes to."""
     if not isinstance(func, torch._ops.OpOverload):
@@ -181,6 +194,20 @@ def written_by(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
         hidden = trains is True and argument.name in STATISTICS and "batch_norm" in func._schema.name
         if argument.is_write or hidden:
             yield from _tensors(given.get(argument.name))
+
+
+def _outside(tensor: Tensor, original: str | None) -> Problem:
+    """Of a tensor that needs a gradient and that forward gets from elsewhere than the model's parameters."""
+    frame = next(frames_of_users(sys._getframe()), None)
+    names = {**frame.f_globals, **frame.f_locals} if frame is not None else {}
+    named = (name for name, value in names.items()
+             if value is tensor or isinstance(value, nn.Module) and any(tensor is p for p in value.parameters()))  # fmt: skip
+    name = original or next(named, "a tensor")
+    return Problem(
+        "parameter-outside", f"forward reads {name!r}, which needs a gradient, from outside of the model", called_at(),
+        "what is no parameter of the model that is built would be a constant of the program",
+        "make it a parameter or a submodule of the model, and reach it through self",
+    )  # fmt: skip
 
 
 def _tensors(value) -> list[Tensor]:

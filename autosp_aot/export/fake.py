@@ -53,6 +53,31 @@ def weightless() -> Iterator[Weightless]:
         nn.Module.register_parameter = register
 
 
+class TooLarge(Exception):
+    """A model's parameters take more than they may."""
+
+
+@contextlib.contextmanager
+def at_most(nbytes: int) -> Iterator[None]:
+    """While it holds, registering parameters that together take more than `nbytes` raises TooLarge."""
+    register, left = nn.Module.register_parameter, nbytes
+    counted = WeakTensorKeyDictionary()
+
+    def register_counted(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        if parameter is not None and parameter not in counted:
+            counted[parameter], left = True, left - parameter.nbytes
+        if left < 0:
+            raise TooLarge
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = register_counted
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy with fake CPU parameters, tied ones still tied; the module itself is left alone.
 

@@ -27,6 +27,7 @@ from autosp_aot.export.diagnose import (
 )
 from autosp_aot.export.flags import eager_flags
 from autosp_aot.export.functions import Call, marked_functions, restore_functions
+from autosp_aot.export.indices import refuse_indices
 from autosp_aot.export.loss import LossOnly
 from autosp_aot.export.modules import refuse_modules
 from autosp_aot.export.randomness import refuse_random
@@ -81,7 +82,9 @@ def capture(subject: Subject) -> Joint:
     refuse_hooks(subject.model)
     refuse_shared(subject.model)
     loss, model = refuse_state(subject)
-    captured = capture_exported(export_forward(subject))
+    forward = export_forward(subject)
+    refuse_indices(forward.exported)
+    captured = capture_exported(forward)
     gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
     refuse_other_gradients(loss, model, gradients, subject.place)
     if not gradients:
@@ -92,7 +95,7 @@ def capture(subject: Subject) -> Joint:
 
 def export_forward(subject: Subject) -> Forward:
     """Export forward up to the loss, as the model's modes and `torch.is_grad_enabled()` have it."""
-    model, mode = subject.copy(buffers=False)
+    model, mode = subject.copy()
     batch = subject.inputs(mode)
     with subject.running(), flat_regions(), marked_functions() as calls, eager_flags(), mode:
         exported = torch.export.export(model, (), batch, strict=False)
@@ -104,7 +107,7 @@ def capture_exported(forward: Forward) -> Joint:
     exported, batch, place, calls = forward.exported, forward.batch, forward.place, forward.calls()
     spell_casts(exported.graph)
     canonical_routing(exported)
-    refuse_operators(exported)
+    refuse_operators(exported, forward.wrapped)
     restore_functions(exported, forward.functions)
     canonical_attention(exported)
     step = Step(exported, forward.wrapped)
@@ -134,7 +137,11 @@ class Step(nn.Module):
         first = {id(buffer): name for name, buffer in wrapped.named_buffers()}
         buffers = dict(wrapped.named_buffers(remove_duplicate=False))
         constants = {**buffers, **exported.constants}
+        homes = {parameter.untyped_storage()._cdata: at for at, parameter in enumerate(self.parameter_list)}
         for placeholder, name in {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}.items():
+            if (home := constants[name].untyped_storage()._cdata) in homes:
+                self.slots[placeholder] = ("parameter", homes[home])  # one that forward has not from its module
+                continue
             own_name = first[id(buffers[name])] if name in buffers else name
             if own_name not in self.buffer_names:
                 self.register_buffer(f"b{len(self.buffer_names)}", constants[name])

@@ -10,18 +10,19 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from autosp_aot.export.sharing import LARGEST
 from autosp_aot.export.source import module_path
 from autosp_aot.export.user_code import OURS, STDLIB, TORCH
 
+# Of containers that are looked into; tables of a tokenizer hold no state.
+LARGEST = 1000
 PLAIN = (bool, int, float, str, type(None), Tensor)
-# What torch keeps in modules: parameters and modules are seen elsewhere, the rest is no state of forward.
-TORCHS = ("_parameters", "_modules", "_non_persistent_buffers_set", "training")
+# What torch keeps in modules: tensors and modules have names of their own, the rest is no state of forward.
+TORCHS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,38 @@ class Slot:
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
-    """Every place that holds a number, text, flag, tensor, list or mapping; of a very large one nothing inside."""
+    """Every place of a model that holds a number, text, flag, tensor, list or mapping; of a very large one nothing inside.
+
+    Parameters and buffers are left out.
+    """
     seen: set[int] = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         prefix = module_path(path)
         for name in [name for name in vars(module) if name not in TORCHS]:
             yield from _inside(Slot(f"{prefix}.{name}" if prefix else name, vars(module), name), seen)
-    for file, namespace in _files(model).items():
+
+
+def buffer_slots(model: nn.Module) -> Iterator[Slot]:
+    """The places of buffers."""
+    for path, module in model.named_modules():
+        yield from (Slot(f"{path}.{name}", module._buffers, name) for name in module._buffers)
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among them, by path; parameters themselves, which a list may hold as well, are left out."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    for slot in slots(model):
+        if isinstance(slot.value, Tensor) and id(slot.value) not in parameters:
+            yield slot.path, slot.value
+
+
+def global_slots(model: nn.Module) -> Iterator[Slot]:
+    """The same of the attributes of the user's classes of the model, and of global names of their files."""
+    seen: set[int] = {id(module) for module in model.modules()}
+    for path, namespace in _namespaces(model).items():
         for name in [name for name in namespace if not name.startswith("__")]:
             if isinstance(namespace[name], (*PLAIN, list, dict)):
-                yield from _inside(Slot(f"{file}: {name}", namespace, name), seen)
+                yield from _inside(Slot(f"{path}{name}", namespace, name), seen)
 
 
 def _inside(slot: Slot, seen: set[int]) -> Iterator[Slot]:
@@ -92,11 +115,34 @@ def _namespace(path: str, names: dict, seen: set[int]) -> Iterator[Slot]:
         yield from _inside(Slot(f"{path}.{name}", names, name), seen)
 
 
-def _files(model: nn.Module) -> dict[str, dict]:
-    """The global names of the user's own files that classes of the model come from."""
-    modules = (sys.modules.get(type(module).__module__) for module in model.modules())
-    own = dict.fromkeys(m for m in modules if _is_users(m) and f"{os.sep}site-packages{os.sep}" not in m.__file__)
-    return {os.path.basename(module.__file__): vars(module) for module in own}
+class _Attributes(Mapping):
+    """The attributes of a class, which a class lets nobody set but itself."""
+
+    def __init__(self, kind: type):
+        self.kind = kind
+
+    def __getitem__(self, name: str):
+        return vars(self.kind)[name]
+
+    def __setitem__(self, name: str, value) -> None:
+        setattr(self.kind, name, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(vars(self.kind)))
+
+    def __len__(self) -> int:
+        return len(vars(self.kind))
+
+
+def _namespaces(model: nn.Module) -> dict[str, Mapping]:
+    """The user's classes of a model and the files they come from, by what their names begin with."""
+    found: dict[str, Mapping] = {}
+    for kind in dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__):
+        module = sys.modules.get(kind.__module__)
+        if _is_users(module) and f"{os.sep}site-packages{os.sep}" not in module.__file__:
+            found[f"{kind.__qualname__}."] = _Attributes(kind)
+            found[f"{os.path.basename(module.__file__)}: "] = vars(module)
+    return found
 
 
 def _is_users(module: types.ModuleType | None) -> bool:

@@ -17,13 +17,20 @@ from importlib.abc import ExecutionLoader
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
+from autosp_aot.batches import Constant, constants_of, flat, tensors_of
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.fake import weightless
+from autosp_aot.export.fake import TooLarge, Weightless, at_most, weightless
+from autosp_aot.export.keeping import tensors_of as attributes_of
 from autosp_aot.export.user_code import FAILURES, defined_at, raised_at, said
+from autosp_aot.export.watch import autocast_noted
+from autosp_aot.units import bytes_text
 
 Option = int | float | bool | str | None
+# Parameters that take more are never made while building.
+WEIGHTS_LIMIT_BYTES = 10**9
 
 STUBS = {
     "build_model": "def build_model(**options) -> torch.nn.Module:\n    return MyModel(**options)",
@@ -96,8 +103,14 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Option]:
     return options
 
 
-def make_model(model_file: ModelFile, options: Mapping[str, Option]) -> nn.Module:
-    """`build_model(**options)` without allocating parameters. Raises BuildError with the line where it fails."""
+def make_model(
+    model_file: ModelFile, options: Mapping[str, Option], seed: int = 0, weights: bool = True
+) -> nn.Module:
+    """`build_model(**options)`: with initial weights from `seed` if they are under 1 GB, else of meta tensors.
+
+    Without `weights` a small model is of meta tensors too, unless building it reads weights. Raises BuildError with the
+    line where it fails.
+    """
     build, place = model_file.build_model, defined_at(model_file.build_model)
     try:
         inspect.signature(build).bind(**options)
@@ -111,9 +124,19 @@ def make_model(model_file: ModelFile, options: Mapping[str, Option]) -> nn.Modul
                 "correct the name, or add the argument to build_model",
             )
         ) from error
+    empty, counted, failure = _without_weights(build, options)
+    reading = "" if empty is None else _read_weights(empty)
+    large = counted.nbytes > WEIGHTS_LIMIT_BYTES
+    if (large or not weights) and failure is None and not reading:
+        return _checked_module(empty, place)
+    torch.manual_seed(seed)
     try:
-        with weightless():
-            model = build(**options)
+        if large and failure is not None and "meta" not in str(failure):
+            raise failure  # with or without weights
+        with at_most(0 if large else WEIGHTS_LIMIT_BYTES), autocast_noted():
+            return _checked_module(build(**options), place)
+    except TooLarge:
+        raise BuildError(_needs_weights(reading, failure, place)) from failure
     except FAILURES as error:
         raise BuildError(
             Problem(
@@ -124,6 +147,36 @@ def make_model(model_file: ModelFile, options: Mapping[str, Option]) -> nn.Modul
                 "correct build_model or the options given with --set",
             )
         ) from error
+
+
+def _without_weights(build: Callable, options: Mapping[str, Option]) -> tuple[object, Weightless, Exception | None]:
+    """What build_model makes of parameters without values, the bytes they stand for, and what it raised instead."""
+    with weightless() as counted, autocast_noted():
+        try:
+            return build(**options), counted, None
+        except FAILURES as error:
+            return None, counted, error
+
+
+def _read_weights(model: object) -> str:
+    """A buffer or tensor that a model has computed of parameters, by name; "" where there is none."""
+    if not isinstance(model, nn.Module):
+        return ""
+    own = {id(parameter) for parameter in model.parameters()}
+    tensors = (*model.named_buffers(), *attributes_of(model))
+    return next((name for name, tensor in tensors if tensor.is_meta and id(tensor) not in own), "")
+
+
+def _needs_weights(reading: str, failure: Exception | None, place: str) -> Problem:
+    why = f"models whose parameters take more than {bytes_text(WEIGHTS_LIMIT_BYTES)} are built without weights"
+    if failure is None:
+        return Problem("build-needs-weights", f"build_model computes {reading!r} of weights", place, why,
+                       "compute it in forward")  # fmt: skip
+    return Problem("build-needs-weights", "build_model reads weights", raised_at(failure) or place,
+                   f"{why}\n{said(failure)}", "leave that line out where weight.is_meta, as it is here")  # fmt: skip
+
+
+def _checked_module(model: object, place: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise BuildError(
             Problem(
@@ -137,15 +190,19 @@ def make_model(model_file: ModelFile, options: Mapping[str, Option]) -> nn.Modul
     return model
 
 
-def make_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The example batch, and by input name the dim that is the sequence. Raises BuildError naming all that offend."""
+def make_batch(
+    model_file: ModelFile, batch_size: int, seq_len: int
+) -> tuple[dict[str, Tensor | Constant], dict[str, int]]:
+    """The example batch, flat, and by input name the dim that is the sequence. Raises BuildError naming all that offend."""
     place = defined_at(model_file.example_batch)
     # Twice the length, not one more: an example_batch may insist on a multiple of something.
     batch, longer = (_ask(model_file, batch_size, length, place) for length in (seq_len, 2 * seq_len))
     if batch.keys() != longer.keys():
         raise BuildError(_changes(f"the inputs {sorted(batch.keys() ^ longer.keys())} come and go", place))
-    problems, sequence_dims = [], {}
-    for name, tensor in batch.items():
+    problems, sequence_dims, constants = [], {}, constants_of(batch)
+    if any(type(longer[name]) is not type(value) or longer[name] != value for name, value in constants.items()):
+        raise BuildError(_changes(f"one of the constants {sorted(constants)} changes", place))
+    for name, tensor in tensors_of(batch).items():
         before, after = tensor.shape, longer[name].shape
         if tensor.dtype != longer[name].dtype or len(before) != len(after):
             problems.append(_changes(f"input {name!r} changes its dtype or its number of dims", place))
@@ -240,7 +297,8 @@ def _run(path: Path, source: bytes, name: str) -> ModuleType:
     sys.modules[name] = module
     sys.path.insert(0, folder)
     try:
-        loader.exec_module(module)
+        with autocast_noted():
+            loader.exec_module(module)
     except FAILURES as error:
         del sys.modules[name]
         raise BuildError(
@@ -265,7 +323,7 @@ def _scalar(text: str) -> Option:
     return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
-def _ask(model_file: ModelFile, batch_size: int, seq_len: int, place: str) -> dict[str, Tensor]:
+def _ask(model_file: ModelFile, batch_size: int, seq_len: int, place: str) -> dict[str, Tensor | Constant]:
     try:
         batch = model_file.example_batch(batch_size, seq_len)
     except FAILURES as error:
@@ -280,11 +338,15 @@ def _ask(model_file: ModelFile, batch_size: int, seq_len: int, place: str) -> di
         ) from error
     if not isinstance(batch, Mapping):
         raise BuildError(_not_tensors(f"example_batch returned {type(batch).__name__}", place))
-    wrong = [f"{name!r} is {type(value).__name__}" for name, value in batch.items() if not isinstance(value, Tensor)]
-    wrong += [f"the name {name!r} is no text" for name in batch if not isinstance(name, str)]
-    if wrong:
-        raise BuildError(*(_not_tensors(f"in the batch, {what}", place) for what in wrong))
-    return dict(batch)
+    return flat_batch(batch, place)
+
+
+def flat_batch(batch: Mapping, place: str) -> dict[str, Tensor | Constant]:
+    """A batch by flat names. Raises BuildError, at `place`, naming all that cannot be part of one."""
+    try:
+        return flat(batch)
+    except ValueError as error:
+        raise BuildError(*(_not_tensors(f"in the batch, {line}", place) for line in str(error).splitlines())) from error
 
 
 def _not_tensors(what: str, place: str) -> Problem:
@@ -293,7 +355,7 @@ def _not_tensors(what: str, place: str) -> Problem:
         what,
         place,
         "the batch is the keyword inputs of forward",
-        "return a dict of tensors by name",
+        "return a dict of tensors by name, or of dicts of them; None, flags, numbers and texts are constants of the build",
     )
 
 

@@ -21,7 +21,6 @@ from torch.nn.modules import transformer
 
 from autosp_aot.export.reads import reads_values
 
-
 # Torch's assertions, and which argument the condition is.
 ASSERTIONS = {"_check_with": 1, "_check_tensor_all_with": 1, "_check_is_size": 0, "_assert": 0}
 

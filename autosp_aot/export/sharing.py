@@ -13,18 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from autosp_aot.errors import BuildError, Problem
-
-# Of containers that are looked into for tensors; tables of a tokenizer hold none.
-LARGEST = 1000
+from autosp_aot.export.keeping import tensors_of
 
 
 def refuse_shared(model: nn.Module) -> None:
     """BuildError naming parameters that overlap, tensors that lie in one, those that need a gradient and are none, and
     those that a step has computed which is over."""
     parameters = dict(model.named_parameters())
-    others = dict(model.named_buffers()) | {
-        name: tensor for name, tensor in tensors_of(model) if not any(tensor is p for p in parameters.values())
-    }
+    others = dict(model.named_buffers()) | dict(tensors_of(model))
     kept = [name for name, tensor in others.items() if tensor.grad_fn is not None]
     if kept:
         raise BuildError(Problem(
@@ -53,22 +49,6 @@ def refuse_shared(model: nn.Module) -> None:
     ]  # fmt: skip
     if problems:
         raise BuildError(*problems)
-
-
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that modules hold as attributes, also in lists and mappings, by name; no parameters and no buffers."""
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                yield from _inside(f"{path}.{name}".removeprefix("."), value)
-
-
-def _inside(name: str, value) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, (list, tuple, dict)) and len(value) <= LARGEST:
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _inside(f"{name}[{key!r}]", part)
 
 
 def _overlapping(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:

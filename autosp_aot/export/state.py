@@ -8,17 +8,21 @@
 torch.export puts attributes back when it is done, and so captures the first step for all.
 """
 
+import contextlib
+import copy
+import io
 import random
 import re
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 from torch import Tensor, nn
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.diagnose import refuse_mutation
-from autosp_aot.export.eager import Trace
-from autosp_aot.export.keeping import Slot, slots
-from autosp_aot.export.source import module_path
+from autosp_aot.export.eager import Trace, homes
+from autosp_aot.export.keeping import Slot, global_slots, slots
 from autosp_aot.export.subject import Subject
 from autosp_aot.export.user_code import FAILURES, changed_at
 
@@ -33,13 +37,17 @@ def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
     BuildError for what a step changes that outlives it, where a later step's loss depends on it: names what is kept, and
     the line that keeps it.
     """
-    steps = _Steps(subject)
-    randoms = random_states()
+    with _left_alone(subject.model):
+        return _refuse_state(subject)
+
+
+def _refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
+    steps, randoms = _Steps(subject), random_states()
     loss, first = steps.step()
     if drawn := [module for module, state in random_states().items() if state != randoms[module]]:
         raise _drawn(subject, drawn)
-    moved = {f"parameter {module_path(name)!r}": _moved_at(subject, name) for name in steps.trace.moved(steps.model)}
-    refuse_mutation({name: at or subject.place for name, at in (steps.trace.written | moved).items()})
+    moved = {what: _moved_at(subject, what) for what in steps.trace.moved(steps.model)}
+    refuse_mutation({what: at or subject.place for what, at in (steps.trace.written | moved).items()})
     start, after = steps.held, steps.look()
     _, second = steps.step()
     if first != second:
@@ -58,8 +66,8 @@ class _Steps:
 
     def __init__(self, subject: Subject):
         self.subject = subject
-        self.model, self.mode = subject.copy()
-        self.trace = Trace(self.model)
+        self.model, self.mode = subject.copy(values=False)
+        self.trace = Trace(self.model, subject.model)
         self.held = self.look()
         self.kept: dict[str, int | None] = {}  # what tensors hold as the last step begins, by path
 
@@ -67,7 +75,7 @@ class _Steps:
         """The loss of a step, and its expression."""
         inputs = self.subject.inputs(self.mode)
         self.trace.begin(inputs)
-        tensors = ((slot.path, slot.value) for slot in slots(self.model) if isinstance(slot.value, Tensor))
+        tensors = ((slot.path, slot.value) for slot in self.slots() if isinstance(slot.value, Tensor))
         self.kept = {path: self.trace.stored.get(tensor.untyped_storage()._cdata) for path, tensor in tensors}
         loss = self.subject.loss(self.model, inputs, self.mode, self.trace)
         return loss, self.trace.expression(loss)
@@ -75,12 +83,15 @@ class _Steps:
     def look(self) -> dict[str, object]:
         """What the model keeps, by path, such that what is the same compares equal."""
         return {slot.path: self.trace.expression(slot.value) if isinstance(slot.value, Tensor) else _plain(slot.value)
-                for slot in slots(self.model)}  # fmt: skip
+                for slot in self.slots()}  # fmt: skip
+
+    def slots(self) -> Iterator[Slot]:
+        return chain(slots(self.model), global_slots(self.model))
 
     def turned(self, paths: list[str], expression: int) -> list[str]:
         """Those of `paths`, whose numbers and lengths go on changing, on which the loss depends after all."""
-        places = [slot for slot in slots(self.model) if slot.path in paths and type(slot.value) in (int, float, list)]
-        numbers = {slot.value for slot in slots(self.model) if type(slot.value) in (int, float)} | _literals(self.model)
+        places = [slot for slot in self.slots() if slot.path in paths and type(slot.value) in (int, float, list)]
+        numbers = {slot.value for slot in self.slots() if type(slot.value) in (int, float)} | _literals(self.model)
         probes = sorted({n + d for n in numbers if abs(n) < 10**12 for d in (-1, 0, 1)} | set(ROUND))
         for probe in probes if places else ():
             if not self._stays(places, probe, expression):
@@ -90,11 +101,12 @@ class _Steps:
 
     def _stays(self, places: list[Slot], probe: float, expression: int) -> bool:
         """Whether a step with these values, and the one after it, give the loss they gave."""
-        before = [(slot, slot.value) for slot in places]
+        before, self.trace.answers = [(slot, slot.value) for slot in places], True
         for slot, value in before:
             slot.put((value * LONGEST)[: int(min(probe, LONGEST))] if type(value) is list else type(value)(probe))
         try:
-            return all(self.step()[1] == expression for _ in range(2))
+            with contextlib.redirect_stdout(io.StringIO()):
+                return all(self.step()[1] == expression for _ in range(2))
         except (BuildError, *FAILURES):
             return False
         finally:
@@ -119,44 +131,40 @@ def _literals(model: nn.Module) -> set[float]:
 
 
 def _kept(subject: Subject, paths: list[str]) -> BuildError:
-    """The error for what is kept: the attributes, and the line that assigns each."""
+    """The error for what is kept: the attributes, and the line that assigns each; or where two steps part."""
     attributes = list(dict.fromkeys(re.sub(r"\[.*", "", path) for path in paths))
+    why = "later steps compute with it, and a program does the same in every step"
+    if not attributes:
+        return BuildError(Problem(
+            "state-kept", "forward computes something else in its second step", _parted_at(subject) or subject.place, why,
+            "take what changes as an input of forward: a number as a scalar tensor of the batch",
+        ))  # fmt: skip
     return BuildError(*(
         Problem(
-            "state-kept", f"forward keeps {attribute or 'something'} from one step to the next",
-            _assigned_at(subject, attribute) or subject.place,
-            "later steps compute with it, and a program does the same in every step",
+            "state-kept", f"forward keeps {attribute} from one step to the next",
+            _changed_at(subject, lambda model, at=attribute: _look(model, at)) or subject.place, why,
             "take it as an input of forward: a count as a scalar tensor of the batch, a memory as a tensor",
         )
-        for attribute in attributes or [""]
+        for attribute in attributes
     ))  # fmt: skip
 
 
-def _assigned_at(subject: Subject, attribute: str) -> str:
-    """The line that leaves what is kept there other than it was."""
-    model, mode = subject.copy()
-    step = lambda: subject.loss(model, subject.inputs(mode), mode)  # noqa: E731
-    step()
-    places = [slot for slot in slots(model) if slot.path == attribute]
-    return changed_at(step, lambda: [_identity(slot.value) for slot in places])
+def _look(model: nn.Module, attribute: str) -> Callable[[], object]:
+    """A look at what a model keeps there, or will."""
+    module, _, name = f"model.{attribute}".rpartition(".")
+    places = [slot for slot in chain(slots(model), global_slots(model)) if slot.path == attribute]
+    owner = dict(model.named_modules()).get(module)
+    value = lambda: places[0].value if places else vars(owner).get(name)  # noqa: E731
+    return lambda: _identity(value())
 
 
-def _identity(value) -> object:
-    """What tells one value of a slot from another, without reading a tensor."""
-    return _plain(value) if isinstance(value, (bool, int, float, str, list, dict)) else Same(value)
-
-
-def _moved_at(subject: Subject, name: str) -> str:
-    """The line that gives a parameter other memory."""
-    model, mode = subject.copy()
-    parameter = model.get_parameter(name)
-    step = lambda: subject.loss(model, subject.inputs(mode), mode)  # noqa: E731
-    return changed_at(step, lambda: parameter.untyped_storage()._cdata)
+def _moved_at(subject: Subject, what: str) -> str:
+    """The line that gives a parameter or buffer other memory."""
+    return _changed_at(subject, lambda model: lambda: homes(model).get(what))
 
 
 def _drawn(subject: Subject, modules: list[str]) -> BuildError:
-    model, mode = subject.copy()
-    at = changed_at(lambda: subject.loss(model, subject.inputs(mode), mode), random_states)
+    at = _changed_at(subject, lambda model: random_states)
     return BuildError(*(
         Problem("random-operator", f"forward draws from {module} random module", at or subject.place,
                 "the number drawn while building would stay for every step",
@@ -165,10 +173,52 @@ def _drawn(subject: Subject, modules: list[str]) -> BuildError:
     ))  # fmt: skip
 
 
+def _changed_at(subject: Subject, look: Callable[[nn.Module], Callable[[], object]]) -> str:
+    """The line of a step that leaves other than it was what `look(model)()` sees."""
+    model, mode = subject.copy(values=False)
+    return changed_at(lambda: subject.loss(model, subject.inputs(mode), mode), look(model))
+
+
+def _parted_at(subject: Subject) -> str:
+    """The line of the first call that is another in the second step."""
+    steps = _Steps(subject)
+    calls = []
+    for _ in range(2):
+        steps.trace.calls = []
+        steps.step()
+        calls.append(steps.trace.calls)
+    return next((place for (one, _), (other, place) in zip(*calls) if one != other), "")
+
+
+def _identity(value) -> object:
+    """What tells one value of a place from another, without reading a tensor."""
+    return _plain(value) if isinstance(value, (bool, int, float, str, list, dict)) else Same(value)
+
+
 def random_states() -> dict[str, tuple]:
     """The states of random modules that are not torch's."""
     kind, keys, *more = np.random.get_state()
     return {"Python's": random.getstate(), "numpy's": (kind, keys.tobytes(), *more)}
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Afterwards the user's global names and random modules are as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    before = [(slot, slot.value, copy.copy(slot.value)) for slot in global_slots(model)]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for slot, value, held in before:
+            if slot.value is not value:
+                slot.put(value)
+            if isinstance(value, list):
+                value[:] = held
+            elif isinstance(value, dict):
+                value.clear()
+                value.update(held)
 
 
 class Same:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autosp_aot.batches import Constant, constants_of, tensors_of
 from autosp_aot.export.diagnose import diagnosed
 from autosp_aot.export.fake import fake_copy
+from autosp_aot.export.keeping import buffer_slots, slots
 from autosp_aot.export.loss import LossOnly, forward_at
 from autosp_aot.export.settled import settled
 from autosp_aot.export.watch import watched
@@ -34,13 +35,18 @@ class Subject:
     def place(self) -> str:
         return forward_at(self.model)
 
-    def copy(self, buffers: bool = True) -> tuple[LossOnly, FakeTensorMode]:
+    def copy(self, values: bool = True) -> tuple[LossOnly, FakeTensorMode]:
         """A copy of the model with fake parameters, returning its loss; the model itself is left alone.
 
-        Its mode takes real tensors, as `buffers` are that nobody makes fake.
+        With `values` its buffers and other tensors are real; without, all are fake, and literals alone are not.
         """
-        mode = FakeTensorMode(allow_non_fake_inputs=buffers)
-        return LossOnly(self.prepared(fake_copy(self.model, mode)), constants_of(self.batch)), mode
+        mode = FakeTensorMode(allow_non_fake_inputs=not values)
+        model = LossOnly(self.prepared(fake_copy(self.model, mode)), constants_of(self.batch))
+        if not values:
+            for slot in (*buffer_slots(model), *slots(model)):
+                if isinstance(slot.value, Tensor):
+                    slot.put(mode.from_tensor(slot.value))
+        return model, mode
 
     def inputs(self, mode: FakeTensorMode) -> dict[str, Tensor]:
         """New fake tensors in place of the batch's."""

@@ -3,6 +3,7 @@
 with torch.autocast("cuda"):        makes no casts when captured on CPU
 checkpoint(f, x, use_reentrant=True) traced through: its own backward is lost
 x.register_hook(double)             lost
+torch.autograd.grad(y.sum(), x)     a gradient inside of forward: a constant
 self.count = self.count + 1         of a buffer: lost
 torch.manual_seed(0)                dropped: draws follow from the seed and the number of the step
 """
@@ -84,6 +85,7 @@ class _Watch:
             (torch.autocast, "__enter__", self.autocast_entered),
             (torch.autograd.Function, "apply", self.function_applied),
             (torch.Tensor, "register_hook", self.hook_registered),
+            (torch.autograd, "_engine_run_backward", self.gradient_taken),
             (nn.Module, "__setattr__", self.attribute_set),
             *((torch, name, self.generator_set) for name in ("manual_seed", "set_rng_state")),
             *((torch.random, name, self.generator_set) for name in ("manual_seed", "set_rng_state", "fork_rng")),
@@ -119,6 +121,17 @@ class _Watch:
 
     def hook_registered(self, tensor: torch.Tensor, *_) -> None:
         self.problems.append(_hook("forward", called_at()))
+
+    def gradient_taken(self, *_, **__) -> None:
+        self.problems.append(
+            Problem(
+                "gradient-inside",
+                "forward takes a gradient itself",
+                called_at(),
+                "capture does not see how a gradient depends on what it is taken of",
+                "write that gradient out in torch operators",
+            )
+        )
 
     def generator_set(self, *_, **__) -> None:
         if is_users(sys._getframe(2)):

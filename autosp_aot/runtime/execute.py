@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autosp_aot import operators
+from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.moves import Move, Shard, joined, narrowed, places_of_tile
 from autosp_aot.operators import DTYPES, wide
 from autosp_aot.placement import PARTIAL
@@ -58,12 +59,19 @@ class Executor:
         self.gives = {section.name: section.gives for section in program.sections}
 
     def run(self, section: str, values: dict[str, Tensor]) -> Run:
-        """Run a section over `values` (by name; it adds to them and releases from them); its results by label."""
-        for meets, step in self.steps[section]:
-            if meets:
-                yield from step(values)
-            else:
-                step(values)
+        """Run a section over `values` (by name; it adds to them and releases from them); its results by label.
+
+        Raises ArtifactError (`instruction-failed`) where torch refuses an instruction, as for an id beyond a table.
+        """
+        at = 0
+        try:
+            for at, (meets, step) in enumerate(self.steps[section]):
+                if meets:
+                    yield from step(values)
+                else:
+                    step(values)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise _failed(self.program.section(section).instrs[at], error) from error
         return {label: values[name] for label, name in self.gives[section]}
 
     def _prepare(self, section: Section) -> list[tuple[bool, Step]]:
@@ -177,6 +185,15 @@ class Executor:
             values[target.name] = move.unpack(answer.pop())
 
         return step
+
+
+def _failed(instr: Instr, error: Exception) -> ArtifactError:
+    outs = ", ".join(out.name for out in instr.values())
+    why = next(iter(str(error).splitlines()), "")
+    return ArtifactError(Problem(
+        "instruction-failed", f"{outs} = {instr.op}(...) cannot be computed", instr.where.source,
+        f"{type(error).__name__}: {why}", "correct what it reads: ids, labels and positions have to be in range"
+    ))  # fmt: skip
 
 
 def _shard(source: Value, target: Value, rank: int, box: int) -> Step:

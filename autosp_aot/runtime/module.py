@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autosp_aot.artifact import Manifest, no_evaluation
+from autosp_aot.batches import constants_of, flat, tensors_of
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.program import Program
 from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, Run
@@ -95,8 +96,8 @@ class ShardedModel(nn.Module):
                 "rename them, or build a module that holds the model under another name",
             ))  # fmt: skip
 
-    def forward(self, **batch: Tensor) -> Tensor:
-        """The loss of a batch, given whole.
+    def forward(self, **batch) -> Tensor:
+        """The loss of a batch, given whole and as the model's own forward takes it.
 
         Raises ArtifactError: `batch-mismatch` for one of another kind, `batches-differ` unless all ranks have the same.
         """
@@ -108,7 +109,7 @@ class ShardedModel(nn.Module):
         self.step += 1
         return _Step.apply(self, values, list(trainable), *trainable.values())
 
-    def evaluate(self, **batch: Tensor) -> Tensor:
+    def evaluate(self, **batch) -> Tensor:
         """The loss that the model gives in eval mode, without a gradient, the same on every rank; all ranks call it.
 
         Takes a batch as forward does, and nothing is kept for a backward. It is the same in either mode, and `step`
@@ -126,8 +127,9 @@ class ShardedModel(nn.Module):
         """Made when it is first used: a run that only trains starts without it."""
         return Executor(self.evaluation, self.comm.rank, self.executor.device)
 
-    def _values(self, executor: Executor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _values(self, executor: Executor, batch: Mapping) -> dict[str, Tensor]:
         """What a program reads, by name: the batch, checked, what the module holds, and the seed of what is drawn."""
+        batch = tensors_built_for(self.manifest, batch)
         check_batch(self.manifest, batch, executor.device)
         check_same_batch(batch, self.comm)
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
@@ -218,6 +220,26 @@ def _met(meeting: Meeting, comm: Comm) -> Tensor:
     return comm.sum(meeting.buffer)
 
 
+def tensors_built_for(manifest: Manifest, batch: Mapping) -> dict[str, Tensor]:
+    """The tensors of a batch by flat names. Raises ArtifactError (`batch-mismatch`) for other constants than the build's."""
+    try:
+        given = flat(batch)
+    except ValueError as error:
+        raise _mismatch([str(error)]) from error
+    constants, built = constants_of(given), manifest.constants
+    wrong = [f"{name} is {value!r}, built for {built[name]!r}" if name in built else f"{name} is {value!r}, not an input"
+             for name, value in constants.items() if name not in built or value != built[name]]  # fmt: skip
+    if wrong:
+        raise _mismatch(wrong)
+    return tensors_of(given)
+
+
+def _mismatch(problems: list[str]) -> ArtifactError:
+    what = "the batch is not the one that was built for"
+    return ArtifactError(Problem("batch-mismatch", what, "forward", "\n".join(problems),
+                                 "give the whole batch on every rank, or build again for this shape"))  # fmt: skip
+
+
 def check_batch(manifest: Manifest, batch: Mapping[str, Tensor], device: torch.device) -> None:
     """Raise ArtifactError (`batch-mismatch`) unless names, shapes and dtypes are the build's, on this device."""
     wanted = {spec.name: spec for spec in manifest.batch}
@@ -230,9 +252,7 @@ def check_batch(manifest: Manifest, batch: Mapping[str, Tensor], device: torch.d
         if spec is not None and (tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]):
             problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, built for {spec.dtype} {list(spec.shape)}")
     if problems:
-        what = "the batch is not the one that was built for"
-        raise ArtifactError(Problem("batch-mismatch", what, "forward", "\n".join(problems),
-                                    "give the whole batch on every rank, or build again for this shape"))  # fmt: skip
+        raise _mismatch(problems)
 
 
 def check_state(manifest: Manifest, state: Mapping[str, Tensor], device: torch.device) -> None:

@@ -280,7 +280,7 @@ def test_a_product_that_stays_is_refused_with_what_to_do():
     program = exported(LEFT["the last expert first"])
     canonical_routing(program)
     with pytest.raises(BuildError) as caught:
-        refuse_operators(program)
+        refuse_operators(program, nn.Module())
     line = Experts.forward.__code__.co_firstlineno + 2
     assert str(caught.value) == (
         "error[operator-unknown]: transformers.grouped_mm_fallback.default is not an operator we can see into\n"

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import sys
 import types
 from collections.abc import Iterator
 
@@ -101,33 +102,62 @@ def _fake(parameter: nn.Parameter, mode: FakeTensorMode) -> nn.Parameter:
 
 
 def _function(function: types.FunctionType, memo: dict) -> types.FunctionType:
-    """A function over copies of what it closes over, of its defaults and attributes; one without any is itself."""
-    if not (function.__closure__ or function.__defaults__ or function.__kwdefaults__ or vars(function)):
+    """A function over copies of what it closes over, of its defaults and attributes; itself where no copy is another.
+
+    So code that asks which function it has been given finds the same one, but where the model is inside of it.
+    """
+    cells = function.__closure__ or ()
+    if not (cells or function.__defaults__ or function.__kwdefaults__ or vars(function)) or _is_global(function):
         return function
-    cells = tuple(_cell(cell, memo) for cell in function.__closure__ or ())
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
-    memo[id(function)] = made
-    for cell, original in zip(cells, function.__closure__ or ()):
-        _fill(cell, original, memo)
-    made.__defaults__, made.__kwdefaults__ = _copied((function.__defaults__, function.__kwdefaults__), memo)
+    tried = dict(memo)
+    mine = tuple(tried.setdefault(id(cell), types.CellType()) for cell in cells)
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, mine or None)
+    tried[id(function)] = made
+    changed = [_fill(cell, original, tried) for cell, original in zip(mine, cells)]
+    for name in ("__defaults__", "__kwdefaults__"):
+        held = getattr(function, name)
+        setattr(made, name, _copied(held, tried))
+        changed.append(_differs(getattr(made, name), held))
+    for name, held in vars(function).items():
+        vars(made)[name] = _copied(held, tried)
+        changed.append(vars(made)[name] is not held)
+    if not any(changed):
+        return function
     made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
-    vars(made).update(_copied(vars(function), memo))
+    _keep(tried, memo)
     return made
 
 
-def _cell(cell: types.CellType, memo: dict) -> types.CellType:
-    """The copy of a cell, one for all functions that share it; empty where nobody has filled it yet."""
-    if id(cell) not in memo:
-        memo[id(cell)] = types.CellType()
-    return memo[id(cell)]
+def _is_global(function: types.FunctionType) -> bool:
+    """Whether its module has it under its name, as code anywhere may ask for it."""
+    found = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is function
 
 
-def _fill(cell: types.CellType, original: types.CellType, memo: dict) -> None:
+def _fill(cell: types.CellType, original: types.CellType, memo: dict) -> bool:
+    """Put a copy of what one cell holds into another, where it is empty; whether that is something else."""
+    try:
+        if _holds(cell):
+            return cell.cell_contents is not original.cell_contents
+        cell.cell_contents = _copied(original.cell_contents, memo)
+    except ValueError:  # nobody has filled it yet
+        return False
+    return cell.cell_contents is not original.cell_contents
+
+
+def _holds(cell: types.CellType) -> bool:
     try:
         cell.cell_contents
     except ValueError:
-        with contextlib.suppress(ValueError):  # of one that is empty itself
-            cell.cell_contents = _copied(original.cell_contents, memo)
+        return False
+    return True
+
+
+def _differs(made, original) -> bool:
+    values = lambda held: list(held.values() if isinstance(held, dict) else held or ())  # noqa: E731
+    return any(a is not b for a, b in zip(values(made), values(original)))
 
 
 def _copied(value, memo: dict):
@@ -137,16 +167,22 @@ def _copied(value, memo: dict):
         found = copy.deepcopy(value, tried)
     except (TypeError, NotImplementedError, RuntimeError, AttributeError):
         return value
-    # What deepcopy keeps alive, under the memo's own id, which another object may have soon.
-    memo.setdefault(id(memo), []).append(tried.pop(id(tried), None))
-    memo.update(tried)
+    _keep(tried, memo)
     return found
 
 
+def _keep(tried: dict, memo: dict) -> None:
+    """Take over what was copied, and what deepcopy keeps alive under the id of its memo, which is another's soon."""
+    memo.setdefault(id(memo), []).append(tried.pop(id(tried), None))
+    memo.update(tried)
+
+
 def _cached(function, memo: dict):
-    made = functools.lru_cache(**function.cache_parameters())(_copied(function.__wrapped__, memo))
-    memo[id(function)] = made
-    return made
+    inner = _copied(function.__wrapped__, memo)
+    if inner is function.__wrapped__:
+        return function
+    memo[id(function)] = functools.lru_cache(**function.cache_parameters())(inner)
+    return memo[id(function)]
 
 
 # What copy.deepcopy takes for atoms.

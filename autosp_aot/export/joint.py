@@ -28,6 +28,7 @@ from autosp_aot.export.diagnose import (
 from autosp_aot.export.flags import eager_flags
 from autosp_aot.export.functions import Call, marked_functions, restore_functions
 from autosp_aot.export.indices import refuse_indices
+from autosp_aot.export.keeping import left_alone
 from autosp_aot.export.loss import LossOnly
 from autosp_aot.export.modules import refuse_modules
 from autosp_aot.export.randomness import refuse_random
@@ -97,7 +98,7 @@ def export_forward(subject: Subject) -> Forward:
     """Export forward up to the loss, as the model's modes and `torch.is_grad_enabled()` have it."""
     model, mode = subject.copy()
     batch = subject.inputs(mode)
-    with subject.running(), flat_regions(), marked_functions() as calls, eager_flags(), mode:
+    with left_alone(subject.model), subject.running(), flat_regions(), marked_functions() as calls, eager_flags(), mode:
         exported = torch.export.export(model, (), batch, strict=False)
     return Forward(exported, model, calls, batch, mode, subject.place)
 

@@ -6,13 +6,17 @@
     model.py: STEPS         a global name of a file that has classes of the model
 """
 
+import contextlib
+import copy
 import functools
 import os
+import random
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor, nn
 
 from autosp_aot.export.source import module_path
@@ -113,6 +117,33 @@ def _inside(slot: Slot, seen: set[int]) -> Iterator[Slot]:
 def _namespace(path: str, names: dict, seen: set[int]) -> Iterator[Slot]:
     for name in list(names):
         yield from _inside(Slot(f"{path}.{name}", names, name), seen)
+
+
+def random_states() -> dict[str, tuple]:
+    """The states of random modules that are not torch's."""
+    kind, keys, *more = np.random.get_state()
+    return {"Python's": random.getstate(), "numpy's": (kind, keys.tobytes(), *more)}
+
+
+@contextlib.contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """When it ends, what forward changed outside of the model is as before: global names, and random modules."""
+    python, numpy = random.getstate(), np.random.get_state()
+    before = [(slot, slot.value) for slot in global_slots(model)]
+    held = [copy.copy(value) if isinstance(value, (list, dict)) else None for _, value in before]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for (slot, value), contents in zip(before, held):
+            if slot.value is not value:
+                slot.put(value)
+            if isinstance(value, list):
+                value[:] = contents
+            elif isinstance(value, dict):
+                value.clear()
+                value.update(contents)
 
 
 class _Attributes(Mapping):

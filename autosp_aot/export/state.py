@@ -9,20 +9,17 @@ torch.export puts attributes back when it is done, and so captures the first ste
 """
 
 import contextlib
-import copy
 import io
-import random
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 
-import numpy as np
 from torch import Tensor, nn
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.diagnose import refuse_mutation
 from autosp_aot.export.eager import Trace, homes
-from autosp_aot.export.keeping import Slot, global_slots, slots
+from autosp_aot.export.keeping import Slot, global_slots, left_alone, random_states, slots
 from autosp_aot.export.subject import Subject
 from autosp_aot.export.user_code import FAILURES, changed_at
 
@@ -37,7 +34,7 @@ def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
     BuildError for what a step changes that outlives it, where a later step's loss depends on it: names what is kept, and
     the line that keeps it.
     """
-    with _left_alone(subject.model):
+    with left_alone(subject.model):
         return _refuse_state(subject)
 
 
@@ -193,32 +190,6 @@ def _parted_at(subject: Subject) -> str:
 def _identity(value) -> object:
     """What tells one value of a place from another, without reading a tensor."""
     return _plain(value) if isinstance(value, (bool, int, float, str, list, dict)) else Same(value)
-
-
-def random_states() -> dict[str, tuple]:
-    """The states of random modules that are not torch's."""
-    kind, keys, *more = np.random.get_state()
-    return {"Python's": random.getstate(), "numpy's": (kind, keys.tobytes(), *more)}
-
-
-@contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Afterwards the user's global names and random modules are as before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    before = [(slot, slot.value, copy.copy(slot.value)) for slot in global_slots(model)]
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for slot, value, held in before:
-            if slot.value is not value:
-                slot.put(value)
-            if isinstance(value, list):
-                value[:] = held
-            elif isinstance(value, dict):
-                value.clear()
-                value.update(held)
 
 
 class Same:

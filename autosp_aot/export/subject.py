@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autosp_aot.batches import Constant, constants_of, tensors_of
 from autosp_aot.export.diagnose import diagnosed
@@ -44,7 +44,7 @@ class Subject:
         model = LossOnly(self.prepared(fake_copy(self.model, mode)), constants_of(self.batch))
         if not values:
             for slot in (*buffer_slots(model), *slots(model)):
-                if isinstance(slot.value, Tensor):
+                if isinstance(slot.value, Tensor) and not isinstance(slot.value, FakeTensor):
                     slot.put(mode.from_tensor(slot.value))
         return model, mode
 

@@ -63,6 +63,7 @@ class Manifest:
 
     versions      of the packages that decide the bytes: torch, and those the model's classes come from
     source        sha256 of the model file, its options and the build's options ("" for a model built in Python)
+    compared      what of it the build compared with eager, or why nothing
     constants     what else the batch held when it was built, None, flags, numbers and texts by name
     aliases       further names of parameters and buffers (tied weights): name -> name it is stored under
     trainable     names of the parameters that get gradients
@@ -75,6 +76,7 @@ class Manifest:
     format: int
     versions: dict[str, str]
     source: str
+    compared: str
     ranks: int
     target: str
     recompute: str

@@ -1,7 +1,7 @@
 """An artifact in memory, and how it is written: whole or not at all, and the same bytes for the same build."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from autosp_aot.artifact import (
 )
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.folder import replacing
+from autosp_aot.page import artifact_page
 from autosp_aot.program import Program
 from autosp_aot.program_text import print_program
 from autosp_aot.recipe import Recipe, print_recipe
@@ -52,11 +53,13 @@ class Artifact:
     recipe: Recipe
     buffers: dict[str, Tensor]
     weights: dict[str, Tensor] | None
-    report: str
 
-    def save(self, path: str | Path) -> Path:
-        """Write the artifact, replacing one that is there; raises AutospError for any other existing path."""
-        return write_artifact(self, Path(path))
+    def save(self, path: str | Path, proved: Callable[[Path], object] = lambda path: None) -> Path:
+        """Write the artifact, replacing one that is there; raises AutospError for any other existing path.
+
+        `proved` is given what was written before it is put in place, and what it raises leaves nothing behind.
+        """
+        return write_artifact(self, Path(path), proved)
 
 
 def refuse_existing(path: Path) -> None:
@@ -68,17 +71,18 @@ def refuse_existing(path: Path) -> None:
         )  # fmt: skip
 
 
-def write_artifact(artifact: Artifact, path: Path) -> Path:
-    """Write all files and put them in place in one step; raises BuildError (`output-exists`), AutospError."""
+def write_artifact(artifact: Artifact, path: Path, proved: Callable[[Path], object]) -> Path:
+    """Write all files, prove them and put them in place in one step; raises BuildError (`output-exists`), AutospError."""
     refuse_existing(path)
     with replacing(path) as made:
         _write_files(artifact, made)
+        proved(made)
     return path
 
 
 def _write_files(artifact: Artifact, path: Path) -> None:
     texts = _texts(STEP, artifact.whole, artifact.program) | {CHECKPOINT: print_recipe(artifact.recipe)}
-    texts[REPORT] = artifact.report
+    texts[REPORT] = artifact_page(artifact.manifest, artifact.program)
     if artifact.evaluation is not None:
         texts |= _texts(EVALUATE, artifact.evaluation.whole, artifact.evaluation.program)
     for name, text in texts.items():

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,8 @@ from autosp_aot import __version__
 from autosp_aot.artifact import FORMAT, Evaluation, Manifest, specs
 from autosp_aot.artifact_write import Artifact, Programs, refuse_existing
 from autosp_aot.batches import constants_of, tensors_of
+from autosp_aot.build_check import compare_build
+from autosp_aot.check import check
 from autosp_aot.config import BuildConfig, checked_config
 from autosp_aot.cost import costs
 from autosp_aot.dump import Dump
@@ -34,7 +36,6 @@ from autosp_aot.export.model_file import (
 from autosp_aot.export.subject import Subject
 from autosp_aot.inputs import vocabularies
 from autosp_aot.operators import STRUCTURE, schema
-from autosp_aot.page import artifact_page
 from autosp_aot.passes.decisions import written
 from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
 from autosp_aot.program import Program, Value
@@ -53,24 +54,29 @@ def build_file(
     seed: int = 0,
     weights: bool = True,
     dump: Path | None = None,
+    eager_check: bool = True,
 ) -> Path:
     """`autosp-aot build`: compile MODEL.py and write the artifact to `out` (default `./<model file stem>.sp<ranks>`).
 
-    Weights are made from `seed` when they are under 1 GB. Raises BuildError and writes all or nothing; only what passes
-    made is in `dump` also when a later one fails.
+    Weights are made from `seed` when they are under 1 GB. With `eager_check` the build is compared with eager where that
+    takes seconds, as the artifact says. Raises BuildError and writes all or nothing; only what passes made is in `dump`
+    also when a later one fails.
     """
     model_file = read_model_file(model_path)
     out = Path(f"{model_file.stem}.sp{config.ranks}") if out is None else out
     refuse_existing(out)
     watch = unwatched if dump is None else Dump(dump, out)
-    batch, sequence_dims = make_batch(model_file, batch_size, seq)
+    batch, dims = make_batch(model_file, batch_size, seq)
     said = json.dumps([model_file.sha256, sorted(options.items()), seq, batch_size, asdict(config)], default=str)
     source = hashlib.sha256(said.encode()).hexdigest()
     model = make_model(model_file, options, seed)
-    artifact = compile_model(model, batch, sequence_dims, config, source, watch)
+    artifact = compile_model(model, batch, dims, config, source, watch)
     if weights and not any(parameter.is_meta for parameter in model.parameters()):
-        artifact = replace(artifact, weights=model_values(model))
-    return artifact.save(out)
+        artifact = replace(artifact, weights=_copies(model_values(model)))
+    if eager_check:
+        shortened = lambda length: make_batch(model_file, batch_size, length)[0]  # noqa: E731
+        artifact = _compared(model, batch, dims, artifact, config, shortened)
+    return artifact.save(out, check)
 
 
 def build(
@@ -88,6 +94,7 @@ def build(
     strict: bool = False,
     evaluation: bool = True,
     weights: bool = True,
+    eager_check: bool = True,
 ) -> Artifact:
     """Compile a module for `sp` ranks; `batch` are the keyword inputs of its forward, of the shapes to train with:
     tensors, dicts of tensors, and as constants of the build None, flags, numbers and texts.
@@ -98,8 +105,9 @@ def build(
     none (default: auto with a budget, else sac), `tile` a number of slices, auto or off, `offload` off, auto or host.
     `target` is cpu, cuda, rocm (default: what torch finds here), or a device of `targets.DEVICES`.
     With `evaluation` the artifact also has the program that gives the loss in eval mode (`ShardedModel.evaluate`).
+    With `eager_check` it is compared with steps of the module itself, where that takes seconds (`manifest.compared`).
 
-    The module is left alone; its present weights are stored unless `weights` is False. With `path` the artifact is
+    The module is left as it was; its present weights are stored unless `weights` is False. With `path` the artifact is
     written there. Raises BuildError, and ValueError for text that is no size.
     """
     budget = bytes_of(memory_budget) if isinstance(memory_budget, str) else memory_budget
@@ -112,9 +120,28 @@ def build(
     artifact = compile_model(module, batch, dims, config, "")
     if weights:
         artifact = replace(artifact, weights=model_values(module))
+    if eager_check:
+        artifact = _compared(module, batch, dims, artifact, config, lambda length: _narrowed(batch, dims, length))
     if path is not None:
-        artifact.save(path)
+        artifact.save(path, check)
     return artifact
+
+
+def _compared(
+    model: nn.Module, batch, dims: dict[str, int], artifact: Artifact, config: BuildConfig, shortened: Callable
+) -> Artifact:
+    """The artifact, which says what of it was compared with eager. Raises BuildError where eager does something else."""
+    length = max(batch[name].shape[dim] for name, dim in dims.items())
+    compiled = lambda batch, config: compile_model(model, batch, dims, config, "")  # noqa: E731
+    compared = compare_build(model, batch, length, artifact, config, shortened, compiled)
+    return replace(artifact, manifest=replace(artifact.manifest, compared=compared))
+
+
+def _narrowed(batch, dims: dict[str, int], length: int) -> dict:
+    """The first positions of a batch, so that the longest input has `length`."""
+    longest = max(batch[name].shape[dim] for name, dim in dims.items())
+    short = lambda tensor, dim: tensor.narrow(dim, 0, max(1, tensor.shape[dim] * length // longest))  # noqa: E731
+    return {name: short(value, dims[name]) if name in dims else value for name, value in batch.items()}
 
 
 def compile_model(
@@ -140,6 +167,7 @@ def compile_model(
         format=FORMAT,
         versions=_versions(model),
         source=source,
+        compared="nothing: it was not asked for",
         ranks=config.ranks,
         target=config.target,
         recompute=config.recompute,
@@ -166,7 +194,6 @@ def compile_model(
         _recipe(model, manifest),
         {value.name: buffers[value.name] for value in kept},
         None,
-        artifact_page(manifest, compiled.program),
     )
 
 
@@ -211,6 +238,10 @@ def model_values(model: nn.Module) -> dict[str, Tensor]:
     persistent = set(_state_names(model))
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return values | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in values.items()}
 
 
 def _refuse_operators(whole: Program) -> None:

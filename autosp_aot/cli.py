@@ -137,10 +137,13 @@ def step_options(command: Callable) -> Callable:
 @click.option("--seed", type=int, default=0, help="Of the initial weights.")
 @click.option("--no-evaluation", is_flag=True, help="Build no program for the loss in eval mode.")
 @click.option("--no-weights", is_flag=True, help="Store no initial weights.")
+@click.option("--no-eager-check", is_flag=True,
+              help="Do not compare the build with steps of the model itself, where that takes seconds.")
 @click.option("--dump", metavar="DIR", type=PATH, help="Write what each pass makes, into a new folder.")  # fmt: skip
 def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str | int, offload: str,
           recompute: str | None, memory_budget: int | None, out: Path | None, target: str | None,
-          strict: bool, seed: int, no_evaluation: bool, no_weights: bool, dump: Path | None) -> None:  # fmt: skip
+          strict: bool, seed: int, no_evaluation: bool, no_weights: bool, no_eager_check: bool,
+          dump: Path | None) -> None:  # fmt: skip
     """Build an artifact from a model file; prints its path.
 
     MODEL.py defines build_model(**options) -> nn.Module, whose forward returns the loss, and
@@ -153,7 +156,7 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
 
     target = target or present_target()
     config = checked_config(sp, target, recompute, memory_budget, tile, offload, strict, not no_evaluation)
-    path = build_file(model, config, seq, batch, options, out, seed, not no_weights, dump)
+    path = build_file(model, config, seq, batch, options, out, seed, not no_weights, dump, not no_eager_check)
     manifest = read_manifest(path)
     for name, value in facts(manifest):
         click.echo(f"{name + ':':<36}{value}", err=True)
@@ -284,15 +287,23 @@ def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
 @main.command()
 @click.argument("artifact", metavar="DIR", type=PATH)
 @click.option("--numeric", is_flag=True, help="Then run all ranks against the unsharded step, on made-up inputs.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(artifact: Path, numeric: bool, as_json: bool) -> None:
+@click.option("--eager", metavar="MODEL.py", type=EXISTING,
+              help="Then take steps of SGD with the model itself, and with all ranks in one process.")
+@click.option("--steps", type=POSITIVE, default=2, help="Steps of --eager.")
+@click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
+              help="An option of build_model, for --eager; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
+def check(artifact: Path, numeric: bool, eager: Path | None, steps: int, options: dict, as_json: bool) -> None:
     """Prove an artifact right for all ranks together, without running it."""
     from autosp_aot.check import check as check_artifact
+    from autosp_aot.eager_check import check_eager
     from autosp_aot.numeric import check_numeric
 
     lines = check_artifact(artifact)
     if numeric:
         lines += check_numeric(artifact)
+    if eager is not None:
+        lines += check_eager(artifact, eager, options, steps)
     click.echo(json.dumps(lines) if as_json else "\n".join(lines))
 
 

@@ -61,7 +61,7 @@ def check_numeric(path: str | Path) -> list[str]:
 
 def _check_program(path: str | Path, manifest: Manifest, kind: str) -> list[str]:
     whole = read_whole(path, kind)
-    _refuse_large(manifest, whole)
+    refuse_large(manifest, whole)
     programs = [read_rank(path, rank, kind) for rank in range(manifest.ranks)]
     stored = read_tensors(path, BUFFERS)
     read = {entry.value.name for entry in whole.inputs if entry.kind == "buffer"}
@@ -171,7 +171,7 @@ def widened(program: Program, wider: Mapping[str, str]) -> Program:
     )
 
 
-def _refuse_large(manifest: Manifest, whole: Program) -> None:
+def refuse_large(manifest: Manifest, whole: Program) -> None:
     """Raise ArtifactError where the inputs, and everybody's activations and gradients, do not fit."""
     inputs = sum(entry.value.nbytes() for entry in whole.inputs)
     alone, together = costs(release(whole)).peak_bytes, manifest.costs["peak_bytes"] * manifest.ranks

@@ -51,6 +51,7 @@ def facts(manifest: Manifest) -> Rows:
         ("kept for backward", bytes_text(costs["kept_bytes"])),
         ("peak of activations and gradients", f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"),
         ("peak of an evaluation", _evaluation_peak(manifest)),
+        ("compared with eager", manifest.compared),
         ("computed on every rank", ", ".join(sorted({f["op"] for f in fallbacks(manifest)})) or "nothing"),
     ]
 

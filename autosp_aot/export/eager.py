@@ -157,9 +157,7 @@ class Trace(TorchDispatchMode):
     def encoded(self, value, operands: list[Expression]):
         """Arguments as a key; `operands` gets the expressions of the tensors among them."""
         if isinstance(value, Tensor):
-            storage = value.untyped_storage()._cdata if value.layout is torch.strided else None
-            if storage in self.originals or (value.requires_grad and not isinstance(value, FakeTensor)):
-                raise BuildError(_outside(value, self.originals.get(storage)))
+            self.outside(value)
             operands.append(self.expression(value))
             return operands[-1]
         if isinstance(value, (list, tuple)):
@@ -167,6 +165,12 @@ class Trace(TorchDispatchMode):
         if isinstance(value, dict):
             return tuple((name, self.encoded(part, operands)) for name, part in value.items())
         return type(value), repr(value) if isinstance(value, LITERALS) else getattr(value, "__code__", None)
+
+    def outside(self, tensor: Tensor) -> None:
+        """Raise BuildError for a tensor that needs a gradient and is neither the copy's nor made of what is."""
+        storage = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+        if storage in self.originals or (tensor.requires_grad and not isinstance(tensor, FakeTensor)):
+            raise BuildError(_outside(tensor, self.originals.get(storage)))
 
     def write(self, tensor: Tensor, call: Expression) -> None:
         storage = tensor.untyped_storage()._cdata

@@ -104,12 +104,12 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Option]:
 
 
 def make_model(
-    model_file: ModelFile, options: Mapping[str, Option], seed: int = 0, weights: bool = True
+    model_file: ModelFile, options: Mapping[str, Option], seed: int = 0, weights: bool | None = None
 ) -> nn.Module:
     """`build_model(**options)`: with initial weights from `seed` if they are under 1 GB, else of meta tensors.
 
-    Without `weights` a small model is of meta tensors too, unless building it reads weights. Raises BuildError with the
-    line where it fails.
+    With `weights` it has them whatever they take; with False only where building a small model reads them. Raises
+    BuildError with the line where it fails.
     """
     build, place = model_file.build_model, defined_at(model_file.build_model)
     try:
@@ -124,19 +124,26 @@ def make_model(
                 "correct the name, or add the argument to build_model",
             )
         ) from error
+    if weights:
+        torch.manual_seed(seed)
+        return _made(build, options, place)
     empty, counted, failure = _without_weights(build, options)
     reading = "" if empty is None else _read_weights(empty)
     large = counted.nbytes > WEIGHTS_LIMIT_BYTES
-    if (large or not weights) and failure is None and not reading:
+    if (large or weights is False) and failure is None and not reading:
         return _checked_module(empty, place)
     torch.manual_seed(seed)
     try:
-        if large and failure is not None and "meta" not in str(failure):
-            raise failure  # with or without weights
-        with at_most(0 if large else WEIGHTS_LIMIT_BYTES), autocast_noted():
-            return _checked_module(build(**options), place)
+        with at_most(0 if large and (reading or "meta" in str(failure)) else WEIGHTS_LIMIT_BYTES):
+            return _made(build, options, place)
     except TooLarge:
         raise BuildError(_needs_weights(reading, failure, place)) from failure
+
+
+def _made(build: Callable, options: Mapping[str, Option], place: str) -> nn.Module:
+    try:
+        with autocast_noted():
+            return _checked_module(build(**options), place)
     except FAILURES as error:
         raise BuildError(
             Problem(
@@ -196,7 +203,7 @@ def make_batch(
     """The example batch, flat, and by input name the dim that is the sequence. Raises BuildError naming all that offend."""
     place = defined_at(model_file.example_batch)
     # Twice the length, not one more: an example_batch may insist on a multiple of something.
-    batch, longer = (_ask(model_file, batch_size, length, place) for length in (seq_len, 2 * seq_len))
+    batch, longer = (ask_batch(model_file, batch_size, length) for length in (seq_len, 2 * seq_len))
     if batch.keys() != longer.keys():
         raise BuildError(_changes(f"the inputs {sorted(batch.keys() ^ longer.keys())} come and go", place))
     problems, sequence_dims, constants = [], {}, constants_of(batch)
@@ -323,7 +330,9 @@ def _scalar(text: str) -> Option:
     return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
-def _ask(model_file: ModelFile, batch_size: int, seq_len: int, place: str) -> dict[str, Tensor | Constant]:
+def ask_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> dict[str, Tensor | Constant]:
+    """`example_batch(batch_size, seq_len)`, flat. Raises BuildError."""
+    place = defined_at(model_file.example_batch)
     try:
         batch = model_file.example_batch(batch_size, seq_len)
     except FAILURES as error:

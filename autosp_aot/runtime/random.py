@@ -7,7 +7,8 @@ in order: number i of the stream of a state is `mix(state + (i + 1) * GAMMA)`. S
     state of a site  number `site` of the stream of the step's seed; each drawing operator is a site
     64 random bits   number `position` of the stream of the site; the position is the element's in the whole value
 
-Integer arithmetic that wraps at 64 bits, the same bits on every device.
+Integer arithmetic that wraps at 64 bits, the same bits on every device. At site UNDRAWN all draws are zero, so that
+nothing is dropped: as such a program can be compared with one that draws from another generator.
 """
 
 from math import log2, prod
@@ -18,6 +19,7 @@ from torch import Tensor
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MIXERS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 LAST_SHIFT = 31
+UNDRAWN = -1
 BLOCK = 2**18  # positions at once: what is live besides the result is twice 2 MiB
 
 
@@ -35,6 +37,8 @@ def uniform(
     start..stop. Multiples of 2^-d, d the digits of the dtype, as torch draws them.
     """
     local, lead, run, stride, offset = _layout(shape, box)
+    if site == UNDRAWN:
+        return torch.zeros(local, dtype=dtype, device=device)
     out = torch.empty((lead, run), dtype=dtype, device=device)
     state = _stream(seed, torch.full((), site)).to(out.device)
     digits = 1 - int(log2(torch.finfo(dtype).eps))
@@ -49,6 +53,8 @@ def uniform(
 
 def keep(seed: Tensor, site: int, position: Tensor, p: float) -> Tensor:
     """Where the fp32 draw of `uniform` is below 1 - p, at each position (i64) of the whole value; bool, same shape."""
+    if site == UNDRAWN:
+        return torch.ones_like(position, dtype=torch.bool)
     bits = _stream(_stream(seed, torch.full((), site)).to(position.device), position)
     return _shifted(bits, 40).float().mul_(2.0**-24) < 1 - p
 

@@ -17,7 +17,7 @@ from autosp_aot.artifact import FORMAT, Evaluation, Manifest, specs
 from autosp_aot.artifact_write import Artifact, Programs, refuse_existing
 from autosp_aot.batches import constants_of, tensors_of
 from autosp_aot.build_check import compare_build
-from autosp_aot.check import check
+from autosp_aot.check import read_back
 from autosp_aot.config import BuildConfig, checked_config
 from autosp_aot.cost import costs
 from autosp_aot.dump import Dump
@@ -76,7 +76,7 @@ def build_file(
     if eager_check:
         shortened = lambda length: make_batch(model_file, batch_size, length)[0]  # noqa: E731
         artifact = _compared(model, batch, dims, artifact, config, shortened)
-    return artifact.save(out, check)
+    return artifact.save(out, read_back)
 
 
 def build(
@@ -123,7 +123,7 @@ def build(
     if eager_check:
         artifact = _compared(module, batch, dims, artifact, config, lambda length: _narrowed(batch, dims, length))
     if path is not None:
-        artifact.save(path, check)
+        artifact.save(path, read_back)
     return artifact
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from autosp_aot.artifact import BUFFERS, EVALUATE, STEP, Manifest, TensorSpec
 from autosp_aot.artifact_read import read_bodies, read_manifest, read_recipe, read_tensors, read_whole
-from autosp_aot.collectives import check_collectives, collectives_of
+from autosp_aot.collectives import check_collectives, collectives_by_rank
 from autosp_aot.cost import costs
 from autosp_aot.derive import derive
 from autosp_aot.errors import ArtifactError, Problem
@@ -16,6 +16,7 @@ from autosp_aot.program import Program, Value
 from autosp_aot.runtime.checkpoint import read_weights
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.load import check_operators
+from autosp_aot.runtime.module import refuse_taken
 from autosp_aot.verify import verify
 
 
@@ -42,13 +43,31 @@ def check(path: str | Path) -> list[str]:
     ]
 
 
-def _proved(path: Path, manifest: Manifest, kind: str) -> tuple[int, int, int]:
-    """Prove one program of an artifact; its bodies, their lines, and how often its ranks meet."""
+def read_back(path: Path) -> None:
+    """Read what a build has just written, and prove it. Raises ArtifactError.
+
+    What the manifest repeats of it, decisions and costs, was computed from the same programs and is left to `check`.
+    """
+    manifest = read_manifest(path)
+    for kind in manifest.kinds:
+        _prove_read(path, manifest, kind)
+    _check_values(manifest, path)
+    read_recipe(path, manifest)
+    refuse_taken(manifest)
+
+
+def _prove_read(path: Path, manifest: Manifest, kind: str) -> tuple[Program, list[tuple[tuple[int, ...], Program]], int]:
+    """Read and prove one program of an artifact: for one device, its bodies with their ranks, how often these meet."""
     whole, bodies = read_whole(path, kind), read_bodies(path, kind)
     for _, program in bodies:
         check_operators(program, manifest)
     verify(whole)
-    meetings = prove(whole, bodies)
+    return whole, bodies, prove(whole, bodies)
+
+
+def _proved(path: Path, manifest: Manifest, kind: str) -> tuple[int, int, int]:
+    """Prove one program of an artifact; its bodies, their lines, and how often its ranks meet."""
+    whole, bodies, meetings = _prove_read(path, manifest, kind)
     _check_inputs(manifest, whole)
     _check_given(manifest, whole, kind)
     _check_decisions(manifest, kind, whole, [program for _, program in bodies])
@@ -64,7 +83,7 @@ def prove(whole: Program, bodies: list[tuple[tuple[int, ...], Program]]) -> int:
     """
     by_rank = {}
     for ranks, program in bodies:
-        by_rank |= {rank: collectives_of(program.for_rank(rank), rank) for rank in ranks}
+        by_rank |= collectives_by_rank(program, ranks)
     check_collectives([by_rank[rank] for rank in sorted(by_rank)])
     for ranks, program in bodies:
         derive(program, whole, ranks)

@@ -1,12 +1,13 @@
 """All ranks together: the same collectives, in the same order, with sizes that agree, or the first that does not."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.operators import COLLECTIVES
 from autosp_aot.placement import Placement, transfers
-from autosp_aot.program import Instr, Program, Value
+from autosp_aot.program import Instr, Program, Value, at_rank
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,15 @@ class Collective:
 
 
 def collectives_of(program: Program, rank: int) -> list[Collective]:
-    """The collectives of one rank's program (`Program.for_rank`), in order."""
+    """The collectives of one rank, in order, of its own program (`Program.for_rank`) or that of all ranks."""
+    return collectives_by_rank(program, [rank])[rank]
+
+
+def collectives_by_rank(program: Program, ranks: Iterable[int]) -> dict[int, list[Collective]]:
+    """The collectives of some ranks, in order."""
     values = program.values()
-    found = []
-    for section in program.sections:
-        for instr in section.instrs:
-            if instr.op in COLLECTIVES:
-                found.append(_collective(section.name, instr, values, rank, program.ranks))
-    return found
+    meetings = [(s.name, instr) for s in program.sections for instr in s.instrs if instr.op in COLLECTIVES]
+    return {rank: [_collective(*meeting, values, rank, program.ranks) for meeting in meetings] for rank in ranks}
 
 
 def check_collectives(by_rank: list[list[Collective]]) -> None:
@@ -57,8 +59,9 @@ def check_collectives(by_rank: list[list[Collective]]) -> None:
 
 def _collective(section: str, instr: Instr, values: dict[str, Value], rank: int, ranks: int) -> Collective:
     source, target = values[instr.refs()[0]], instr.values()[0]
+    source = replace(source, shape=tuple(at_rank(n, rank) for n in source.shape))
     if instr.op == "all_reduce":
-        count = sum(values[name].nbytes() for name in instr.refs())
+        count = sum(values[name].nbytes(rank) for name in instr.refs())
         sizes = ((count,) * ranks, (count,) * ranks)
     else:
         sizes = _sizes(source.placement, target.placement, source.whole_shape, rank, ranks)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autosp_aot.artifact import Manifest, no_evaluation
 from autosp_aot.batches import constants_of, flat, tensors_of
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.program import Program
+from autosp_aot.program import Program, Value
 from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, Run
 from autosp_aot.runtime.random import step_seed
 from autosp_aot.runtime.same_batch import check_same_batch
@@ -47,6 +47,18 @@ class ShardedModel(nn.Module):
     their tangent, and are rescaled, which rounds, where it was another.
     """
 
+    path: Path
+    manifest: Manifest
+    executor: Executor
+    comm: Comm
+    sum_gradients: bool
+    evaluation: Program | None
+    seed: int
+    step: int
+    loss_scale: float
+    guesses: list[Value]
+    constants: dict[str, Tensor]
+
     def __init__(
         self,
         path: Path,
@@ -64,7 +76,7 @@ class ShardedModel(nn.Module):
         self.seed, self.step, self.loss_scale = 0, 0, 1.0
         self.guesses = [entry.value for entry in executor.program.inputs if entry.kind == "guess"]
         self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
-        self._refuse_taken()
+        refuse_taken(manifest)
         tensors: dict[str, Tensor] = {}
         parameters = {e.value.name for e in executor.program.inputs if e.kind == "parameter"}
         for spec in manifest.parameters:
@@ -85,16 +97,6 @@ class ShardedModel(nn.Module):
         `no-recipe`, `output-exists`, `output-unwritable`.
         """
         save_weights(self.path, self.manifest, self.state_dict(), Path(folder))
-
-    def _refuse_taken(self) -> None:
-        names = [spec.name for spec in self.manifest.parameters] + list(self.manifest.aliases)
-        taken = [part for part in dict.fromkeys(name.partition(".")[0] for name in names) if hasattr(self, part)]
-        if taken:
-            raise ArtifactError(Problem(
-                "name-taken", f"parts of the model are called {', '.join(taken)}", "load",
-                "the module that is loaded has attributes of that name",
-                "rename them, or build a module that holds the model under another name",
-            ))  # fmt: skip
 
     def forward(self, **batch) -> Tensor:
         """The loss of a batch, given whole and as the model's own forward takes it.
@@ -136,6 +138,19 @@ class ShardedModel(nn.Module):
         check_state(self.manifest, state, executor.device)
         seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
         return {**self.constants, **state, **batch, **{name: step_seed(self.seed, self.step) for name in seeds}}
+
+
+def refuse_taken(manifest: Manifest) -> None:
+    """Raise ArtifactError (`name-taken`) where parts of the model are called as attributes of a loaded module are."""
+    own = {*dir(ShardedModel), *ShardedModel.__annotations__, *vars(nn.Module())}
+    names = [spec.name for spec in manifest.parameters] + list(manifest.aliases)
+    taken = [part for part in dict.fromkeys(name.partition(".")[0] for name in names) if part in own]
+    if taken:
+        raise ArtifactError(Problem(
+            "name-taken", f"parts of the model are called {', '.join(taken)}", "load",
+            "the module that is loaded has attributes of that name",
+            "rename them, or build a module that holds the model under another name",
+        ))  # fmt: skip
 
 
 def place(owner: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:

@@ -72,7 +72,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_artifact(artifact: Artifact, path: Path, proved: Callable[[Path], object]) -> Path:
-    """Write all files, prove them and put them in place in one step; raises BuildError (`output-exists`), AutospError."""
+    """Write all files, prove them, put them in place in one step. Raises BuildError (`output-exists`), AutospError."""
     refuse_existing(path)
     with replacing(path) as made:
         _write_files(artifact, made)

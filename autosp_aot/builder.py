@@ -58,9 +58,9 @@ def build_file(
 ) -> Path:
     """`autosp-aot build`: compile MODEL.py and write the artifact to `out` (default `./<model file stem>.sp<ranks>`).
 
-    Weights are made from `seed` when they are under 1 GB. With `eager_check` the build is compared with eager where that
-    takes seconds, as the artifact says. Raises BuildError and writes all or nothing; only what passes made is in `dump`
-    also when a later one fails.
+    Weights are made from `seed` when they are under 1 GB. With `eager_check` the build is compared with eager where
+    that takes seconds, as the artifact says. Raises BuildError and writes all or nothing; only what passes made is in
+    `dump` also when a later one fails.
     """
     model_file = read_model_file(model_path)
     out = Path(f"{model_file.stem}.sp{config.ranks}") if out is None else out
@@ -130,7 +130,7 @@ def build(
 def _compared(
     model: nn.Module, batch, dims: dict[str, int], artifact: Artifact, config: BuildConfig, shortened: Callable
 ) -> Artifact:
-    """The artifact, which says what of it was compared with eager. Raises BuildError where eager does something else."""
+    """The artifact, which says what was compared with eager. Raises BuildError where eager does something else."""
     length = max(batch[name].shape[dim] for name, dim in dims.items())
     compiled = lambda batch, config: compile_model(model, batch, dims, config, "")  # noqa: E731
     compared = compare_build(model, batch, length, artifact, config, shortened, compiled)

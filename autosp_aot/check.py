@@ -56,7 +56,9 @@ def read_back(path: Path) -> None:
     refuse_taken(manifest)
 
 
-def _prove_read(path: Path, manifest: Manifest, kind: str) -> tuple[Program, list[tuple[tuple[int, ...], Program]], int]:
+def _prove_read(
+    path: Path, manifest: Manifest, kind: str
+) -> tuple[Program, list[tuple[tuple[int, ...], Program]], int]:
     """Read and prove one program of an artifact: for one device, its bodies with their ranks, how often these meet."""
     whole, bodies = read_whole(path, kind), read_bodies(path, kind)
     for _, program in bodies:

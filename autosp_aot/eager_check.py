@@ -70,7 +70,7 @@ def _refuse_other(manifest: Manifest, model: nn.Module, place: str) -> None:
 def _batch(manifest: Manifest, model_file: ModelFile) -> Batch:
     """The example batch of the shapes that the artifact was built for: sizes and lengths are among its own."""
     wanted = {spec.name: (DTYPES[spec.dtype], spec.shape) for spec in manifest.batch}
-    lengths = [shape[manifest.sequence_dims[name]] for name, (_, shape) in wanted.items() if name in manifest.sequence_dims]
+    lengths = [wanted[name][1][dim] for name, dim in manifest.sequence_dims.items() if name in wanted]
     sizes = dict.fromkeys(size for _, shape in wanted.values() for size in shape)
     for size, length in product(sizes, dict.fromkeys((*lengths, *(length - 1 for length in lengths)))):
         try:

@@ -3,14 +3,14 @@
     module(**batch).backward()      loss, gradients        p -= lr * p.grad
     programs, in lockstep           the same of each rank  p -= lr * grad.p         two steps, then the parameters
 
-Of each loss, gradient and parameter |a - b| / max(|b|, 1e-4 r), r being the root mean square of the norms of its kind. What
-rounding makes of them is measured: in eager once more, from weights that are other ones in their last digit.
+Of each loss, gradient and parameter |a - b| / max(|b|, 1e-4 r), r being the root mean square of the norms of its kind.
+What rounding makes of them is measured: in eager once more, from weights that are other ones in their last digit.
 """
 
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,8 @@ class _Eager:
     def step(self) -> Results:
         """Loss, gradients, and the parameters after the step, on the CPU."""
         self.outputs = []
-        hooks = [module.register_forward_hook(self._noting(path)) for path, module in self.model.named_modules() if path]
+        named = [(path, module) for path, module in self.model.named_modules() if path]
+        hooks = [module.register_forward_hook(self._noting(path)) for path, module in named]
         try:
             with _failing(), Undrawn():
                 loss = loss_of(self.model(**nested(self.batch)), forward_at(self.model))
@@ -269,4 +270,4 @@ def _located(outcome: Outcome, whole: Program, inputs: Results, outputs, model: 
         worst = next((label for label in outcome.beyond if label != "loss"), "loss")
         path = worst.removeprefix("grad.").rpartition(".")[0]
     module = dict(model.named_modules()).get(path, model)
-    return Outcome(outcome.errors, outcome.limits, outcome.steps, path or type(model).__name__, defined_at(module.forward))
+    return replace(outcome, module=path or type(model).__name__, place=defined_at(module.forward))

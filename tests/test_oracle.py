@@ -196,7 +196,8 @@ def test_what_is_captured_right_is_like_eager(inner, dtype):
 
 class Dropping(Inner):
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(self.linear(x), 0.3) + torch.randn_like(x) + torch.rand(H).exponential_() + torch.randint(2, 5, (H,))
+        x = F.dropout(self.linear(x), 0.3) + torch.randn_like(x)
+        x = x + torch.rand(H).exponential_() + torch.randint(2, 5, (H,))
         q = F.alpha_dropout(x, 0.2).unflatten(-1, (N, -1)).transpose(1, 2)
         return F.scaled_dot_product_attention(q, q, q, dropout_p=0.4, is_causal=True).transpose(1, 2).flatten(2)
 

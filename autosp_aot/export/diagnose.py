@@ -88,7 +88,7 @@ def refuse_operators(exported: ExportedProgram, model: nn.Module) -> None:
 
 
 WAYS_OUT = {
-    "parameter": "compute with a changed copy, as in weight.clamp(-1, 1), or change it after the step, outside of forward",
+    "parameter": "compute with a changed copy, as in weight.clamp(-1, 1), or change it between the steps",
     "buffer": "compute it anew in each step, or leave it out, as with track_running_stats=False in a batch norm",
     "batch": "change a copy of it, as in labels = labels.clone()",
 }

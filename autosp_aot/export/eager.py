@@ -3,8 +3,9 @@
     %x = embedding(parameter tokens.weight, batch input_ids)      each call an expression of its operands, told apart by
     loss = nll_loss(..., (x, [2, 33], strides ..., needs grad))   what they are, how they lie in memory, and literals
 
-A tensor is its storage's expression and its place in there, so that views and writes need no rules. Two forwards compute
-the same where their losses are the same expression: of constants, and of the batch, weights and draws of their own step.
+A tensor is its storage's expression and its place in there, so that views and writes need no rules. Two forwards
+compute the same where their losses are the same expression: of constants, and of the batch, weights and draws of their
+own step.
 """
 
 import ctypes
@@ -46,8 +47,8 @@ class Trace(TorchDispatchMode):
     """While it is active, every call is written down.
 
     `written` has what was written to of what outlives a step: its name, and the line that wrote first. Where `answers`,
-    what reads a value is given one, so that it can be seen whether the loss depends on that. `calls`, where it is a list,
-    gets every call's expression and line.
+    what reads a value is given one, so that it can be seen whether the loss depends on that. `calls`, where it is a
+    list, gets every call's expression and line.
     """
 
     supports_higher_order_operators = True
@@ -82,7 +83,7 @@ class Trace(TorchDispatchMode):
         self.alive.append(storage)
 
     def begin(self, batch: Mapping[str, Tensor]) -> None:
-        """A step begins, with a batch of its own: what an earlier one made of its batch, weights and draws is carried."""
+        """A step begins with a batch of its own: what earlier ones made of batch, weights and draws is carried."""
         for storage in self.batch:
             del self.names[storage]
         for storage, expression in self.stored.items():
@@ -184,7 +185,8 @@ class Trace(TorchDispatchMode):
 def homes(model: nn.Module) -> dict[str, int]:
     """The storages of parameters and buffers, by what they are called."""
     named = (("parameter", model.named_parameters()), ("buffer", model.named_buffers()))
-    return {f"{kind} {module_path(name)!r}": tensor.untyped_storage()._cdata for kind, all_ in named for name, tensor in all_}
+    return {f"{kind} {module_path(name)!r}": tensor.untyped_storage()._cdata
+            for kind, tensors in named for name, tensor in tensors}  # fmt: skip
 
 
 def written_by(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
@@ -204,8 +206,8 @@ def _outside(tensor: Tensor, original: str | None) -> Problem:
     """Of a tensor that needs a gradient and that forward gets from elsewhere than the model's parameters."""
     frame = next(frames_of_users(sys._getframe()), None)
     names = {**frame.f_globals, **frame.f_locals} if frame is not None else {}
-    named = (name for name, value in names.items()
-             if value is tensor or isinstance(value, nn.Module) and any(tensor is p for p in value.parameters()))  # fmt: skip
+    inside = lambda value: isinstance(value, nn.Module) and any(tensor is p for p in value.parameters())  # noqa: E731
+    named = (name for name, value in names.items() if value is tensor or inside(value))
     name = original or next(named, "a tensor")
     return Problem(
         "parameter-outside", f"forward reads {name!r}, which needs a gradient, from outside of the model", called_at(),

@@ -49,7 +49,7 @@ class Slot:
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
-    """Every place of a model that holds a number, text, flag, tensor, list or mapping; of a very large one nothing inside.
+    """Every place of a model that holds a number, text, flag, tensor, list or mapping; nothing inside of large ones.
 
     Parameters and buffers are left out.
     """

@@ -11,7 +11,7 @@ from autosp_aot.export.user_code import defined_at
 
 
 class LossOnly(nn.Module):
-    """The user's model, returning nothing but its scalar loss. Takes the tensors of a flat batch; holds its constants."""
+    """The user's model, returning its loss alone. Takes the tensors of a flat batch, whose constants it holds."""
 
     def __init__(self, model: nn.Module, constants: Mapping[str, Constant]):
         super().__init__()
@@ -44,8 +44,10 @@ def loss_of(result, place: str) -> Tensor:
         return candidates[0]
     if called is not result:
         returned = f"as its loss {_said(called)}"
+    elif parts:
+        returned = f"{len(parts)} scalars, and calls none of them loss"
     else:
-        returned = f"{len(parts)} scalars, and calls none of them loss" if parts else f"no floating scalar: {_said(result)}"
+        returned = f"no floating scalar: {_said(result)}"
     raise BuildError(Problem(
         "no-loss", f"forward returns {returned}", place, "training needs one number to differentiate",
         "compute the loss in forward, as with cross_entropy(logits.flatten(0, 1), labels.flatten()), and return it: "

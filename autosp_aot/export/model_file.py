@@ -200,7 +200,7 @@ def _checked_module(model: object, place: str) -> nn.Module:
 def make_batch(
     model_file: ModelFile, batch_size: int, seq_len: int
 ) -> tuple[dict[str, Tensor | Constant], dict[str, int]]:
-    """The example batch, flat, and by input name the dim that is the sequence. Raises BuildError naming all that offend."""
+    """The example batch, flat, and which dim of an input is the sequence. Raises BuildError naming all offenders."""
     place = defined_at(model_file.example_batch)
     # Twice the length, not one more: an example_batch may insist on a multiple of something.
     batch, longer = (ask_batch(model_file, batch_size, length) for length in (seq_len, 2 * seq_len))
@@ -364,7 +364,7 @@ def _not_tensors(what: str, place: str) -> Problem:
         what,
         place,
         "the batch is the keyword inputs of forward",
-        "return a dict of tensors by name, or of dicts of them; None, flags, numbers and texts are constants of the build",
+        "return a dict of tensors, or of dicts of them; None, flags, numbers and texts are constants of the build",
     )
 
 

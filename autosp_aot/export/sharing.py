@@ -1,7 +1,7 @@
 """Memory that a model has under two names, found before it is captured: an optimizer changes both, a program one.
 
-    head.weight.data = embedding.weight.data      two parameters of one memory: each has a gradient and a step of its own
-    self.transposed = self.weight.data.t()        a constant of the program, stale from the second step on
+    head.weight.data = embedding.weight.data    two parameters of one memory: each has a gradient and a step of its own
+    self.transposed = self.weight.data.t()      a constant of the program, stale from the second step on
 """
 
 import mmap
@@ -62,7 +62,7 @@ def _overlapping(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage have an element in common. Their bytes are laid over memory that nobody uses."""
+    """Whether two tensors of one storage have an element in common. Their bytes are laid over memory nobody uses."""
     (first, end), (other_first, other_end) = (_extent(tensor) for tensor in (a, b))
     if end <= other_first or other_end <= first:
         return False

@@ -31,8 +31,8 @@ LONGEST = 10**4  # of lists that grow
 def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
     """The loss of a step on fake tensors with its autograd graph, and the copy of the model that it is of.
 
-    BuildError for what a step changes that outlives it, where a later step's loss depends on it: names what is kept, and
-    the line that keeps it.
+    BuildError for what a step changes that outlives it, where a later step's loss depends on it: names what is kept,
+    and the line that keeps it.
     """
     with left_alone(subject.model):
         return _refuse_state(subject)
@@ -117,8 +117,9 @@ def _plain(value) -> object:
 
 def _literals(model: nn.Module) -> set[float]:
     """The numbers that stand in the code of the model's classes."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")}
-    codes = [value.__code__ for kind in kinds for value in vars(kind).values() if hasattr(value, "__code__")]
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    users = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
+    codes = [value.__code__ for kind in users for value in vars(kind).values() if hasattr(value, "__code__")]
     found: set[float] = set()
     while codes:
         constants = codes.pop().co_consts
@@ -132,8 +133,9 @@ def _kept(subject: Subject, paths: list[str]) -> BuildError:
     attributes = list(dict.fromkeys(re.sub(r"\[.*", "", path) for path in paths))
     why = "later steps compute with it, and a program does the same in every step"
     if not attributes:
+        parted = _parted_at(subject) or subject.place
         return BuildError(Problem(
-            "state-kept", "forward computes something else in its second step", _parted_at(subject) or subject.place, why,
+            "state-kept", "forward computes something else in its second step", parted, why,
             "take what changes as an input of forward: a number as a scalar tensor of the batch",
         ))  # fmt: skip
     return BuildError(*(

@@ -69,8 +69,9 @@ class Subject:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """While it holds torch logs nothing, such as the graph in which an error was, and nothing warns."""
-    loggers = [logger for name, logger in logging.root.manager.loggerDict.items()
-               if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger) and not logger.disabled]  # fmt: skip
+    known = logging.root.manager.loggerDict
+    torchs = (known[name] for name in list(known) if name.partition(".")[0] == "torch")
+    loggers = [logger for logger in torchs if isinstance(logger, logging.Logger) and not logger.disabled]
     for logger in loggers:
         logger.disabled = True
     try:

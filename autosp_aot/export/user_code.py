@@ -1,7 +1,7 @@
 """Lines of the user's code as `file.py:line`: where an exception was raised, a call is running, something changes.
 
-The user's code is what runs inside of this package and is not torch's or Python's: libraries such as transformers count.
-Who called this package does not.
+The user's code is what runs inside of this package and is not torch's or Python's: libraries such as transformers
+count. Who called this package does not.
 """
 
 import inspect

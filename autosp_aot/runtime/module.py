@@ -236,13 +236,13 @@ def _met(meeting: Meeting, comm: Comm) -> Tensor:
 
 
 def tensors_built_for(manifest: Manifest, batch: Mapping) -> dict[str, Tensor]:
-    """The tensors of a batch by flat names. Raises ArtifactError (`batch-mismatch`) for other constants than the build's."""
+    """The tensors of a batch by flat names. Raises ArtifactError (`batch-mismatch`) for constants not the build's."""
     try:
         given = flat(batch)
     except ValueError as error:
         raise _mismatch([str(error)]) from error
     constants, built = constants_of(given), manifest.constants
-    wrong = [f"{name} is {value!r}, built for {built[name]!r}" if name in built else f"{name} is {value!r}, not an input"
+    wrong = [f"{name} is {value!r}, " + (f"built for {built[name]!r}" if name in built else "not an input")
              for name, value in constants.items() if name not in built or value != built[name]]  # fmt: skip
     if wrong:
         raise _mismatch(wrong)

@@ -141,7 +141,7 @@ def test_a_result_in_which_the_loss_is_not_clear_is_refused(refusal, give, what)
         f"error[no-loss]: forward returns {what}\n"
         f"  where  {FORWARD}\n"
         "  why    training needs one number to differentiate\n"
-        "  fix    compute the loss in forward, as with cross_entropy(logits.flatten(0, 1), labels.flatten()), and return "
-        "it: alone, first, or as .loss or ['loss']"
+        "  fix    compute the loss in forward, as with cross_entropy(logits.flatten(0, 1), labels.flatten()), and "
+        "return it: alone, first, or as .loss or ['loss']"
     )
 

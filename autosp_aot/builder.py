@@ -22,7 +22,7 @@ from autosp_aot.config import BuildConfig, checked_config
 from autosp_aot.cost import costs
 from autosp_aot.dump import Dump
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.canonical import DTYPES, canonical_program
+from autosp_aot.export.canonical import DTYPES, canonical_program, unsupported
 from autosp_aot.export.evaluation import capture_evaluation, in_eval_mode
 from autosp_aot.export.joint import Joint, capture
 from autosp_aot.export.model_file import (
@@ -273,7 +273,12 @@ def _unused(model: nn.Module, inputs: dict[str, list[Value]]) -> list[Value]:
     """Persistent buffers that the step does not read: part of the state all the same."""
     read = {value.name for value in inputs["buffer"]}
     state, buffers = set(_state_names(model)), dict(model.named_buffers())
-    return [Value(n, DTYPES[b.dtype], tuple(b.shape)) for n, b in buffers.items() if n in state and n not in read]
+    unread = {name: buffer for name, buffer in buffers.items() if name in state and name not in read}
+    wrong = [unsupported(f"buffer {name!r} is {buffer.dtype}", "build_model")
+             for name, buffer in unread.items() if buffer.dtype not in DTYPES]  # fmt: skip
+    if wrong:
+        raise BuildError(*wrong)
+    return [Value(name, DTYPES[buffer.dtype], tuple(buffer.shape)) for name, buffer in unread.items()]
 
 
 def _recipe(model: nn.Module, manifest: Manifest) -> Recipe:

@@ -34,9 +34,6 @@ SAME = (
     aten.detach.default, aten.alias.default, aten.clone.default, aten.lift.default, aten.lift_fresh_copy.default,
     aten.contiguous.default,
 )  # fmt: skip
-NOTHING = (
-    aten._assert_async.msg, aten._assert_async.default, aten._assert_tensor_metadata.default,
-    aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
 # Our attention operators, and where among their arguments q is.
 ATTENTION = {
     torch.ops.autosp.attention.default: 0, torch.ops.autosp.attention_backward.default: 1,
@@ -80,23 +77,28 @@ class _Canonical:
     def program(self) -> tuple[Program, dict[str, Tensor]]:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         for node, (kind, name) in zip(placeholders, self.joint.inputs):
-            self.names[node] = self.add_input(kind, name, node.meta["val"])
+            if kind == "buffer" and not node.users:
+                continue
+            place = next(filter(None, (where(user).source for user in node.users)), self.joint.place)
+            self.names[node] = self.add_input(kind, name, node.meta["val"], place)
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 value = getattr(self.joint.graph_module, node.target)
-                self.names[node] = self.add_input("buffer", f"constant.{len(self.constants)}", value)
+                self.names[node] = self.add_input("buffer", f"constant.{len(self.constants)}", value, self.joint.place)
                 self.constants[self.names[node]] = value
-            elif node.op == "call_function" and node.target not in NOTHING:
+            elif node.op == "call_function":
                 self.call(node)
         output = next(node for node in self.graph.nodes if node.op == "output")
         outputs = zip(self.joint.outputs, output.args[0])
         gives = [(label, self.names[node]) for label, node in outputs if node is not None]
         return _needed(self.inputs, self.instrs, gives), self.constants
 
-    def add_input(self, kind: str, name: str, tensor: Tensor) -> str:
+    def add_input(self, kind: str, name: str, tensor: Tensor, place: str = "") -> str:
         if self.taken[name]:
             raise BuildError(Problem("name-taken", f"two inputs of the step are called {name!r}", "example_batch",
                                      "every value needs its own name", "rename the input"))
+        if tensor.dtype not in DTYPES:
+            raise BuildError(unsupported(f"{kind} {name!r} is {tensor.dtype}", place))
         self.taken[name] += 1
         self.types[name] = self.typed(name, tensor)
         self.inputs.append(Input(kind, self.types[name]))
@@ -111,22 +113,15 @@ class _Canonical:
         if node.target is operator.getitem:
             self.names[node] = self.pairs[node.args[0]][node.args[1]]
             return
-        if not isinstance(node.target, torch._ops.OpOverload):
-            raise BuildError(Problem("operator-unknown", f"{node.target} is not an operator we can see into",
-                                     where(node).source, "its effect on a part of the sequence is unknown",
-                                     "write it with torch operators"))
+        assert isinstance(node.target, torch._ops.OpOverload), node.target
         results = node.meta["val"]
         types = results if isinstance(results, (tuple, list)) else (results,)
         for dtype in (*(t.dtype for t in types if isinstance(t, Tensor)), *_dtypes((node.args, node.kwargs))):
             if dtype not in DTYPES:
-                what = f"{node.target} makes or takes {dtype}"
-                raise BuildError(Problem("dtype-unsupported", what, where(node).source,
-                                         "programs have no such dtype", "compute it in real floats or integers"))
+                raise BuildError(unsupported(f"{node.target} makes or takes {dtype}", where(node).source))
         if any(isinstance(t, Tensor) and t.layout is not torch.strided for t in types):
             raise BuildError(sparse_problem(node.target, where(node).source))
-        if not all(isinstance(t, Tensor) for t in types if t is not None):
-            raise BuildError(Problem("data-dependent", f"{node.target} makes a number from data", where(node).source,
-                                     "the program would depend on the values of a batch", "keep it in tensors"))
+        assert all(isinstance(t, Tensor) for t in types if t is not None), node.target
         names = self.spelled(node, list(types))
         if isinstance(results, (tuple, list)):
             self.pairs[node] = names
@@ -244,6 +239,12 @@ class _Canonical:
         name = free_of_prefixes(f"{module}.{role}" if module and not module.endswith(".") else module + role)
         self.taken[name] += 1
         return name if self.taken[name] == 1 else f"{name}.{self.taken[name] - 1}"
+
+
+def unsupported(what: str, place: str) -> Problem:
+    """Of a dtype that no value of a program has."""
+    return Problem("dtype-unsupported", what, place, "programs have no such dtype",
+                   "compute it in real floats or integers")  # fmt: skip
 
 
 def _dtypes(arg) -> list[torch.dtype]:

@@ -45,7 +45,7 @@ def diagnosed(place: str) -> Iterator[None]:
                 "the step cannot be captured",
                 raised_at(error) or place,
                 said(error),
-                "change that line; python must be able to run forward with example_batch",
+                "correct that line; if forward(**example_batch) runs in Python, write it with torch operators",
             )
         ) from error
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._functorch import aot_autograd
 from torch._functorch._aot_autograd import descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.attention import canonical_attention
@@ -37,8 +37,14 @@ from autosp_aot.export.routing import canonical_routing
 from autosp_aot.export.sharing import refuse_shared
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.state import refuse_state
-from autosp_aot.export.subject import Subject
+from autosp_aot.export.subject import Subject, silence
 from autosp_aot.export.watch import refuse_hooks
+
+aten = torch.ops.aten
+ASSERTIONS = (
+    aten._assert_async.msg, aten._assert_async.default, aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default, aten.sym_constrain_range_for_size.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Joint:
     """The captured step. `inputs` are (kind, name) of the placeholders, `outputs` the labels of the graph's results.
 
     `constants` are the values of tensors that forward makes of literals (`torch.tensor(0.5)`), inputs like buffers.
-    `calls` are those of forward as it was exported, by which two captures of it are seen to be the same.
+    `calls` are those of forward as it was exported, by which two captures of it are seen to be the same; `place` is the
+    line where it begins.
     """
 
     graph_module: GraphModule
@@ -54,6 +61,7 @@ class Joint:
     outputs: tuple[str, ...]
     constants: Mapping[str, Tensor]
     calls: tuple[str, ...]
+    place: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,15 @@ def export_forward(subject: Subject) -> Forward:
     batch = subject.inputs(mode)
     with left_alone(subject.model), subject.running(), flat_regions(), marked_functions() as calls, eager_flags(), mode:
         exported = torch.export.export(model, (), batch, strict=False)
+    _drop_assertions(exported.graph)
+    exported.graph.eliminate_dead_code()  # what an assertion alone has read
     return Forward(exported, model, calls, batch, mode, subject.place)
+
+
+def _drop_assertions(graph: Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target in ASSERTIONS:
+            graph.erase_node(node)
 
 
 def capture_exported(forward: Forward) -> Joint:
@@ -112,11 +128,13 @@ def capture_exported(forward: Forward) -> Joint:
     restore_functions(exported, forward.functions)
     canonical_attention(exported)
     step = Step(exported, forward.wrapped)
-    with diagnosed(place), torch.fx.traceback.preserve_node_meta(), forward.mode, contextlib.ExitStack() as stack:
+    with diagnosed(place), silence(), forward.mode, contextlib.ExitStack() as stack:
+        stack.enter_context(torch.fx.traceback.preserve_node_meta())
         joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch, decompositions=DECOMPOSITIONS)
+    _drop_assertions(joint.graph_module.graph)
     inputs, outputs = _described(joint.graph_module, step, list(batch), place)
     refuse_random(joint.graph_module.graph)
-    return Joint(joint.graph_module, inputs, outputs, forward.literals(), calls)
+    return Joint(joint.graph_module, inputs, outputs, forward.literals(), calls, place)
 
 
 class Step(nn.Module):

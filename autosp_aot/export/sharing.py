@@ -35,7 +35,7 @@ def refuse_shared(model: nn.Module) -> None:
     problems = [
         Problem("parameters-overlap", f"parameters {a!r} and {b!r} share memory", "build_model",
                 "an optimizer steps each of them, and so changes both; as two parameters of a program they would part",
-                f"make them one parameter, as in model.{b} = model.{a}")
+                _one(a, b, parameters))
         for a, b in pairs if a in parameters and b in parameters and trained & {a, b}
     ] + [
         Problem("parameter-viewed", f"{name!r} lies in the memory of parameter {parameter!r}", "build_model",
@@ -49,6 +49,14 @@ def refuse_shared(model: nn.Module) -> None:
     ]  # fmt: skip
     if problems:
         raise BuildError(*problems)
+
+
+def _one(a: str, b: str, parameters: dict[str, Tensor]) -> str:
+    """How to make one parameter of two that share memory."""
+    place = lambda t: (t.shape, t.stride(), t.storage_offset(), t.dtype)  # noqa: E731
+    if place(parameters[a]) == place(parameters[b]):
+        return f"make them one parameter, as in model.{b} = model.{a}"
+    return "keep one of them as a parameter, and compute what is to be the other from it in forward"
 
 
 def _overlapping(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:

@@ -55,7 +55,7 @@ class Subject:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Forward may run while it holds; what is wrong with that is a BuildError with the user's line."""
-        with watched(self.target), diagnosed(self.place), settled(), _silence():
+        with watched(self.target), diagnosed(self.place), settled(), silence():
             yield
 
     def loss(self, model: LossOnly, inputs: Mapping[str, Tensor], *modes: contextlib.AbstractContextManager) -> Tensor:
@@ -67,7 +67,7 @@ class Subject:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """While it holds torch logs nothing, such as the graph in which an error was, and nothing warns."""
     known = logging.root.manager.loggerDict
     torchs = (known[name] for name in list(known) if name.partition(".")[0] == "torch")

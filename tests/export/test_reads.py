@@ -1,0 +1,148 @@
+"""Reading a value of the batch is refused by what it is read for, and the fix of its kind is one that works."""
+
+import pytest
+import torch
+
+from autosp_aot.export.reads import KINDS
+from tests.export.mend import Mend, Model, V
+
+
+class Asserted(Model):
+    def inner(self, x, labels):
+        assert (labels < V).all(), "too large"  # here
+        return x
+
+
+class AssertedByTorch(Model):
+    def inner(self, x, labels):
+        torch._assert_async((labels < V).all())
+        torch._check((labels < V).all().item())
+        torch._assert(x.isfinite().all(), "not finite")
+        return x
+
+
+class Logged(Model):
+    def inner(self, x, labels):
+        self.logged = x.norm().item()  # here
+        return x
+
+
+class LoggedLater(Model):
+    def inner(self, x, labels):
+        self.logged = x.norm().detach()
+        return x
+
+
+class Printed(Model):
+    def inner(self, x, labels):
+        norm = x.norm()
+        print(f"norm {float(norm):.3f}")  # here
+        return x
+
+
+class Boolean(Model):
+    def inner(self, x, labels):
+        return x + x[labels > 3].mean()  # here
+
+
+class Masked(Model):
+    def inner(self, x, labels):
+        mask = (labels > 3)[..., None]
+        return x + (x * mask).sum() / mask.expand_as(x).sum()
+
+
+class Found(Model):
+    def inner(self, x, labels):
+        rows, columns = torch.where(labels > 3)  # here
+        return x + x[rows, columns].mean()
+
+
+class Cut(Model):
+    def inner(self, x, labels):
+        length = int(labels.clamp(max=4).max())  # here
+        return torch.cat([x[:, :length], 0 * x[:, length:]], 1)
+
+
+class CutByMask(Model):
+    def inner(self, x, labels):
+        return x * (torch.arange(x.shape[1]) < labels.clamp(max=4).max())[:, None]
+
+
+class Looped(Model):
+    def inner(self, x, labels):
+        for _ in range(labels[0, 0]):  # here
+            x = x * 1.5
+        return x
+
+
+class LoopedByMask(Model):
+    def inner(self, x, labels):
+        for at in range(V):
+            x = torch.where(at < labels[0, 0], x * 1.5, x)
+        return x
+
+
+class Branch(Model):
+    def inner(self, x, labels):
+        if x.norm() > 1:  # here
+            x = x / 2
+        return x
+
+
+class BranchOfAName(Model):
+    def inner(self, x, labels):
+        large = x.norm().item()  # here
+        return x / 2 if large > 1 else x
+
+
+class Chosen(Model):
+    def inner(self, x, labels):
+        return torch.where(x.norm() > 1, x / 2, x)
+
+
+class Element(Model):
+    def inner(self, x, labels):
+        at = labels[0].argmin()
+        return x + x[:, at].unsqueeze(1)  # here
+
+
+class Selected(Model):
+    def inner(self, x, labels):
+        at = labels[0].argmin()
+        return x + x.index_select(1, at.view(1))
+
+
+class Number(Model):
+    def inner(self, x, labels):
+        return x * x.norm().item()  # here
+
+
+class Scaled(Model):
+    def inner(self, x, labels):
+        return x * x.norm().detach()
+
+
+class List(Model):
+    def inner(self, x, labels):
+        return x * torch.tensor(labels[0].tolist())[:, None]  # here
+
+
+class Stayed(Model):
+    def inner(self, x, labels):
+        return x * labels[0, :, None]
+
+
+MENDS = [
+    Mend("data-dependent", KINDS[kind][1], refused, mended)
+    for kind, refused, mended in (
+        ("assertion", Asserted, AssertedByTorch), ("log", Logged, LoggedLater), ("log", Printed, LoggedLater),
+        ("boolean index", Boolean, Masked), ("boolean index", Found, Masked), ("length", Cut, CutByMask),
+        ("length", Looped, LoopedByMask), ("branch", Branch, Chosen), ("branch", BranchOfAName, Chosen),
+        ("element", Element, Selected), ("number", Number, Scaled), ("number", List, Stayed),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mend", MENDS, ids=lambda mend: mend.refused.__name__)
+def test_a_read_is_refused_with_a_fix_that_builds(mend, capfd):
+    mend.holds(capfd)

@@ -13,8 +13,7 @@ from autosp_aot.artifact_write import Artifact
 from autosp_aot.batches import Constant
 from autosp_aot.config import BuildConfig
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.loss import forward_at
-from autosp_aot.export.user_code import raised_at, said
+from autosp_aot.export.user_code import said
 from autosp_aot.oracle import Built, EagerFailed, Outcome, compare
 from autosp_aot.undrawn import NotComparable, draws
 
@@ -33,7 +32,7 @@ def compare_build(
     """Compare a build with eager; what was compared, or why nothing was.
 
     `length` are the positions of a sequence of `batch`; `shortened` gives a batch of another length, and `compiled` an
-    artifact for one. The model is left as it was. Raises BuildError: `differs-from-eager`, and `eager-failed`.
+    artifact for one. The model is left as it was. Raises BuildError (`differs-from-eager`).
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return "nothing: weights of this size are not made while building"
@@ -57,9 +56,7 @@ def compare_build(
         except NotComparable as error:
             return f"nothing: {error}"
         except EagerFailed as error:
-            if config.target != "cpu":
-                return f"nothing: on this CPU the model fails with {said(error.__cause__)}"
-            raise BuildError(failed(error.__cause__, forward_at(model))) from error.__cause__
+            return f"nothing: on this machine the model itself fails with {said(error.__cause__)}"
     if outcome.beyond:
         raise BuildError(differs(outcome))
     dropped = ", dropout off" if draws(artifact.whole) else ""
@@ -83,11 +80,6 @@ def _built(artifact: Artifact) -> Built:
     by_rank = lambda program: [program.for_rank(rank) for rank in ranks]  # noqa: E731
     evaluation = artifact.evaluation and by_rank(artifact.evaluation.program)
     return Built(artifact.whole, by_rank(artifact.program), evaluation, artifact.buffers)
-
-
-def failed(error: Exception, place: str) -> Problem:
-    return Problem("eager-failed", "the model cannot run a step itself", raised_at(error) or place, said(error),
-                   "correct that line: python must be able to run forward and backward")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ from torch import nn
 from autosp_aot.artifact import BUFFERS, EVALUATE, Manifest
 from autosp_aot.artifact_read import read_manifest, read_rank, read_tensors, read_whole
 from autosp_aot.batches import constants_of, tensors_of
-from autosp_aot.build_check import Batch, differs, failed
+from autosp_aot.build_check import Batch, differs
 from autosp_aot.errors import ArtifactError, BuildError, Problem
 from autosp_aot.export.loss import forward_at
 from autosp_aot.export.model_file import ModelFile, ask_batch, make_model, read_model_file
+from autosp_aot.export.user_code import raised_at, said
 from autosp_aot.numeric import refuse_large
 from autosp_aot.operators import DTYPES
 from autosp_aot.oracle import Built, EagerFailed, compare
@@ -45,7 +46,11 @@ def check_eager(
             "check without --eager proves the artifact, and --numeric runs it against its own unsharded step")
         ) from error  # fmt: skip
     except EagerFailed as error:
-        raise BuildError(failed(error.__cause__, forward_at(model))) from error.__cause__
+        place = raised_at(error.__cause__) or forward_at(model)
+        raise BuildError(Problem(
+            "eager-failed", "the model cannot run a step itself", place, said(error.__cause__),
+            "correct that line: python must be able to run forward and backward")
+        ) from error.__cause__  # fmt: skip
     if outcome.beyond:
         raise ArtifactError(differs(outcome))
     worst = max(outcome.errors, key=lambda label: outcome.errors[label] / outcome.limits[label])

@@ -43,10 +43,6 @@ CAUSAL = ("aten.where.ScalarOther", ("aten.le.Tensor", "k", "q"), "s", -math.inf
 
 def canonical_attention(exported: ExportedProgram) -> None:
     """Rewrite every attention of the exported graph in place. Raises BuildError naming all that cannot be."""
-    for node in list(exported.graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
-            exported.graph.erase_node(node)
-    exported.graph.eliminate_dead_code(_has_effects)
     rewrite = _Rewrite(exported)
     problems = []
     for node in list(exported.graph.nodes):

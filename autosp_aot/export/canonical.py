@@ -96,7 +96,7 @@ class _Canonical:
     def add_input(self, kind: str, name: str, tensor: Tensor, place: str = "") -> str:
         if self.taken[name]:
             raise BuildError(Problem("name-taken", f"two inputs of the step are called {name!r}", "example_batch",
-                                     "every value needs its own name", "rename the input"))
+                                     "every value needs its own name", "rename one of them"))
         if tensor.dtype not in DTYPES:
             raise BuildError(unsupported(f"{kind} {name!r} is {tensor.dtype}", place))
         self.taken[name] += 1

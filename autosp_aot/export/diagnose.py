@@ -154,7 +154,7 @@ def sparse_problem(target: object, place: str) -> Problem:
 
 def _known(target: object) -> bool:
     if isinstance(target, torch._ops.OpOverload):
-        return target.namespace in NAMESPACES
+        return target.namespace in NAMESPACES and str(target) not in PRODUCTS
     return target in MARKS or getattr(operator, target.__name__, None) is target
 
 

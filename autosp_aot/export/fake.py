@@ -5,6 +5,7 @@ import copy
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -82,18 +83,21 @@ def at_most(nbytes: int) -> Iterator[None]:
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy with fake CPU parameters, tied ones still tied; the module itself is left alone.
 
-    Functions that the module holds are copied with what they close over, so that they see the copy.
+    Functions that the module holds are copied with what they close over, so that they see the copy; so are weak
+    references to its parts.
 
     Never capture meta tensors themselves: their losses have no gradient kernel and yield zeros without a word.
     """
     memo = {id(parameter): _fake(parameter, mode) for parameter in module.parameters()}
-    before = {kind: copy._deepcopy_dispatch.get(kind) for kind in COPIED}
-    copy._deepcopy_dispatch.update(COPIED)
+    parts = {id(part) for part in module.modules()}
+    copied = COPIED | {weakref.ref: functools.partial(_reference, parts)}
+    before = {kind: copy._deepcopy_dispatch.get(kind) for kind in copied}
+    copy._deepcopy_dispatch.update(copied)
     try:
         return copy.deepcopy(module, memo)
     finally:
-        for kind, copied in before.items():
-            copy._deepcopy_dispatch.pop(kind) if copied is None else copy._deepcopy_dispatch.update({kind: copied})
+        for kind, way in before.items():
+            copy._deepcopy_dispatch.pop(kind) if way is None else copy._deepcopy_dispatch.update({kind: way})
 
 
 def _fake(parameter: nn.Parameter, mode: FakeTensorMode) -> nn.Parameter:
@@ -183,6 +187,12 @@ def _cached(function, memo: dict):
         return function
     memo[id(function)] = functools.lru_cache(**function.cache_parameters())(inner)
     return memo[id(function)]
+
+
+def _reference(parts: set[int], reference: weakref.ref, memo: dict) -> weakref.ref:
+    """A weak reference to the copy of what is one of these parts; else itself."""
+    part = reference()
+    return weakref.ref(copy.deepcopy(part, memo)) if id(part) in parts else reference
 
 
 # What copy.deepcopy takes for atoms.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import aot_autograd
 from torch._functorch._aot_autograd import descriptors
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from autosp_aot.errors import BuildError, Problem
@@ -82,7 +82,8 @@ class Forward:
     def literals(self) -> dict[str, Tensor]:
         """The tensors that it makes of literals."""
         names = self.exported.graph_signature.inputs_to_lifted_tensor_constants.values()
-        return {module_path(name): self.exported.constants[name] for name in names}
+        values = {module_path(name): self.exported.constants[name] for name in names}
+        return {name: value for name, value in values.items() if not isinstance(value, FakeTensor)}  # no parameter
 
 
 def capture(subject: Subject) -> Joint:

@@ -3,6 +3,7 @@
 torch.compile(f)(x)                          runs f as it was written
 nn.TransformerEncoder(...)(x, mask=m)        never asks whether m is the causal mask: m itself says it
 nn.MultiheadAttention(...).eval()(x, x, x)   is the attention it is in training, not one kernel for all of it
+x = rotated(q)                               comes from the line inside of `rotated`, not from the one that calls it
 self.a = self.b = block                      a module of two names is itself, under the first of them; torch.export
                                              would put a new object around it at every access
 torch._check_tensor_all(ids < V)             assertions of values are no part of a program; those of shapes hold
@@ -12,6 +13,7 @@ F.grouped_mm(x, w, offs=ends)                has a shape in every dtype; torch's
 import contextlib
 import sys
 from collections.abc import Iterator
+from traceback import StackSummary
 
 import torch
 from torch import SymBool, SymInt, Tensor
@@ -20,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.nn.modules import transformer
 
 from autosp_aot.export.reads import reads_values
+from autosp_aot.export.user_code import users_frame
 
 # Torch's assertions, and which argument the condition is.
 ASSERTIONS = {"_check_with": 1, "_check_tensor_all_with": 1, "_check_is_size": 0, "_assert": 0}
@@ -31,6 +34,7 @@ def settled() -> Iterator[None]:
     before = transformer._detect_is_causal_mask
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     _ModuleStackTracer.enable_attr_proxy = property(lambda tracer: False, lambda tracer, wanted: None)
+    _ModuleStackTracer._filter_traceback_frames = lambda tracer, frames: StackSummary.from_list(users_frame(frames))
     asserts = {name: getattr(torch, name) for name in ASSERTIONS}
     for name, at in ASSERTIONS.items():
         setattr(torch, name, _of_shapes(asserts[name], at))
@@ -44,7 +48,7 @@ def settled() -> Iterator[None]:
         fake_impls.op_implementations_checks.remove(GROUPED_MM)
         for name, function in asserts.items():
             setattr(torch, name, function)
-        del _ModuleStackTracer.enable_attr_proxy
+        del _ModuleStackTracer.enable_attr_proxy, _ModuleStackTracer._filter_traceback_frames
         torch.backends.mha.set_fastpath_enabled(fast)
         transformer._detect_is_causal_mask = before
 

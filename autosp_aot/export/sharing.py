@@ -39,7 +39,7 @@ def refuse_shared(model: nn.Module) -> None:
         for a, b in pairs if a in parameters and b in parameters and trained & {a, b}
     ] + [
         Problem("parameter-viewed", f"{name!r} lies in the memory of parameter {parameter!r}", "build_model",
-                "it changes with every step, and would be a constant of the program",
+                "what is trained or loaded into that would not reach it: it would be a constant of the program",
                 "compute it from the parameter in forward")
         for name, parameter in viewed.items()
     ] + [

@@ -10,7 +10,8 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from traceback import FrameSummary, StackSummary
 from types import FrameType, TracebackType
 
 import torch
@@ -121,9 +122,20 @@ def said(error: BaseException) -> str:
 def innermost(frames: Iterable[tuple[str, int | str]]) -> str:
     """The last of the user's frames, given the outermost first as (path, line)."""
     frames = list(frames)
-    ours = next((at for at, (path, _) in enumerate(frames) if path.startswith(OURS)), -1)
-    users = [frame for frame in frames[ours + 1 :] if _users(frame[0])]
-    return f"{os.path.basename(users[-1][0])}:{users[-1][1]}" if users else ""
+    at = _innermost([path for path, _ in frames])
+    return f"{os.path.basename(frames[at][0])}:{frames[at][1]}" if at >= 0 else ""
+
+
+def users_frame(stack: StackSummary) -> list[FrameSummary]:
+    """The innermost of the user's frames of a stack; nothing where there is none."""
+    at = _innermost([frame.filename for frame in stack])
+    return [stack[at]] if at >= 0 else []
+
+
+def _innermost(paths: Sequence[str]) -> int:
+    """Which is the last of the user's paths, given the outermost first; -1 for none."""
+    ours = next((at for at, path in enumerate(paths) if path.startswith(OURS)), -1)
+    return next((at for at in range(len(paths) - 1, ours, -1) if _users(paths[at])), -1)
 
 
 def _users(path: str) -> bool:

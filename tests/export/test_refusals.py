@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from autosp_aot.builder import build
 from autosp_aot.errors import BuildError
 from tests.architectures import SMALL
+from tests.export.mend import line
 from tests.steps import equal_to_eager
 
 H, V, S = 32, 64, 5
@@ -94,13 +95,10 @@ def sparse(x: Tensor) -> Tensor:
     return torch.sparse.mm(torch.eye(S).to_sparse(), x[0]).expand_as(x)
 
 
-CALL = f"test_refusals.py:{Lambda.forward.__code__.co_firstlineno + 1}"
-
-
 def test_function_transforms_are_refused_by_name():
     block = (
         "error[operator-unknown]: {} is not an operator we can see into\n"
-        f"  where  {CALL}\n"
+        f"  where  {line(vmapped, 1)}\n"
         "  why    its effect on a part of the sequence is unknown\n"
         "  fix    write it with torch operators"
     )
@@ -110,7 +108,7 @@ def test_function_transforms_are_refused_by_name():
 def test_sparse_tensors_are_refused():
     assert refusal(Model(Lambda(sparse))) == (
         "error[layout-unsupported]: aten._to_sparse.default makes a sparse tensor\n"
-        f"  where  {CALL}\n"
+        f"  where  {line(sparse, 1)}\n"
         "  why    programs have dense tensors only\n"
         "  fix    compute it with dense tensors: sparse=False in an embedding"
     )
@@ -123,7 +121,7 @@ def rotated(x: Tensor) -> Tensor:
 def test_complex_numbers_are_refused():
     assert refusal(Model(Lambda(rotated))) == (
         "error[dtype-unsupported]: aten.view_as_complex.default makes or takes torch.complex64\n"
-        f"  where  {CALL}\n"
+        f"  where  {line(rotated, 1)}\n"
         "  why    programs have no such dtype\n"
         "  fix    compute it in real floats or integers"
     )

@@ -182,9 +182,9 @@ def test_a_draw_of_numpys_random_is_refused(refusal):
 def test_a_draw_of_pythons_random_is_refused(refusal):
     assert refusal(Drawn()) == (
         "error[random-operator]: forward draws from Python's random module\n"
-        f"  where  test_watch.py:{Model.forward.__code__.co_firstlineno}\n"
+        f"  where  {Drawn().line()}\n"
         "  why    the number drawn while building would stay for every step\n"
-        "  fix    draw with torch operators"
+        "  fix    draw with torch operators, as with torch.rand(()) and torch.where"
     )
 
 

@@ -33,6 +33,8 @@ HALF_LIMIT, TIMES, HALF_TIMES = 2**-6, 10, 4
 STEP_LENGTH = 0.1
 
 Results = dict[str, Tensor]
+# What a tensor is known by in any layout: its size, its norm and its sum.
+Marks = tuple[int, float, float]
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ def compare(model: nn.Module, batch: Mapping[str, Tensor | Constant], built: Bui
 
 
 class _Eager:
-    """Steps of a module with SGD. `outputs` are those of its modules in the last one: path, size and norm, in order."""
+    """Steps of a module with SGD. `outputs` are those of its modules in the last one, in order: path and `_marks`."""
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor | Constant]):
         self.model, self.batch, self.rate = model, batch, 0.0
-        self.outputs: list[tuple[str, int, float]] = []
+        self.outputs: list[tuple[str, Marks]] = []
 
     def step(self) -> Results:
         """Loss, gradients, and the parameters after the step, on the CPU."""
@@ -144,7 +146,7 @@ class _Eager:
     def _noting(self, path: str):
         def note(module: nn.Module, args, result) -> None:
             tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-            self.outputs += [(path, tensor.numel(), _length([tensor.detach()])) for tensor in tensors[:1]]
+            self.outputs += [(path, _marks(tensor.detach())) for tensor in tensors[:1]]
 
         return note
 
@@ -257,12 +259,12 @@ def _located(outcome: Outcome, whole: Program, inputs: Results, outputs, model: 
     dtype = DTYPES[whole.values()[dict(whole.sections[0].gives)["loss"]].dtype]
     values = inputs | {"grad_loss": torch.ones((), dtype=dtype)}
     lockstep([executor.run("step", values)])
-    known: dict[int, list[float]] = {}
+    known: dict[int, list[Marks]] = {}
     for tensor in values.values():
         if tensor.is_floating_point():
-            known.setdefault(tensor.numel(), []).append(_length([tensor]))
-    near = 1e3 * LIMITS.get(floats(whole), HALF_LIMIT)
-    matches = [any(abs(norm - other) <= near * norm for other in known.get(size, ())) for _, size, norm in outputs]
+            known.setdefault(tensor.numel(), []).append(_marks(tensor))
+    near = LIMITS.get(floats(whole), HALF_LIMIT)
+    matches = [any(_alike(marks, other, near) for other in known.get(marks[0], ())) for _, marks in outputs]
     last = max((at for at, match in enumerate(matches) if match), default=-1)
     if last + 1 < len(outputs):
         path = outputs[last + 1][0]
@@ -271,3 +273,11 @@ def _located(outcome: Outcome, whole: Program, inputs: Results, outputs, model: 
         path = worst.removeprefix("grad.").rpartition(".")[0]
     module = dict(model.named_modules()).get(path, model)
     return replace(outcome, module=path or type(model).__name__, place=defined_at(module.forward))
+
+
+def _marks(tensor: Tensor) -> Marks:
+    return tensor.numel(), _length([tensor]), float(tensor.double().sum())
+
+
+def _alike(a: Marks, b: Marks, near: float) -> bool:
+    return a[0] == b[0] and max(abs(a[1] - b[1]), abs(a[2] - b[2])) <= 10 * near * a[1]

@@ -236,9 +236,10 @@ def _met(meeting: Meeting, comm: Comm) -> Tensor:
 
 
 def tensors_built_for(manifest: Manifest, batch: Mapping) -> dict[str, Tensor]:
-    """The tensors of a batch by flat names. Raises ArtifactError (`batch-mismatch`) for constants not the build's."""
+    """The tensors of a batch, nested or flat. Raises ArtifactError (`batch-mismatch`) for constants not the build's."""
+    tensors = tensors_of(batch)
     try:
-        given = flat(batch)
+        given = flat({name: value for name, value in batch.items() if name not in tensors})
     except ValueError as error:
         raise _mismatch([str(error)]) from error
     constants, built = constants_of(given), manifest.constants
@@ -246,7 +247,7 @@ def tensors_built_for(manifest: Manifest, batch: Mapping) -> dict[str, Tensor]:
              for name, value in constants.items() if name not in built or value != built[name]]  # fmt: skip
     if wrong:
         raise _mismatch(wrong)
-    return tensors_of(given)
+    return tensors | tensors_of(given)
 
 
 def _mismatch(problems: list[str]) -> ArtifactError:

@@ -42,10 +42,11 @@ def constants_of(exported: ExportedProgram) -> dict[Node, Known]:
     return known
 
 
-def evaluate(node: Node, known: dict[Node, Known]) -> Known:
-    """The value of a node, with every repeated dim stored once; None where it is not known or varies along two dims."""
+def evaluate(node: Node, known: dict[Node, Known], most: int = 0) -> Known:
+    """The value of a node, with every repeated dim stored once; None where it is not known, or has more than `most`
+    elements and varies along two dims."""
     if node not in known:
-        known[node] = _evaluate(node, known)
+        known[node] = _evaluate(node, known, most)
     return known[node]
 
 
@@ -97,13 +98,13 @@ def is_elementwise(target: torch._ops.OpOverload) -> bool:
     return torch.Tag.pointwise in target.tags or str(target) in UNTAGGED or target in CASTS
 
 
-def _evaluate(node: Node, known: dict[Node, Known]) -> Known:
+def _evaluate(node: Node, known: dict[Node, Known], most: int) -> Known:
     if not isinstance(node.meta.get("val"), Tensor) or node.op != "call_function":
         return None
     target = functional(node.target)
     if target is None or torch.Tag.nondeterministic_seeded in target.tags or target.namespace != "aten":
         return None
-    operands = [evaluate(operand, known) for operand in node.all_input_nodes]
+    operands = [evaluate(operand, known, most) for operand in node.all_input_nodes]
     if any(value is None for value in operands):
         return None
     shape = node.meta["val"].shape
@@ -113,7 +114,7 @@ def _evaluate(node: Node, known: dict[Node, Known]) -> Known:
         args = [[1] * len(shape) if isinstance(arg, (list, tuple)) else arg for arg in node.args]
         return target(*map_arg(tuple(args), known.get), **node.kwargs)
     pointwise = is_elementwise(target)
-    if pointwise and len(set().union(*map(_varying, operands))) > 1:
+    if pointwise and len(set().union(*map(_varying, operands))) > 1 and node.meta["val"].numel() > most:
         return None
     if not pointwise and max(n.meta["val"].numel() for n in (node, *node.all_input_nodes)) > COMPUTED:
         return None

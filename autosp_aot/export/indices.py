@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.constants import arguments, constants_of, evaluate
+from autosp_aot.export.constants import COMPUTED, arguments, constants_of, evaluate
 from autosp_aot.export.source import where
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ def refuse_indices(exported: ExportedProgram) -> None:
     known, problems = constants_of(exported), []
     for node in exported.graph.nodes:
         for size, index in _lookups(node):
-            value = evaluate(index, known) if isinstance(index, Node) else None
+            value = evaluate(index, known, COMPUTED) if isinstance(index, Node) else None
             if isinstance(value, Tensor) and value.numel() and value.dtype not in (torch.bool, torch.uint8):
                 low, high = int(value.min()), int(value.max())
                 if low < (0 if node.target is aten.embedding.default else -size) or high >= size:

@@ -1,4 +1,6 @@
+import os
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -68,6 +70,60 @@ def test_autocast_as_a_decorator_is_refused_although_torch_has_turned_it_off(ref
             return x * 2
 
     assert "error[autocast-device]: autocast for cuda is on" in refusal(CudaDecorated())
+
+
+# Decorators of a file that was imported before anyone watched.
+
+
+@torch.autocast("cuda", enabled=False)
+def off(x):
+    return x * 2
+
+
+@torch.amp.autocast(device_type="cuda", dtype=torch.bfloat16, enabled=False)
+def off_by_keywords(x):
+    return x * 2
+
+
+@torch.amp.autocast("cuda", torch.float16, False)
+def off_by_place(x):
+    return x * 2
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+
+    @torch.cuda.amp.autocast(enabled=False)
+    def off_for_cuda(x):
+        return x * 2
+
+    @torch.cuda.amp.autocast(False)
+    def off_for_cuda_by_place(x):
+        return x * 2
+
+    @torch.cuda.amp.autocast()
+    def on_for_cuda(x):
+        return x * 2
+
+    @torch.autocast("cuda", dtype=torch.bfloat16)
+    def on(x):
+        return x * 2
+
+    @torch.autocast("cuda", enabled=bool(os.sep))
+    def on_by_a_condition(x):
+        return x * 2
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("decorated", [off, off_by_keywords, off_by_place, off_for_cuda, off_for_cuda_by_place])
+def test_autocast_that_a_decorator_turns_off_is_off(captured, decorated, target):
+    captured(type("Decorated", (Model,), {"changed": lambda self, x: decorated(x)})(), target)
+
+
+@pytest.mark.parametrize("decorated", [on, on_for_cuda, on_by_a_condition])
+def test_autocast_that_a_decorator_turns_on_is_on(refusal, decorated):
+    said = refusal(type("Decorated", (Model,), {"changed": lambda self, x: decorated(x)})())
+    assert said.startswith("error[autocast-device]: autocast for cuda is on inside forward, and the target is cpu\n")
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])

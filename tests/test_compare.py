@@ -61,7 +61,7 @@ def test_a_dropped_collective_is_said_before_its_text(tiny2, saved, tmp_path):
     assert found.meaning == (
         "collective all_reduce of f64 in forward: 1 -> 0",
         "collective all_gather of f64 in forward: 0 -> 1",
-        "files that differ: body.0.program",
+        "files that differ: body.0.program, report.html",
     )
     changed = [line for line in found.text.splitlines() if line.startswith(("-  ", "+  "))]
     assert [line.partition(" = ")[2].partition("(")[0] for line in changed] == ["all_reduce", "all_gather"]
@@ -103,7 +103,7 @@ def test_an_evaluation_that_is_gone_is_said(tiny2, saved, tmp_path):
     other = replace(tiny2, manifest=manifest, evaluation=None).save(tmp_path / "b")
     assert compare(saved, other).meaning == (
         "evaluation program: yes -> no",
-        "files that differ: evaluate.body.0.program, evaluate.ranks.json, evaluate.whole.program",
+        "files that differ: evaluate.body.0.program, evaluate.ranks.json, evaluate.whole.program, report.html",
     )
 
 

@@ -10,7 +10,7 @@ from autosp_aot.cli import main
 from autosp_aot.errors import BuildError, Problem
 from examples import plain
 
-TINY = {"vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 256}
+TINY = {"vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 512}
 KINDS = {"parameters", "gradients", "optimizer", "kept", "working", "communication"}
 
 

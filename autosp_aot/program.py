@@ -5,7 +5,7 @@ A program describes all ranks at once. Where the ranks differ (a local size, a s
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from autosp_aot.placement import REPLICATE, Placement
@@ -102,10 +102,14 @@ class Instr:
     where: Where = Where()
     body: "Body | None" = None
     into: int | None = None
+    _refs: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def refs(self) -> list[str]:
         """Names of the tensor operands in the order they appear, repeats included."""
-        return [arg.name for arg in flatten((self.args, tuple(v for _, v in self.kwargs))) if isinstance(arg, Ref)]
+        if self._refs is None:  # found once: passes ask over and over
+            leaves = flatten((self.args, tuple(value for _, value in self.kwargs)))
+            object.__setattr__(self, "_refs", tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref)))
+        return list(self._refs)
 
     def values(self) -> list[Value]:
         return [out for out in self.outs if out is not None]

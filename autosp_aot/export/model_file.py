@@ -6,12 +6,11 @@
 Which dim of which input is the sequence is found by asking for two lengths and comparing shapes.
 """
 
-import ast
 import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.abc import ExecutionLoader
 from pathlib import Path
@@ -28,7 +27,6 @@ from autosp_aot.export.user_code import FAILURES, defined_at, raised_at, said
 from autosp_aot.export.watch import autocast_noted
 from autosp_aot.units import bytes_text
 
-Option = int | float | bool | str | None
 # Parameters that take more are never made while building.
 WEIGHTS_LIMIT_BYTES = 10**9
 
@@ -79,32 +77,8 @@ def read_model_file(path: str | Path) -> ModelFile:
     return ModelFile(module.build_model, module.example_batch, path.stem, digest)
 
 
-def parse_options(pairs: Iterable[str]) -> dict[str, Option]:
-    """`key=value` pairs as keyword arguments: numbers, True, False and None as such, all else as text."""
-    problems, options = [], {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            problems.append(
-                Problem(
-                    "option-malformed",
-                    f"{pair!r} is not key=value",
-                    "--set",
-                    "the key becomes the name of an argument of build_model",
-                    "write it as --set name=value",
-                )
-            )
-        elif key in options:
-            problems.append(Problem("option-malformed", f"{key} is set twice", "--set", fix="set it once"))
-        else:
-            options[key] = _scalar(value)
-    if problems:
-        raise BuildError(*problems)
-    return options
-
-
 def make_model(
-    model_file: ModelFile, options: Mapping[str, Option], seed: int = 0, weights: bool | None = None
+    model_file: ModelFile, options: Mapping[str, object], seed: int = 0, weights: bool | None = None
 ) -> nn.Module:
     """`build_model(**options)`: with initial weights from `seed` if they are under 1 GB, else of meta tensors.
 
@@ -140,7 +114,7 @@ def make_model(
         raise BuildError(_needs_weights(reading, failure, place)) from failure
 
 
-def _made(build: Callable, options: Mapping[str, Option], place: str) -> nn.Module:
+def _made(build: Callable, options: Mapping[str, object], place: str) -> nn.Module:
     try:
         with autocast_noted():
             return _checked_module(build(**options), place)
@@ -156,7 +130,7 @@ def _made(build: Callable, options: Mapping[str, Option], place: str) -> nn.Modu
         ) from error
 
 
-def _without_weights(build: Callable, options: Mapping[str, Option]) -> tuple[object, Weightless, Exception | None]:
+def _without_weights(build: Callable, options: Mapping[str, object]) -> tuple[object, Weightless, Exception | None]:
     """What build_model makes of parameters without values, the bytes they stand for, and what it raised instead."""
     with weightless() as counted, autocast_noted():
         try:
@@ -320,14 +294,6 @@ def _run(path: Path, source: bytes, name: str) -> ModuleType:
     finally:
         sys.path.remove(folder)
     return module
-
-
-def _scalar(text: str) -> Option:
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
 def ask_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> dict[str, Tensor | Constant]:

@@ -10,7 +10,7 @@ from autosp_aot.builder import build, build_file
 from autosp_aot.config import BuildConfig
 from autosp_aot.errors import BuildError
 from autosp_aot.export import model_file
-from autosp_aot.export.model_file import STUBS, parse_options
+from autosp_aot.export.model_file import STUBS
 from tests.export.mend import BATCH, DIMS, Model, made
 
 MODEL = """\
@@ -115,15 +115,6 @@ def test_a_missing_file_is_one_that_is_given(tmp_path):
     assert caught.value.problems[0].fix == "give the path of a Python file with build_model and example_batch"
     (tmp_path / "model.py").write_text(MODEL)
     assert build_file(tmp_path / "model.py", BuildConfig(2), 6, out=tmp_path / "out").is_dir()
-
-
-@pytest.mark.parametrize(("pairs", "fix", "mended"), [
-    (["width"], "write it as --set name=value", ["width=4"]), (["width=4", "width=8"], "set it once", ["width=8"]),
-])  # fmt: skip
-def test_an_option_is_written_once_as_name_and_value(pairs, fix, mended):
-    with pytest.raises(BuildError) as caught:
-        parse_options(pairs)
-    assert caught.value.problems[0].fix == fix and parse_options(mended)
 
 
 @pytest.mark.parametrize("dims", [None, {"tokens": 0, "labels": 1}, {"inputs": 1}])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from autosp_aot.errors import BuildError
-from autosp_aot.export.model_file import guess_sequence_dims, make_batch, make_model, parse_options, read_model_file
+from autosp_aot.export.model_file import guess_sequence_dims, make_batch, make_model, read_model_file
 
 MODEL = """\
 import torch
@@ -106,30 +106,6 @@ def test_a_file_that_cannot_be_imported_is_refused_with_its_line(model_file, tex
         f"  where  model.py:{line}\n"
         f"  why    {why}\n"
         "  fix    correct it: python must be able to run the file"
-    )
-
-
-def test_options_are_numbers_true_false_none_or_text():
-    pairs = ["a=1", "b=-2.5e-3", "c=True", "d=None", "e=bfloat16", "f=[1, 2]", "g=", "h=a=b", "i='1'", "j=1_000"]
-    assert parse_options(pairs) == {
-        "a": 1, "b": -2.5e-3, "c": True, "d": None, "e": "bfloat16", "f": "[1, 2]", "g": "", "h": "a=b", "i": "'1'",
-        "j": 1000,
-    }  # fmt: skip
-
-
-def test_malformed_options_are_refused_all_at_once():
-    assert refusal(parse_options, ["hidden", "a b=1", "x=1", "x=2"]) == (
-        "error[option-malformed]: 'hidden' is not key=value\n"
-        "  where  --set\n"
-        "  why    the key becomes the name of an argument of build_model\n"
-        "  fix    write it as --set name=value\n"
-        "error[option-malformed]: 'a b=1' is not key=value\n"
-        "  where  --set\n"
-        "  why    the key becomes the name of an argument of build_model\n"
-        "  fix    write it as --set name=value\n"
-        "error[option-malformed]: x is set twice\n"
-        "  where  --set\n"
-        "  fix    set it once"
     )
 
 

@@ -13,6 +13,7 @@ from autosp_aot.artifact_write import Artifact
 from autosp_aot.batches import Constant
 from autosp_aot.config import BuildConfig
 from autosp_aot.errors import BuildError, Problem
+from autosp_aot.export.keeping import left_alone
 from autosp_aot.export.user_code import said
 from autosp_aot.oracle import Built, EagerFailed, Outcome, compare
 from autosp_aot.undrawn import NotComparable, draws
@@ -84,28 +85,15 @@ def _built(artifact: Artifact) -> Built:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """When it ends parameters, buffers, gradients, modes and attributes are as before, and so is torch's generator."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    values = [(tensor, tensor.detach().clone()) for _, tensor in named]
+    """When it ends parameters, buffers, gradients, and whatever else forward keeps are as before; so are generators."""
+    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    inside = [(value, type(value)(value)) for _, held in attributes for value in held.values()
-              if type(value) in (list, dict)]  # fmt: skip
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), left_alone(model):
         try:
             for parameter in model.parameters():
                 parameter.grad = None
             yield
         finally:
-            for held, before in attributes:
-                held.clear()
-                held.update(before)
-            for value, before in inside:
-                value.clear()
-                value.extend(before) if isinstance(value, list) else value.update(before)
-            for module, mode in modes:
-                module.training = mode
             with torch.no_grad():
                 for tensor, before in values:
                     tensor.copy_(before)

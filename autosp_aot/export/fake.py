@@ -14,6 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# What copying raises of what cannot be copied.
+UNCOPYABLE = (TypeError, NotImplementedError, RuntimeError, AttributeError)
+
 
 class Weightless:
     """How many bytes the parameters of a model would have that is made of meta tensors."""
@@ -94,7 +97,11 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     before = {kind: copy._deepcopy_dispatch.get(kind) for kind in copied}
     copy._deepcopy_dispatch.update(copied)
     try:
-        return copy.deepcopy(module, memo)
+        return copy.deepcopy(module, dict(memo))
+    except UNCOPYABLE:  # a lock or a generator: copy and model share it
+        values = {id(value): value for part in module.modules() for value in vars(part).values()}
+        shared = {name: value for name, value in values.items() if _copied(value, dict(memo)) is value}
+        return copy.deepcopy(module, shared | memo)
     finally:
         for kind, way in before.items():
             copy._deepcopy_dispatch.pop(kind) if way is None else copy._deepcopy_dispatch.update({kind: way})
@@ -169,7 +176,7 @@ def _copied(value, memo: dict):
     tried = dict(memo)
     try:
         found = copy.deepcopy(value, tried)
-    except (TypeError, NotImplementedError, RuntimeError, AttributeError):
+    except UNCOPYABLE:
         return value
     _keep(tried, memo)
     return found

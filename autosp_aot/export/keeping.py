@@ -3,35 +3,37 @@
     blocks.0.steps          an attribute of a module
     blocks.0.history[2]     an element of a list
     blocks.0.scaled.count   what a function closes over
-    model.py: STEPS         a global name of a file that has classes of the model
+    Block.steps             an attribute of a class of the model's
+    model.py: STEPS         a global name of a file that has classes of the model, or of one that it imports
 """
 
 import contextlib
-import copy
 import functools
 import os
 import random
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from torch import Tensor, nn
 
+from autosp_aot.export.kept import CONTAINERS, is_leaf, keeper
 from autosp_aot.export.source import module_path
 from autosp_aot.export.user_code import OURS, STDLIB, TORCH
 
 # Of containers that are looked into; tables of a tokenizer hold no state.
 LARGEST = 1000
-PLAIN = (bool, int, float, str, type(None), Tensor)
 # What torch keeps in modules: tensors and modules have names of their own, the rest is no state of forward.
 TORCHS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place with something in it: its path, and the namespace, sequence or cell that holds it."""
+    """A place with something in it: its path, and the namespace, sequence, object or cell that holds it."""
 
     path: str
     owner: object
@@ -39,17 +41,23 @@ class Slot:
 
     @property
     def value(self):
-        return self.owner.cell_contents if isinstance(self.owner, types.CellType) else self.owner[self.key]
+        if isinstance(self.owner, types.CellType):
+            return self.owner.cell_contents
+        if isinstance(self.owner, type):
+            return vars(self.owner)[self.key]
+        return self.owner[self.key] if isinstance(self.owner, CONTAINERS) else getattr(self.owner, self.key)
 
     def put(self, value) -> None:
         if isinstance(self.owner, types.CellType):
             self.owner.cell_contents = value
-        elif not isinstance(self.owner, tuple):
+        elif isinstance(self.owner, (list, deque, dict)):
             self.owner[self.key] = value
+        elif not isinstance(self.owner, CONTAINERS):
+            setattr(self.owner, self.key, value)
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
-    """Every place of a model that holds a number, text, flag, tensor, list or mapping; nothing inside of large ones.
+    """Every place of a model with a number, text, tensor, container or the like; nothing inside of large containers.
 
     Parameters and buffers are left out.
     """
@@ -75,48 +83,63 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def global_slots(model: nn.Module) -> Iterator[Slot]:
-    """The same of the attributes of the user's classes of the model, and of global names of their files."""
+    """The same of the user's classes of the model, and of global names of their files and of those they import."""
     seen: set[int] = {id(module) for module in model.modules()}
-    for path, namespace in _namespaces(model).items():
-        for name in [name for name in namespace if not name.startswith("__")]:
-            if isinstance(namespace[name], (*PLAIN, list, dict)):
-                yield from _inside(Slot(f"{path}{name}", namespace, name), seen)
+    kinds = [kind for kind in dict.fromkeys(chain(*(type(m).__mro__ for m in model.modules()))) if _is_own(kind)]
+    for kind in kinds:
+        yield from _inside(Slot(kind.__qualname__, (kind,), 0), seen)
+    files = {kind.__module__: sys.modules[kind.__module__] for kind in kinds}
+    for file in (todo := list(files.values())):
+        for name, value in list(vars(file).items()):
+            home = value if isinstance(value, types.ModuleType) else sys.modules.get(getattr(value, "__module__", ""))
+            if _is_own(home) and home.__name__ not in files:
+                todo.append(files.setdefault(home.__name__, home))
+            if not name.startswith("__"):
+                yield from _inside(Slot(f"{os.path.basename(file.__file__)}: {name}", vars(file), name), seen)
 
 
 def _inside(slot: Slot, seen: set[int]) -> Iterator[Slot]:
     try:
-        value = slot.value
-    except ValueError:  # of a cell that nobody has filled
+        value, path = slot.value, slot.path
+    except (ValueError, AttributeError):  # of a cell that nobody has filled, or a slot of an object
         return
-    if isinstance(value, PLAIN):
+    if is_leaf(value):
         yield slot
         return
     if id(value) in seen:
         return
     seen.add(id(value))
-    path = slot.path
-    if isinstance(value, (list, tuple, dict)):
+    if isinstance(value, CONTAINERS):
         yield slot
-        keys = range(len(value)) if isinstance(value, (list, tuple)) else list(value)
-        for key in keys if len(keys) <= LARGEST else ():
-            yield from _inside(Slot(f"{path}[{key!r}]", value, key), seen)
+        keys = () if isinstance(value, (set, frozenset)) else value if isinstance(value, dict) else range(len(value))
+        inner = [Slot(f"{path}[{key!r}]", value, key) for key in keys] if len(keys) <= LARGEST else []
     elif isinstance(value, types.FunctionType):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
-            yield from _inside(Slot(f"{path}.{name}", cell, None), seen)
-        yield from _namespace(path, vars(value), seen)
+        cells = zip(value.__code__.co_freevars, value.__closure__ or ())
+        inner = [Slot(f"{path}.{name}", cell, None) for name, cell in cells] + _attributes(path, value)
+        inner += [Slot(path, (held,), 0) for held in (value.__defaults__, value.__kwdefaults__) if held]
     elif isinstance(value, types.MethodType):
-        yield from _inside(Slot(path, (value.__self__,), 0), seen)
+        inner = [Slot(path, (value.__self__,), 0)]
     elif isinstance(value, functools.partial):
-        yield from _inside(Slot(path, (value.func,), 0), seen)
-        yield from _inside(Slot(path, (value.args,), 0), seen)
-        yield from _inside(Slot(path, (value.keywords,), 0), seen)
-    elif hasattr(value, "__dict__") and _is_users(sys.modules.get(type(value).__module__)):
-        yield from _namespace(path, vars(value), seen)
+        inner = [Slot(path, (held,), 0) for held in (value.func, value.args, value.keywords)]
+    elif isinstance(value, (staticmethod, classmethod)):
+        inner = [Slot(path, (value.__func__,), 0)]
+    elif isinstance(value, type):
+        inner = _attributes(path, value) if _is_own(value) else []
+    elif isinstance(value, types.SimpleNamespace) or _is_users(sys.modules.get(type(value).__module__)):
+        inner = _attributes(path, value)
+    else:
+        inner = []
+    yield from chain.from_iterable(_inside(slot, seen) for slot in inner)
 
 
-def _namespace(path: str, names: dict, seen: set[int]) -> Iterator[Slot]:
-    for name in list(names):
-        yield from _inside(Slot(f"{path}.{name}", names, name), seen)
+def _attributes(path: str, owner: object) -> list[Slot]:
+    """The attributes of an object, in its namespace and in its __slots__."""
+    names = [name for name in getattr(owner, "__dict__", ()) if not name.startswith("__")]
+    slotted = [name for kind in type(owner).__mro__ for name in vars(kind).get("__slots__", ()) if name != "__dict__"]
+    namespace = owner if isinstance(owner, type) else vars(owner) if names else {}
+    return [Slot(f"{path}.{name}", namespace, name) for name in names] + [
+        Slot(f"{path}.{name}", owner, name) for name in slotted
+    ]
 
 
 def random_states() -> dict[str, tuple]:
@@ -127,53 +150,28 @@ def random_states() -> dict[str, tuple]:
 
 @contextlib.contextmanager
 def left_alone(model: nn.Module) -> Iterator[None]:
-    """When it ends, what forward changed outside of the model is as before: global names, and random modules."""
+    """When it ends, what forward keeps in the model or outside of it is as before, and so are random modules."""
     python, numpy = random.getstate(), np.random.get_state()
-    before = [(slot, slot.value) for slot in global_slots(model)]
-    held = [copy.copy(value) if isinstance(value, (list, dict)) else None for _, value in before]
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    before = [(slot, slot.value, keeper(slot.value)) for slot in chain(slots(model), global_slots(model))]
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        for (slot, value), contents in zip(before, held):
+        for held, names in attributes:
+            held.clear()
+            held.update(names)
+        for slot, value, restore in before:
+            restore()
             if slot.value is not value:
                 slot.put(value)
-            if isinstance(value, list):
-                value[:] = contents
-            elif isinstance(value, dict):
-                value.clear()
-                value.update(contents)
 
 
-class _Attributes(Mapping):
-    """The attributes of a class, which a class lets nobody set but itself."""
-
-    def __init__(self, kind: type):
-        self.kind = kind
-
-    def __getitem__(self, name: str):
-        return vars(self.kind)[name]
-
-    def __setitem__(self, name: str, value) -> None:
-        setattr(self.kind, name, value)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(vars(self.kind)))
-
-    def __len__(self) -> int:
-        return len(vars(self.kind))
-
-
-def _namespaces(model: nn.Module) -> dict[str, Mapping]:
-    """The user's classes of a model and the files they come from, by what their names begin with."""
-    found: dict[str, Mapping] = {}
-    for kind in dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__):
-        module = sys.modules.get(kind.__module__)
-        if _is_users(module) and f"{os.sep}site-packages{os.sep}" not in module.__file__:
-            found[f"{kind.__qualname__}."] = _Attributes(kind)
-            found[f"{os.path.basename(module.__file__)}: "] = vars(module)
-    return found
+def _is_own(owner: type | types.ModuleType | None) -> bool:
+    """Whether a module, or the one of a class, is a file of the user's own: of no installed package."""
+    module = sys.modules.get(owner.__module__) if isinstance(owner, type) else owner
+    return _is_users(module) and f"{os.sep}site-packages{os.sep}" not in module.__file__
 
 
 def _is_users(module: types.ModuleType | None) -> bool:

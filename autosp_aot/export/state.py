@@ -20,12 +20,13 @@ from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.diagnose import refuse_mutation
 from autosp_aot.export.eager import Trace, homes
 from autosp_aot.export.keeping import Slot, global_slots, left_alone, random_states, slots
+from autosp_aot.export.kept import FILLED, counting, fill, keeper, mark
 from autosp_aot.export.subject import Subject
 from autosp_aot.export.user_code import FAILURES, changed_at
 
 # Where schedules turn: all numbers that stand in the model's code and attributes, and these.
 ROUND = sorted({0, 720720, *(2**n for n in range(31)), *(k * 10**n for n in range(9) for k in (1, 2, 5))})
-LONGEST = 10**4  # of lists that grow
+ELEMENTS = re.compile(r"(\[[^\]]*\])+$")
 
 
 def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
@@ -79,15 +80,17 @@ class _Steps:
 
     def look(self) -> dict[str, object]:
         """What the model keeps, by path, such that what is the same compares equal."""
-        return {slot.path: self.trace.expression(slot.value) if isinstance(slot.value, Tensor) else _plain(slot.value)
+        return {slot.path: self.trace.expression(slot.value) if isinstance(slot.value, Tensor) else mark(slot.value)
                 for slot in self.slots()}  # fmt: skip
 
     def slots(self) -> Iterator[Slot]:
         return chain(slots(self.model), global_slots(self.model))
 
     def turned(self, paths: list[str], expression: int) -> list[str]:
-        """Those of `paths`, whose numbers and lengths go on changing, on which the loss depends after all."""
-        places = [slot for slot in self.slots() if slot.path in paths and type(slot.value) in (int, float, list)]
+        """Those of `paths`, whose numbers and lengths go on changing, on which the loss depends after all, or may."""
+        places = [slot for slot in self.slots() if slot.path in paths and not isinstance(slot.value, Tensor)]
+        if hidden := [slot.path for slot in places if not _counts(slot.value)]:
+            return hidden
         numbers = {slot.value for slot in self.slots() if type(slot.value) in (int, float)} | _literals(self.model)
         probes = sorted({n + d for n in numbers if abs(n) < 10**12 for d in (-1, 0, 1)} | set(ROUND))
         for probe in probes if places else ():
@@ -98,21 +101,28 @@ class _Steps:
 
     def _stays(self, places: list[Slot], probe: float, expression: int) -> bool:
         """Whether a step with these values, and the one after it, give the loss they gave."""
-        before, self.trace.answers = [(slot, slot.value) for slot in places], True
-        for slot, value in before:
-            slot.put((value * LONGEST)[: int(min(probe, LONGEST))] if type(value) is list else type(value)(probe))
+        places = sorted(places, key=lambda slot: isinstance(slot.value, FILLED))  # elements before what they are in
+        before, self.trace.answers = [(slot, slot.value, keeper(slot.value)) for slot in places], True
+        for slot, value, _ in before:
+            fill(value, counting(value, probe)) if isinstance(value, FILLED) else slot.put(counting(value, probe))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 return all(self.step()[1] == expression for _ in range(2))
         except (BuildError, *FAILURES):
             return False
         finally:
-            for slot, value in before:
+            for slot, value, restore in reversed(before):
+                restore()
                 slot.put(value)
 
 
-def _plain(value) -> object:
-    return len(value) if isinstance(value, (list, tuple, dict)) else (type(value), repr(value))
+def _counts(value) -> bool:
+    """Whether there are other values that a place can be given to see what depends on it."""
+    try:
+        counting(value, 1)
+    except TypeError:
+        return False
+    return True
 
 
 def _literals(model: nn.Module) -> set[float]:
@@ -130,7 +140,7 @@ def _literals(model: nn.Module) -> set[float]:
 
 def _kept(subject: Subject, paths: list[str]) -> BuildError:
     """The error for what is kept: the attributes, and the line that assigns each; or where two steps part."""
-    attributes = list(dict.fromkeys(re.sub(r"\[.*", "", path) for path in paths))
+    attributes = list(dict.fromkeys(ELEMENTS.sub("", path) for path in paths))
     why = "later steps compute with it, and a program does the same in every step"
     if not attributes:
         parted = _parted_at(subject) or subject.place
@@ -151,10 +161,16 @@ def _kept(subject: Subject, paths: list[str]) -> BuildError:
 def _look(model: nn.Module, attribute: str) -> Callable[[], object]:
     """A look at what a model keeps there, or will."""
     module, _, name = f"model.{attribute}".rpartition(".")
-    places = [slot for slot in chain(slots(model), global_slots(model)) if slot.path == attribute]
+    places = [slot for slot in chain(slots(model), global_slots(model)) if ELEMENTS.sub("", slot.path) == attribute]
     owner = dict(model.named_modules()).get(module)
-    value = lambda: places[0].value if places else vars(owner).get(name)  # noqa: E731
-    return lambda: _identity(value())
+    return lambda: [mark(_now(slot)) for slot in places] or mark(vars(owner).get(name))
+
+
+def _now(slot: Slot) -> object:
+    try:
+        return slot.value
+    except LookupError:
+        return None
 
 
 def _moved_at(subject: Subject, what: str) -> str:
@@ -187,18 +203,3 @@ def _parted_at(subject: Subject) -> str:
         steps.step()
         calls.append(steps.trace.calls)
     return next((place for (one, _), (other, place) in zip(*calls) if one != other), "")
-
-
-def _identity(value) -> object:
-    """What tells one value of a place from another, without reading a tensor."""
-    return _plain(value) if isinstance(value, (bool, int, float, str, list, dict)) else Same(value)
-
-
-class Same:
-    """Equal to what holds the very same object."""
-
-    def __init__(self, held: object):
-        self.held = held
-
-    def __eq__(self, other) -> bool:
-        return self.held is other.held

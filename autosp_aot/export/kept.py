@@ -1,0 +1,112 @@
+"""What a model can keep between steps beside tensors: how one value is told from another, and what others there are.
+
+    7, 0.5, np.int64(7), Fraction(7)     numbers                 any number
+    [a, b], deque, {..}, set, "text"     as long as they are     any length
+    np.zeros(3)                          their elements          any element
+    random.Random, itertools.count()     where they are          none that could be tried
+"""
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable
+from itertools import cycle, islice
+from numbers import Number
+from types import GeneratorType
+
+import numpy as np
+from torch import Tensor
+
+SEQUENCES = (list, tuple, deque, str, bytes, bytearray)
+FILLED = (list, deque, dict, set, bytearray)
+CONTAINERS = (*SEQUENCES[:3], dict, set, frozenset)
+RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
+LEAVES = (Number, str, bytes, bytearray, type(None), Tensor, np.ndarray, *RANDOM)
+LONGEST = 10**4  # of what grows
+LARGEST_BYTES = 2**20  # of arrays that are looked at
+
+
+def is_leaf(value) -> bool:
+    """Whether nothing is looked for inside of a value."""
+    return isinstance(value, LEAVES) or (hasattr(type(value), "__next__") and not hasattr(value, "__dict__"))
+
+
+def mark(value) -> object:
+    """What tells a value from others of its place; of a container its length, of what is not known here which it is."""
+    if isinstance(value, CONTAINERS):
+        return type(value), len(value)
+    if isinstance(value, np.ndarray):
+        return value.shape, value.tobytes() if value.nbytes <= LARGEST_BYTES else id(value)
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, RANDOM):
+        return repr(value.get_state() if hasattr(value, "get_state") else value.bit_generator.state)
+    if isinstance(value, GeneratorType):
+        names = {} if value.gi_frame is None else value.gi_frame.f_locals
+        return {name: mark(local) for name, local in names.items() if isinstance(local, (Number, str))}
+    if hasattr(type(value), "__next__"):
+        return _place(value)
+    return (type(value), repr(value)) if isinstance(value, LEAVES) and not isinstance(value, Tensor) else Same(value)
+
+
+def _place(iterator) -> object:
+    """Where an iterator is, as it says to whoever would copy it."""
+    try:
+        return repr(iterator.__reduce__()[1:])
+    except TypeError:
+        return repr(iterator)
+
+
+def counting(value, number: float):
+    """The value of the kind of `value` that counts `number`: that number, or so long. TypeError where there is none."""
+    if isinstance(value, np.ndarray):
+        return np.full_like(value, number)
+    if isinstance(value, Number):
+        return type(value)(number)
+    length = int(min(max(number, 0), LONGEST))
+    if isinstance(value, SEQUENCES) and value:
+        longer = islice(cycle(value), length) if isinstance(value, deque) else (value * length)[:length]
+        return deque(longer, value.maxlen) if isinstance(value, deque) else longer
+    if isinstance(value, (set, frozenset)):
+        return value | {object() for _ in range(length)}
+    if isinstance(value, dict) and value:
+        made = copy.copy(value)
+        made.update((object(), inside) for inside in islice(cycle(list(value.values())), length))
+        return made
+    raise TypeError(f"{type(value).__name__} does not count")
+
+
+def keeper(value) -> Callable[[], None]:
+    """What gives a value back the contents that it has now."""
+    if isinstance(value, random.Random):
+        state = value.getstate()
+        return lambda: value.setstate(state)
+    if isinstance(value, np.random.RandomState):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, np.random.Generator):
+        state = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", state)
+    if isinstance(value, np.ndarray):
+        before = value.copy() if value.nbytes <= LARGEST_BYTES else value
+        return lambda: np.copyto(value, before) if value.flags.writeable else None
+    if isinstance(value, FILLED):
+        contents = copy.copy(value)
+        return lambda: fill(value, contents)
+    return lambda: None
+
+
+def fill(value, contents) -> None:
+    """Put the contents of another container into one."""
+    value.clear()
+    value.extend(contents) if hasattr(value, "extend") else value.update(contents)
+
+
+class Same:
+    """Equal to what holds the very same object."""
+
+    def __init__(self, held: object):
+        self.held = held
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Same) and self.held is other.held

@@ -1,6 +1,7 @@
 """What forward reads a value of a tensor for, told by the statement that does: each kind has a way out of its own.
 
     assert (labels < V).all()             an assertion         torch._assert_async
+    if (labels >= V).any(): raise ...     an assertion
     self.log = loss.item()                a log                .detach()
     logits[mask]                          a boolean index      torch.where, and a sum
     x[: lengths.max()]                    a length             a mask
@@ -93,8 +94,8 @@ def _kind_of(chain: list[ast.AST]) -> str:
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         if isinstance(node, ast.Assert) or ASSERTIONS.search(called):
             return "assertion"
-        if isinstance(node, (ast.If, ast.While, ast.IfExp)) and inner is node.test:
-            return "branch"
+        if isinstance(node, (ast.If, ast.While, ast.IfExp)) and inner in (None, node.test):
+            return _kind_of_branch(node)
         if isinstance(node, (ast.Slice, ast.For)) or SIZED.search(called):
             return "length"
         if isinstance(node, (ast.JoinedStr, ast.Expr)) or LOGS.search(called):
@@ -106,6 +107,15 @@ def _kind_of(chain: list[ast.AST]) -> str:
         if isinstance(node, ast.Assign):
             return _kind_of_name(node, chain) if isinstance(node.targets[0], ast.Name) else "log"
     return kind
+
+
+def _kind_of_branch(node: ast.If | ast.While | ast.IfExp) -> str:
+    """What a branch is for that does nothing but raise, or write to a log; else a branch."""
+    body = node.body if isinstance(node, ast.If) and not node.orelse else []
+    if body and all(isinstance(step, ast.Raise) for step in body):
+        return "assertion"
+    logs = [isinstance(step, ast.Expr) and any(map(LOGS.search, _calls([step.value]))) for step in body]
+    return "log" if logs and all(logs) else "branch"
 
 
 def _kind_of_name(assigned: ast.Assign, chain: list[ast.AST]) -> str:

@@ -6,7 +6,6 @@
 
 import mmap
 from collections.abc import Iterator
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -61,32 +60,33 @@ def _one(a: str, b: str, parameters: dict[str, Tensor]) -> str:
 
 def _overlapping(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Pairs of names whose tensors have an element in common."""
-    by_storage: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        if tensor.layout is torch.strided and tensor.numel():
-            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(name)
-    for names in by_storage.values():
-        yield from ((a, b) for a, b in combinations(names, 2) if _overlap(tensors[a], tensors[b]))
+    dense = {name: tensor for name, tensor in tensors.items() if tensor.layout is torch.strided and tensor.numel()}
+    extents = {name: _extent(tensor) for name, tensor in dense.items()}
+    near: list[str] = []  # those before, by where they begin, that reach so far
+    for name in sorted(dense, key=extents.get):
+        space, first, _ = extents[name]
+        near = [other for other in near if extents[other][0] == space and extents[other][2] > first]
+        yield from ((other, name) for other in near if _overlap(dense[other], dense[name], first - extents[other][1]))
+        near.append(name)
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage have an element in common. Their bytes are laid over memory nobody uses."""
-    (first, end), (other_first, other_end) = (_extent(tensor) for tensor in (a, b))
-    if end <= other_first or other_end <= first:
-        return False
-    with mmap.mmap(-1, max(end, other_end)) as nothing:
+def _overlap(a: Tensor, b: Tensor, between: int) -> bool:
+    """Whether two tensors have an element in common, `b` so many bytes after `a`: laid over memory that nobody uses."""
+    (_, first, end), (_, other_first, other_end) = (_extent(tensor) for tensor in (a, b))
+    with mmap.mmap(-1, max(end - first, between + other_end - other_first)) as nothing:
         laid = [
-            np.ndarray((*t.shape, t.itemsize), np.uint8, nothing, t.storage_offset() * t.itemsize,
-                       (*(stride * t.itemsize for stride in t.stride()), 1))
-            for t in (a, b)
-        ]  # fmt: skip
+            np.ndarray((*t.shape, t.itemsize), np.uint8, nothing, at, (*(s * t.itemsize for s in t.stride()), 1))
+            for t, at in ((a, 0), (b, between))
+        ]
         found = np.shares_memory(*laid)
         laid.clear()
     return found
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its storage from which and to which a tensor reaches."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    first = tensor.storage_offset() * tensor.itemsize
-    return first, first + (last + 1) * tensor.itemsize
+def _extent(tensor: Tensor) -> tuple[str, int, int]:
+    """A memory, the byte of it where a tensor begins, and where it ends; each storage of meta tensors is one."""
+    storage, steps = tensor.untyped_storage(), zip(tensor.shape, tensor.stride())
+    start = 0 if tensor.is_meta else storage.data_ptr()
+    first = start + tensor.storage_offset() * tensor.itemsize
+    space = f"meta {storage._cdata}" if tensor.is_meta else str(tensor.device)
+    return space, first, first + (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.itemsize

@@ -13,6 +13,20 @@ class Asserted(Model):
         return x
 
 
+class Raised(Model):
+    def inner(self, x, labels):
+        if (labels >= V).any():  # here
+            raise ValueError("too large")
+        return x
+
+
+class Warned(Model):
+    def inner(self, x, labels):
+        if x.isnan().any():  # here
+            print("not a number")
+        return x
+
+
 class AssertedByTorch(Model):
     def inner(self, x, labels):
         torch._assert_async((labels < V).all())
@@ -135,7 +149,8 @@ class Stayed(Model):
 MENDS = [
     Mend("data-dependent", KINDS[kind][1], refused, mended)
     for kind, refused, mended in (
-        ("assertion", Asserted, AssertedByTorch), ("log", Logged, LoggedLater), ("log", Printed, LoggedLater),
+        ("assertion", Asserted, AssertedByTorch), ("assertion", Raised, AssertedByTorch),
+        ("log", Warned, LoggedLater), ("log", Logged, LoggedLater), ("log", Printed, LoggedLater),
         ("boolean index", Boolean, Masked), ("boolean index", Found, Masked), ("length", Cut, CutByMask),
         ("length", Looped, LoopedByMask), ("branch", Branch, Chosen), ("branch", BranchOfAName, Chosen),
         ("element", Element, Selected), ("number", Number, Scaled), ("number", List, Stayed),

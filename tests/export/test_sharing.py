@@ -1,5 +1,6 @@
 """One memory under two names: tied as eager ties it, or refused by name."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -40,6 +41,17 @@ class TwoOfOne(Plain):
 class OneTwice(Plain):
     def set_up(self):
         self.other = self.gain
+
+    def inner(self, x, labels):
+        return x * self.gain + self.other
+
+
+class OneArray(Plain):
+    """Two storages of one memory."""
+
+    def set_up(self):
+        array = np.linspace(0.5, 1.5, H)
+        self.gain, self.other = (nn.Parameter(torch.from_numpy(array)) for _ in range(2))
 
     def inner(self, x, labels):
         return x * self.gain + self.other
@@ -143,6 +155,7 @@ NOT_RUN = (
 MENDS = [
     Mend("parameters-overlap", AS_ONE.format("head.weight", "embedding.weight"), TiedByData, Tied),
     Mend("parameters-overlap", AS_ONE.format("other", "gain"), TwoOfOne, OneTwice),
+    Mend("parameters-overlap", AS_ONE.format("other", "gain"), OneArray, OneTwice),
     Mend("parameters-overlap", COMPUTE, PartOfAnother, PartInForward),
     *(Mend("parameter-viewed", IN_FORWARD, kind, ViewInForward) for kind in (View, ViewInAList, ViewAsBuffer)),
     Mend("parameter-unregistered", "make it an nn.Parameter, or call requires_grad_(False)", NoParameter, Registered),

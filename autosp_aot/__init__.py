@@ -5,8 +5,8 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "build": "autosp_aot.builder",
-    "initialize": "autosp_aot.runtime.engine",
+    "build": "autosp_aot.commands.build.builder",
+    "initialize": "autosp_aot.training.deepspeed.engine",
     "load": "autosp_aot.runtime.load",
 }
 

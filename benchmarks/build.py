@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from autosp_aot.artifact_read import read_bodies, read_manifest, read_whole
-from autosp_aot.builder import build_file
-from autosp_aot.collectives import collectives_of
-from autosp_aot.config import BuildConfig
-from autosp_aot.program import ITEMSIZE, PerRank, Program, Value, map_ints
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.read import read_bodies, read_manifest, read_whole
+from autosp_aot.commands.build.builder import build_file
+from autosp_aot.ir.program import ITEMSIZE, PerRank, Program, Value, map_ints
+from autosp_aot.proof.collectives import collectives_of
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 SHAPE = {

@@ -22,8 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from autosp_aot.builder import build_file
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import build_file
 
 LIMIT_S = 2.0
 LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 import autosp_aot
-from autosp_aot.artifact_read import read_bodies
-from autosp_aot.cost import curve
-from autosp_aot.plan_report import plan_text
-from autosp_aot.planning import Asked, Setting, sweep
-from autosp_aot.targets import DEVICES
+from autosp_aot.artifact.read import read_bodies
+from autosp_aot.commands.plan.planning import Asked, Setting, sweep
+from autosp_aot.commands.plan.report import plan_text
+from autosp_aot.memory.costs import curve
+from autosp_aot.targets.devices import DEVICES
 from benchmarks.build import MODEL, SHAPE
 from examples import llama
 from tests.storages import Storages

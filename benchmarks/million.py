@@ -15,8 +15,8 @@ from math import prod
 import torch
 import transformers as hf
 
-from autosp_aot.builder import compile_model
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.export.fake import weightless
 
 RANKS, SECONDS = 8, 120

@@ -7,9 +7,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-from autosp_aot.planning import Asked, Planner, Setting
-from autosp_aot.targets import DEVICES, GIB
-from autosp_aot.units import bytes_text, length_of
+from autosp_aot.commands.plan.planning import Asked, Planner, Setting
+from autosp_aot.ir.units import bytes_text, length_of
+from autosp_aot.targets.devices import DEVICES, GIB
 from benchmarks.build import MODEL, SHAPE
 
 SHAPES = {

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from autosp_aot.artifact_read import read_manifest
-from autosp_aot.builder import build_file
-from autosp_aot.config import BuildConfig
-from autosp_aot.runtime.groups import Group
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.read import read_manifest
+from autosp_aot.commands.build.builder import build_file
+from autosp_aot.runtime.comm import Group
 from autosp_aot.runtime.load import load
-from autosp_aot.runtime.save import save_weights
+from autosp_aot.runtime.weights_out import save_weights
 from benchmarks.build import MODEL, SHAPE
 
 LIMIT = 1.2

@@ -8,9 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from autosp_aot.builder import build_file
-from autosp_aot.compare import compare
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import build_file
+from autosp_aot.commands.diff import compare
 from autosp_aot.errors import AutospError
 
 ROOT = Path(__file__).resolve().parent.parent

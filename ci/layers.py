@@ -27,16 +27,16 @@ NEVER_REACHES = {
 }
 NEVER_IMPORTED = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
 NEVER_CALLED = ("eval", "exec", "compile", "__import__", "torch.load", "torch.save")
-READ_ENVIRONMENT = ("autosp_aot.runtime.groups", "autosp_aot.runtime.launch")
-IMPORT_LATE = ("autosp_aot", "autosp_aot.cli")
+READ_ENVIRONMENT = ("autosp_aot.runtime.comm", "autosp_aot.training.launch")
+IMPORT_LATE = ("autosp_aot", "autosp_aot.commands.cli")
 # Modules that know a package which need not be installed: only they may, and only late are they imported.
 BRIDGES = {
     "autosp_aot.export.hugging_face": "transformers",
-    "autosp_aot.runtime.engine": "deepspeed",
-    "autosp_aot.interchange.onnx_calls": "onnx",
-    "autosp_aot.interchange.onnx_file": "onnx",
-    "autosp_aot.interchange.onnx_graph": "onnx",
-    "autosp_aot.interchange.onnx_operators": "onnx",
+    "autosp_aot.training.deepspeed.engine": "deepspeed",
+    "autosp_aot.commands.interchange.onnx_calls": "onnx",
+    "autosp_aot.commands.interchange.onnx_file": "onnx",
+    "autosp_aot.commands.interchange.onnx_graph": "onnx",
+    "autosp_aot.commands.interchange.onnx_operators": "onnx",
 }
 
 

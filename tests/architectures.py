@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from autosp_aot.builder import capture_model
+from autosp_aot.commands.build.builder import capture_model
 from autosp_aot.export.subject import Subject
 from tests.exactness import eager
 from tests.steps import eager_loss, evaluation, losses, sharded, worst

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autosp_aot.placement import Placement
+from autosp_aot.ir.placement import Placement
 
 
 def parts(tensor: Tensor, placement: Placement, ranks: int) -> list[Tensor]:

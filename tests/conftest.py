@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autosp_aot.builder import compile_model
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import compile_model
 from examples import plain
 
 TINY = {"vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosp_aot.runtime.random import uniform
+from autosp_aot.ops.random import uniform
 
 aten = torch.ops.aten
 

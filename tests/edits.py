@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from autosp_aot.program import Instr, Program
+from autosp_aot.ir.program import Instr, Program
 
 
 def edit(program: Program, wanted: Callable[[Instr], bool], change: Callable[[Instr], list[Instr]]) -> Program:

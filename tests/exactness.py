@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autosp_aot.builder import model_values
-from autosp_aot.config import BuildConfig
-from autosp_aot.export.canonical import canonical_program
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import model_values
+from autosp_aot.export.canonical.canonical import canonical_program
 from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
+from autosp_aot.ir.program import Program
 from autosp_aot.passes.pipeline import compile_program
-from autosp_aot.program import Program
 from autosp_aot.runtime.simulate import simulate
 from examples import llama, plain
 

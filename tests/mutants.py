@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from autosp_aot.ir.placement import Bounds, Placement
+from autosp_aot.ir.program import Dtype, Instr, PerRank, Program, Ref, rename
 from autosp_aot.passes.release import release
-from autosp_aot.placement import Bounds, Placement
-from autosp_aot.program import Dtype, Instr, PerRank, Program, Ref, rename
 from tests.edits import edit, named
 
 Plant = Callable[[Program], Program]

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from autosp_aot.artifact import MANIFEST, sealed
+from autosp_aot.artifact.manifest import MANIFEST, sealed
 
 FILES = (
     "body.0.program", "buffers.safetensors", "checkpoint.json", "evaluate.body.0.program", "evaluate.ranks.json",

@@ -6,12 +6,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from autosp_aot.builder import Captured, capture_model, model_values
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import Captured, capture_model, model_values
 from autosp_aot.export.evaluation import capture_evaluation
 from autosp_aot.export.subject import Subject
+from autosp_aot.ir.program import Program
 from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
-from autosp_aot.program import Program
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
 from tests.exactness import difference, eager

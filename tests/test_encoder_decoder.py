@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from autosp_aot.passes.labels import Labels
+from autosp_aot.passes.analysis.labels import Labels
 from tests.steps import equal_to_eager, gathers
 
 T5 = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, dropout_rate=0.0,

@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from autosp_aot.builder import capture_model, compile_model
-from autosp_aot.check import check
-from autosp_aot.config import BuildConfig
-from autosp_aot.cost import costs
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import capture_model, compile_model
+from autosp_aot.commands.check.proof import check
+from autosp_aot.commands.show import show
 from autosp_aot.errors import ArtifactError, BuildError
-from autosp_aot.export.canonical import canonical_program, forward_part
+from autosp_aot.export.canonical.canonical import canonical_program, forward_part
 from autosp_aot.export.joint import capture_exported, export_forward
 from autosp_aot.export.subject import Subject
-from autosp_aot.report import show
-from autosp_aot.runtime.random import step_seed
+from autosp_aot.memory.costs import costs
+from autosp_aot.ops.random import step_seed
 from examples import llama, plain
 from tests.draws import Draws
+from tests.memory.test_memory import answers, compare
 from tests.steps import built, eager_loss, evaluation, losses
-from tests.test_memory import answers, compare
 from tests.test_randomness import BATCH, Model, model_of
 
 SEED = step_seed(3, 5)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autosp_aot.passes.rules import table
+from autosp_aot.sharding import table
 from examples import plain
 from tests.steps import equal_to_eager
 

@@ -3,8 +3,8 @@
 import pytest
 
 from autosp_aot.errors import ArtifactError
-from autosp_aot.program_text import parse_program, print_program
-from autosp_aot.verify import verify
+from autosp_aot.ir.text import parse_program, print_program
+from autosp_aot.ir.verify import verify
 
 LEGAL = """\
 autosp program 1

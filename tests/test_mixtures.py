@@ -5,17 +5,17 @@ import torch
 import transformers as hf
 
 import autosp_aot
-from autosp_aot.builder import compile_model
-from autosp_aot.check import check
-from autosp_aot.config import BuildConfig
-from autosp_aot.export.canonical import canonical_program
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import compile_model
+from autosp_aot.commands.check.numeric import check_numeric
+from autosp_aot.commands.check.proof import check
+from autosp_aot.export.canonical.canonical import canonical_program
 from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
-from autosp_aot.numeric import check_numeric
-from autosp_aot.operators import COLLECTIVES
+from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.passes.release import release
-from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.comm import Group
 from tests.architectures import SMALL
 from tests.exactness import eager
 from tests.steps import half_labelled, sharded, worst

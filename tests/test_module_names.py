@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autosp_aot.builder import build
-from autosp_aot.check import check
-from autosp_aot.interchange.onnx_file import write_onnx
-from autosp_aot.interchange.output import export_rank
-from autosp_aot.interchange.pt2_file import write_pt2
+from autosp_aot.commands.build.builder import build
+from autosp_aot.commands.check.proof import check
+from autosp_aot.commands.interchange.onnx_file import write_onnx
+from autosp_aot.commands.interchange.output import export_rank
+from autosp_aot.commands.interchange.pt2_file import write_pt2
 from tests.steps import equal_to_eager, half_labelled
 
 V, H = 64, 16

@@ -8,19 +8,19 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import nn
 
-from autosp_aot.artifact_read import read_rank
-from autosp_aot.builder import build, model_values
-from autosp_aot.check import check
-from autosp_aot.config import BuildConfig
-from autosp_aot.derive import derive
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.read import read_rank
+from autosp_aot.commands.build.builder import build, model_values
+from autosp_aot.commands.check.proof import check
 from autosp_aot.errors import ArtifactError
-from autosp_aot.export.canonical import canonical_program
+from autosp_aot.export.canonical.canonical import canonical_program
 from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
+from autosp_aot.ir.program import PerRank
+from autosp_aot.ops.random import step_seed
 from autosp_aot.passes.pipeline import Compiled, compile_program
-from autosp_aot.program import PerRank
+from autosp_aot.proof.derive import derive
 from autosp_aot.runtime.execute import DTYPES
-from autosp_aot.runtime.random import step_seed
 from autosp_aot.runtime.simulate import simulate
 from tests.architectures import GPT2
 from tests.draws import Draws

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autosp_aot.cost import moved
+from autosp_aot.memory.costs import moved
 from autosp_aot.passes.pipeline import Compiled
 from examples import plain
 from tests.steps import equal_to_eager, gathers

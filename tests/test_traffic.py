@@ -16,16 +16,16 @@ import torch
 import transformers as hf
 from torch import nn
 
-from autosp_aot.collectives import collectives_of
-from autosp_aot.config import BuildConfig
-from autosp_aot.export.canonical import canonical_program
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.export.canonical.canonical import canonical_program
 from autosp_aot.export.fake import weightless
 from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
-from autosp_aot.operators import COLLECTIVES
+from autosp_aot.ir.operators import COLLECTIVES
+from autosp_aot.ir.placement import disjoint
+from autosp_aot.ir.program import ITEMSIZE, TILE, Instr, Program, Value
 from autosp_aot.passes.pipeline import compile_program
-from autosp_aot.placement import disjoint
-from autosp_aot.program import ITEMSIZE, TILE, Instr, Program, Value
+from autosp_aot.proof.collectives import collectives_of
 
 LENGTH, HEADS, KV_HEADS, WIDTH, EXPERTS = 65536, 16, 4, 64, 8
 SMALL = dict(vocab_size=32000, hidden_size=HEADS * WIDTH, num_hidden_layers=1, use_cache=False, bos_token_id=1,

@@ -19,9 +19,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.reads import read_problem
 from autosp_aot.export.regions import MARKS
-from autosp_aot.export.routing_op import PRODUCTS
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.user_code import FAILURES, raised_at, said
+from autosp_aot.ops.expert_mm import PRODUCTS
 
 GROUPED = """sort topk's indices, count them with torch.histc, let nothing see that order but its inverse; or
 multiply with weight[ids] in torch operators (transformers: experts_implementation="batched_mm")"""

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.canonical import canonical_program, forward_part
+from autosp_aot.export.canonical.canonical import canonical_program, forward_part
 from autosp_aot.export.joint import Joint, capture_exported, export_forward
 from autosp_aot.export.state import refuse_state
 from autosp_aot.export.subject import Subject
 from autosp_aot.export.user_code import defined_at
-from autosp_aot.names import folded
-from autosp_aot.program import Program, rename
+from autosp_aot.ir.fold_names import folded
+from autosp_aot.ir.program import Program, rename
 
 
 def capture_evaluation(

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import _get_tied_weight_keys
 
-from autosp_aot.artifact import TensorSpec
-from autosp_aot.operators import DTYPES
-from autosp_aot.recipe import Piece, Place, Recipe, Stored, check_recipe, contiguous, whole
+from autosp_aot.artifact.checkpoint_layout import Piece, Place, Recipe, Stored, check_recipe, contiguous, whole
+from autosp_aot.artifact.manifest import TensorSpec
+from autosp_aot.ir.operators import DTYPES
 
 ATEN = torch.ops.aten
 # Buffers that old checkpoints hold and models no longer read: what from_pretrained passes over (modeling_utils.py).

@@ -17,23 +17,23 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.attention import canonical_attention
-from autosp_aot.export.decompose import DECOMPOSITIONS
+from autosp_aot.export.attention.attention import canonical_attention
+from autosp_aot.export.canonical.decompose import DECOMPOSITIONS
+from autosp_aot.export.canonical.indices import refuse_indices
+from autosp_aot.export.canonical.randomness import refuse_random
 from autosp_aot.export.diagnose import (
     diagnosed,
     refuse_mutation,
     refuse_operators,
     refuse_other_gradients,
 )
+from autosp_aot.export.experts.routing import canonical_routing
 from autosp_aot.export.flags import eager_flags
 from autosp_aot.export.functions import Call, marked_functions, restore_functions
-from autosp_aot.export.indices import refuse_indices
 from autosp_aot.export.keeping import left_alone
 from autosp_aot.export.loss import LossOnly
 from autosp_aot.export.modules import refuse_modules
-from autosp_aot.export.randomness import refuse_random
 from autosp_aot.export.regions import SET_GRAD, Flat, flat_regions, spell_casts
-from autosp_aot.export.routing import canonical_routing
 from autosp_aot.export.sharing import refuse_shared
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.state import refuse_state

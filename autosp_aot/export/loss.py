@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autosp_aot.batches import Constant, nested
+from autosp_aot.artifact.batches import Constant, nested
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.user_code import defined_at
 

@@ -19,13 +19,13 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from autosp_aot.batches import Constant, constants_of, flat, tensors_of
+from autosp_aot.artifact.batches import Constant, constants_of, flat, tensors_of
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.fake import TooLarge, Weightless, at_most, weightless
 from autosp_aot.export.keeping import tensors_of as attributes_of
 from autosp_aot.export.user_code import FAILURES, defined_at, raised_at, said
 from autosp_aot.export.watch import autocast_noted
-from autosp_aot.units import bytes_text
+from autosp_aot.ir.units import bytes_text
 
 # Parameters that take more are never made while building.
 WEIGHTS_LIMIT_BYTES = 10**9

@@ -19,7 +19,7 @@ import torch
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch.fx import Graph, Interpreter, Node
 
-from autosp_aot.export.products import made
+from autosp_aot.export.attention.products import made
 
 aten = torch.ops.aten
 SET_GRAD = torch._C._set_grad_enabled

@@ -3,7 +3,7 @@
 from torch.fx import Node
 
 from autosp_aot.export.user_code import traced_at
-from autosp_aot.program import Where
+from autosp_aot.ir.program import Where
 
 PREFIX = "model."
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from autosp_aot.batches import Constant, constants_of, tensors_of
+from autosp_aot.artifact.batches import Constant, constants_of, tensors_of
 from autosp_aot.export.diagnose import diagnosed
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.keeping import buffer_slots, slots

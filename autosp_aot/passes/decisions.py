@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.passes.rules.spec import Strategy
-from autosp_aot.placement import Bounds
+from autosp_aot.ir.placement import Bounds
+from autosp_aot.sharding.spec import Strategy
 
 _DECISION = re.compile(r"(?:whole|cut factor (\d+) at (\w+)(?: inside (\d+))?)(?:, summands (\d+(?: \d+)*))?")
 _CUT = re.compile(r"\d+:\d+(?: \d+:\d+)*")

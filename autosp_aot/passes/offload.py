@@ -21,12 +21,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from autosp_aot.config import BuildConfig
-from autosp_aot.cost import flops, heaviest, peak_bytes, storages
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.ir.program import RECOMPUTED, Instr, Program, Ref, Value, rename
+from autosp_aot.memory.costs import flops, heaviest, peak_bytes, storages
+from autosp_aot.passes.inplace import reuse
+from autosp_aot.passes.keep.budget_error import too_small
 from autosp_aot.passes.release import release
-from autosp_aot.passes.reuse import reuse
-from autosp_aot.passes.too_small import too_small
-from autosp_aot.program import RECOMPUTED, Instr, Program, Ref, Value, rename
 
 # What a device computes while a byte goes over its link to the host: about half its peak in bf16 over 25 (PCIe 4) or 50
 # GB/s (PCIe 5), from the data sheets of A100, H100 and MI300X. Only the distances follow from it, never a number.

@@ -16,10 +16,10 @@ Method: list scheduling by what an instruction leaves alive (Sethi and Ullman 19
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autosp_aot.cost import Storages, heaviest
-from autosp_aot.operators import TILES
-from autosp_aot.passes.reuse import writable
-from autosp_aot.program import Instr, Program, values_of
+from autosp_aot.ir.operators import TILES
+from autosp_aot.ir.program import Instr, Program, values_of
+from autosp_aot.memory.costs import Storages, heaviest
+from autosp_aot.passes.inplace import writable
 
 # How far an instruction is moved at once, in instructions: several layers' parts between two collectives.
 REACH = 200

@@ -3,23 +3,23 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from autosp_aot.config import BuildConfig
-from autosp_aot.derive import derive
+from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.passes.early import compute_early
+from autosp_aot.ir.program import Program
+from autosp_aot.ir.verify import verify
+from autosp_aot.passes.early_backward import compute_early
+from autosp_aot.passes.inplace import reuse
+from autosp_aot.passes.keep.policy import plan
 from autosp_aot.passes.offload import offload
 from autosp_aot.passes.order import order
 from autosp_aot.passes.partition import Fallback, partition
-from autosp_aot.passes.plan import plan
 from autosp_aot.passes.query_rows import split_query_rows
 from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
-from autosp_aot.passes.reuse import reuse
-from autosp_aot.passes.rules.spec import Strategy
 from autosp_aot.passes.sections import only_section, split_sections
 from autosp_aot.passes.tile import tile
-from autosp_aot.program import Program
-from autosp_aot.verify import verify
+from autosp_aot.proof.derive import derive
+from autosp_aot.sharding.spec import Strategy
 
 
 @dataclass(frozen=True)

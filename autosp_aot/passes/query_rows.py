@@ -11,7 +11,7 @@ A vector of the score with a dim of heads and a dim of rows is reshaped likewise
 
 from dataclasses import replace
 
-from autosp_aot.program import Instr, Program, Ref, Value
+from autosp_aot.ir.program import Instr, Program, Ref, Value
 
 HEADS = "autosp.attention"
 ROWS = "autosp.attention_rows"

@@ -19,10 +19,10 @@ arXiv:2205.05198; AutoSP, ICLR 2026).
 from collections.abc import Collection
 from dataclasses import replace
 
-from autosp_aot.cost import flops, heaviest
-from autosp_aot.operators import COLLECTIVES
-from autosp_aot.passes.segments import QUADRATIC, numbered, segments
-from autosp_aot.program import RECOMPUTED, Instr, Program, rename
+from autosp_aot.ir.operators import COLLECTIVES
+from autosp_aot.ir.program import RECOMPUTED, Instr, Program, rename
+from autosp_aot.memory.costs import flops, heaviest
+from autosp_aot.passes.analysis.segments import QUADRATIC, numbered, segments
 
 COSTLY = (*COLLECTIVES, *QUADRATIC)
 GRADIENTS = tuple(f"{op}_backward" for op in QUADRATIC)

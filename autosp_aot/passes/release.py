@@ -6,7 +6,7 @@
 
 from dataclasses import replace
 
-from autosp_aot.program import Instr, Program, Ref, Section
+from autosp_aot.ir.program import Instr, Program, Ref, Section
 
 
 def release(program: Program) -> Program:

@@ -7,7 +7,7 @@
 
 from dataclasses import replace
 
-from autosp_aot.program import Instr, Program, Ref, Section, Value
+from autosp_aot.ir.program import Instr, Program, Ref, Section, Value
 
 BUCKET_BYTES = 32 * 2**20
 

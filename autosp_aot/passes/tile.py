@@ -15,15 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from autosp_aot.cost import costs
-from autosp_aot.operators import DTYPES, STRUCTURE, TILES, wide
-from autosp_aot.passes.labels import Labels, find_labels
-from autosp_aot.passes.release import release
-from autosp_aot.passes.rules.local import Local
-from autosp_aot.passes.rules.spec import Spec, Strategy
-from autosp_aot.passes.rules.table import spec_of
-from autosp_aot.placement import PARTIAL, REPLICATE, Placement, inside, joined
-from autosp_aot.program import (
+from autosp_aot.ir.operators import DTYPES, STRUCTURE, TILES, wide
+from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, inside, joined
+from autosp_aot.ir.program import (
     TILE,
     Body,
     Input,
@@ -35,6 +29,12 @@ from autosp_aot.program import (
     stands_for,
     with_refs,
 )
+from autosp_aot.memory.costs import costs
+from autosp_aot.passes.analysis.labels import Labels, find_labels
+from autosp_aot.passes.release import release
+from autosp_aot.sharding.local import Local
+from autosp_aot.sharding.spec import Spec, Strategy
+from autosp_aot.sharding.table import spec_of
 
 # What a region may hold beside what it reads and gives before `auto` slices it. As much as the summands it adds up may
 # always be held: smaller tiles would spend more time on adding up than they save room.

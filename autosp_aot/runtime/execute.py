@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autosp_aot import operators
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.moves import Move, Shard, joined, narrowed, places_of_tile
-from autosp_aot.operators import DTYPES, wide
-from autosp_aot.placement import PARTIAL
-from autosp_aot.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
-from autosp_aot.runtime import kernels, random
-from autosp_aot.runtime.host import Host
+from autosp_aot.ir import operators
+from autosp_aot.ir.operators import DTYPES, wide
+from autosp_aot.ir.placement import PARTIAL
+from autosp_aot.ir.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
+from autosp_aot.ir.transfers import Move, Shard, joined, narrowed, places_of_tile
+from autosp_aot.ops import kernels, random
+from autosp_aot.runtime.host_pool import Host
 
 OURS = kernels.OURS | {"autosp.uniform": random.uniform}
 

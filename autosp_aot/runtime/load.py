@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from autosp_aot.artifact import BUFFERS, EVALUATE, STEP, Manifest
-from autosp_aot.artifact_read import read_manifest, read_rank, read_tensors
+from autosp_aot.artifact.manifest import BUFFERS, EVALUATE, STEP, Manifest
+from autosp_aot.artifact.read import read_manifest, read_rank, read_tensors
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.operators import STRUCTURE, schema
-from autosp_aot.program import Program
-from autosp_aot.runtime.checkpoint import read_weights
+from autosp_aot.ir.operators import STRUCTURE, schema
+from autosp_aot.ir.program import Program
+from autosp_aot.ir.score_expr import check
+from autosp_aot.runtime.comm import Mesh, check_size
 from autosp_aot.runtime.execute import Executor
-from autosp_aot.runtime.groups import Mesh, check_size
 from autosp_aot.runtime.module import Comm, ShardedModel
-from autosp_aot.scores import check
+from autosp_aot.runtime.weights_in import read_weights
 
 
 def load(

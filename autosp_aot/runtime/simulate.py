@@ -6,7 +6,7 @@ Thousands of cases in seconds, where a process a rank takes seconds each. Progra
 import torch
 from torch import Tensor
 
-from autosp_aot.program import Program
+from autosp_aot.ir.program import Program
 from autosp_aot.runtime.execute import Exchange, Executor, Meeting, Run, Sum
 
 

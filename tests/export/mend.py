@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from autosp_aot.builder import build
+from autosp_aot.commands.build.builder import build
+from autosp_aot.commands.check.oracle import Built, compare
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.oracle import Built, compare
 
 V, H, S = 64, 16, 6
 DIMS = {"tokens": 1, "labels": 1}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from autosp_aot.builder import compile_model
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.errors import BuildError
 
 BATCH = {"tokens": torch.arange(10).reshape(2, 5) % 7}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from autosp_aot.builder import build, build_file
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import build, build_file
 from autosp_aot.errors import BuildError
 from autosp_aot.export import model_file
 from autosp_aot.export.model_file import STUBS

@@ -7,7 +7,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
 
-from autosp_aot.builder import build
+from autosp_aot.commands.build.builder import build
 from autosp_aot.errors import BuildError
 from autosp_aot.export import diagnose
 from autosp_aot.export.diagnose import refuse_other_gradients

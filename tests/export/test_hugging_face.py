@@ -19,14 +19,14 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from autosp_aot.artifact import TensorSpec
-from autosp_aot.builder import compile_model, model_values
-from autosp_aot.config import BuildConfig
-from autosp_aot.export.canonical import DTYPES
+from autosp_aot.artifact.checkpoint_layout import CONFIGS, Recipe, parse_recipe, print_recipe
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.manifest import TensorSpec
+from autosp_aot.commands.build.builder import compile_model, model_values
+from autosp_aot.export.canonical.canonical import DTYPES
 from autosp_aot.export.fake import weightless
 from autosp_aot.export.hugging_face import Moves, NotMoved, recipe_of
-from autosp_aot.recipe import CONFIGS, Recipe, parse_recipe, print_recipe
-from autosp_aot.runtime.save import joined
+from autosp_aot.runtime.weights_out import joined
 from tests.architectures import ARCHITECTURES, SMALL
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from autosp_aot.builder import build
+from autosp_aot.commands.build.builder import build
 from autosp_aot.errors import BuildError
 from tests.architectures import SMALL
 from tests.export.mend import line

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from autosp_aot.builder import build_file
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import build_file
 from autosp_aot.errors import BuildError
 from tests.export.mend import BATCH, H, Mend, Model, S, made, trains_as_eager
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from autosp_aot.builder import compile_model
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.errors import ArtifactError
+from autosp_aot.ir.text import print_program
 from autosp_aot.passes.decisions import read, written
 from autosp_aot.passes.partition import partition
 from autosp_aot.passes.pipeline import compile_program
-from autosp_aot.passes.rules.spec import Strategy
-from autosp_aot.program_text import print_program
+from autosp_aot.sharding.spec import Strategy
 from examples import llama, plain
 from tests.conftest import TINY
 

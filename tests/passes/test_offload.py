@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from autosp_aot.cost import costs, curve
-from autosp_aot.derive import derive
 from autosp_aot.errors import BuildError
+from autosp_aot.ir.text import parse_program, print_program
+from autosp_aot.ir.units import bytes_text
+from autosp_aot.ir.verify import verify
+from autosp_aot.memory.costs import costs, curve
 from autosp_aot.passes import offload as offload_pass
 from autosp_aot.passes.offload import IN_FLIGHT, stowed, worth_it
 from autosp_aot.passes.release import release
-from autosp_aot.program_text import parse_program, print_program
-from autosp_aot.units import bytes_text
-from autosp_aot.verify import verify
+from autosp_aot.proof.derive import derive
 from examples import llama, plain
+from tests.memory.test_memory import answers, compare
 from tests.mutants import planted
 from tests.steps import built, half_labelled, sharded
-from tests.test_memory import answers, compare
 
 HEAD = """\
 autosp program 1

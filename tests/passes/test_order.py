@@ -6,12 +6,12 @@ from functools import cache
 import pytest
 import torch
 
-from autosp_aot.cost import costs
-from autosp_aot.operators import COLLECTIVES
+from autosp_aot.ir.operators import COLLECTIVES
+from autosp_aot.ir.program import Program
+from autosp_aot.ir.text import parse_program, print_program
+from autosp_aot.memory.costs import costs
 from autosp_aot.passes.order import Node, order, schedule
 from autosp_aot.passes.release import release
-from autosp_aot.program import Program
-from autosp_aot.program_text import parse_program, print_program
 from autosp_aot.runtime.simulate import simulate
 from tests.architectures import ARCHITECTURES
 from tests.steps import built, half_labelled

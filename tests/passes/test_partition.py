@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from autosp_aot.builder import compile_model
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.errors import BuildError
 from autosp_aot.export.fake import weightless
+from autosp_aot.ir.program import Input, Instr, Program, Ref, Section, Value
+from autosp_aot.ir.text import print_program
 from autosp_aot.passes.partition import partition
-from autosp_aot.program import Input, Instr, Program, Ref, Section, Value
-from autosp_aot.program_text import print_program
 from examples import llama, plain
 
 BEFORE = Program(

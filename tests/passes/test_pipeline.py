@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from autosp_aot.config import BuildConfig
+from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.errors import ArtifactError
+from autosp_aot.ir.verify import verify
 from autosp_aot.passes import pipeline
 from autosp_aot.passes.pipeline import PIPELINE, compile_program
-from autosp_aot.verify import verify
 from tests.mutants import planted, released_too_early, without
 
 DIMS = {"input_ids": 1, "labels": 1}

@@ -5,23 +5,23 @@ from collections import Counter
 import pytest
 import torch
 
-from autosp_aot.builder import model_values
-from autosp_aot.config import BuildConfig
-from autosp_aot.derive import derive
-from autosp_aot.export.canonical import canonical_program
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.commands.build.builder import model_values
+from autosp_aot.export.canonical.canonical import canonical_program
 from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
-from autosp_aot.operators import COLLECTIVES
+from autosp_aot.ir.operators import COLLECTIVES
+from autosp_aot.ir.program import RECOMPUTED, Program
+from autosp_aot.ir.verify import verify
+from autosp_aot.passes.analysis.segments import segments
+from autosp_aot.passes.keep.policy import by_policy
 from autosp_aot.passes.partition import partition
 from autosp_aot.passes.pipeline import compile_program
-from autosp_aot.passes.plan import by_policy
 from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
 from autosp_aot.passes.sections import split_sections
-from autosp_aot.passes.segments import segments
-from autosp_aot.program import RECOMPUTED, Program
+from autosp_aot.proof.derive import derive
 from autosp_aot.runtime.simulate import simulate
-from autosp_aot.verify import verify
 from examples import llama
 
 LAYERS, RANKS = 3, 3

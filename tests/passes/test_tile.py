@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autosp_aot.artifact_read import read_bodies
-from autosp_aot.builder import compile_model
-from autosp_aot.check import check
-from autosp_aot.config import BuildConfig
-from autosp_aot.derive import derive
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.read import read_bodies
+from autosp_aot.commands.build.builder import compile_model
+from autosp_aot.commands.check.proof import check
 from autosp_aot.errors import ArtifactError
-from autosp_aot.placement import REPLICATE
-from autosp_aot.program import Instr, Program, Ref
-from autosp_aot.program_text import parse_program, print_program
-from autosp_aot.verify import verify
+from autosp_aot.ir.placement import REPLICATE
+from autosp_aot.ir.program import Instr, Program, Ref
+from autosp_aot.ir.text import parse_program, print_program
+from autosp_aot.ir.verify import verify
+from autosp_aot.proof.derive import derive
 from examples import llama
 from tests.steps import equal_to_eager, half_labelled
 

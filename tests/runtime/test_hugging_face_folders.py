@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from autosp_aot.builder import build
+from autosp_aot.commands.build.builder import build
 from autosp_aot.errors import ArtifactError
-from autosp_aot.runtime.checkpoint import read_weights
-from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.comm import Group
 from autosp_aot.runtime.load import load
+from autosp_aot.runtime.weights_in import read_weights
 from tests.architectures import ARCHITECTURES
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 import autosp_aot
-from autosp_aot.artifact_read import read_manifest
+from autosp_aot.artifact.read import read_manifest
 from autosp_aot.errors import ArtifactError
-from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.comm import Group
 from autosp_aot.runtime.load import check_operators
 from tests.edits import edit, named
 from tests.sealing import edit_text, reseal

@@ -7,7 +7,7 @@ from torch import nn
 
 import autosp_aot
 from autosp_aot.errors import ArtifactError
-from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.comm import Group
 from examples import plain
 
 SIZES = {"vocab_size": 8, "hidden_size": 4, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8, "dtype": "float64"}

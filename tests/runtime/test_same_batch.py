@@ -3,7 +3,7 @@ import torch
 
 from autosp_aot.errors import ArtifactError
 from autosp_aot.runtime import same_batch
-from autosp_aot.runtime.groups import Mesh
+from autosp_aot.runtime.comm import Mesh
 from autosp_aot.runtime.same_batch import check_same_batch
 from tests.threads import on_ranks
 

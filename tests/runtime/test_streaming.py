@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autosp_aot.artifact_read import read_manifest
-from autosp_aot.builder import build_file
-from autosp_aot.config import BuildConfig
-from autosp_aot.program import Value
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.read import read_manifest
+from autosp_aot.commands.build.builder import build_file
+from autosp_aot.ir.program import Value
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 ALLOWED = 1.2
@@ -23,9 +23,9 @@ LOADS = """
 import re, resource, sys
 from pathlib import Path
 import torch
-from autosp_aot.runtime.groups import Group
+from autosp_aot.runtime.comm import Group
 from autosp_aot.runtime.load import load
-from autosp_aot.runtime.save import save_weights
+from autosp_aot.runtime.weights_out import save_weights
 
 artifact, folder, out, allowed = sys.argv[1:]
 data = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -1,0 +1,244 @@
+"""An artifact read strictly: hashes, sizes, schema, parse, verify; nothing else in the folder is believed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from autosp_aot.artifact.batches import CONSTANTS
+from autosp_aot.artifact.checkpoint_layout import Recipe, parse_recipe
+from autosp_aot.artifact.config import checked_config
+from autosp_aot.artifact.manifest import (
+    BODY,
+    BUFFERS,
+    CHECKPOINT,
+    EVALUATE,
+    FORMAT,
+    MANIFEST,
+    RANKS,
+    REPORT,
+    STEP,
+    WEIGHTS,
+    WHOLE,
+    Evaluation,
+    Manifest,
+    TensorSpec,
+    no_evaluation,
+    sealed,
+    sha256_of,
+)
+from autosp_aot.errors import ArtifactError, BuildError, Problem
+from autosp_aot.ir.program import ITEMSIZE, Program
+from autosp_aot.ir.text import parse_program
+from autosp_aot.ir.verify import verify
+
+TARGETS = ("cpu", "cuda", "rocm")
+SECTIONS = {STEP: ("forward", "backward", "sum_gradients"), EVALUATE: ("evaluate",)}
+TEXT_LIMIT_BYTES = 512 * 2**20
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of an artifact, with the hash of every file checked. Raises ArtifactError."""
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        why = f"it has no {MANIFEST}"
+        raise _damaged("artifact-missing", f"{path} is not an artifact", why, "build one with autosp-aot build")
+    try:
+        text = _text(path / MANIFEST)
+        whole = json.loads(text)
+        found = whole["manifest"]
+        if text != sealed(found):
+            raise ValueError("its own hash does not match")
+        if found.get("format") != FORMAT:
+            raise ValueError(f"format {found.get('format')}, this version reads {FORMAT}")
+        manifest = _manifest(found)
+    except (ValueError, KeyError, TypeError, AttributeError, BuildError, RecursionError) as error:
+        raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
+    _check_files(path, manifest)
+    for kind in manifest.kinds:
+        if (count := len(_ranks(path, kind))) != manifest.ranks:
+            raise _damaged("ranks-damaged", f"{path / (kind + RANKS)} has {count} ranks", f"it is for {manifest.ranks}")
+    return manifest
+
+
+def _manifest(found: dict) -> Manifest:
+    names = {field.name for field in fields(Manifest)}
+    if set(found) != names:
+        raise ValueError(f"unexpected or missing keys: {sorted(set(found) ^ names)}")
+    for key in ("batch", "parameters", "buffers"):
+        found[key] = tuple(_tensor_spec(entry) for entry in found[key])
+    for key in ("trainable", "fallbacks"):
+        found[key] = tuple(found[key])
+    found["costs"]["moved"] = tuple(found["costs"]["moved"])
+    if found["evaluation"] is not None:
+        found["evaluation"] = _evaluation(found["evaluation"])
+    if not isinstance(found["ranks"], int) or found["ranks"] < 1:
+        raise ValueError("ranks is not a positive number")
+    if found["target"] not in TARGETS:
+        raise ValueError("no such target")
+    options = (found[key] for key in ("recompute", "memory_budget_bytes", "tile", "offload"))
+    checked_config(found["ranks"], found["target"], *options)
+    stored = {spec.name for spec in found["parameters"]}
+    if not {*found["aliases"].values(), *found["trainable"]} <= stored:
+        raise ValueError("an alias or a trainable name is no parameter")
+    dims = {spec.name: len(spec.shape) for spec in found["batch"]}
+    if not all(dim in range(dims[name]) for name, dim in found["sequence_dims"].items()):
+        raise ValueError("a sequence dim is no dim of the input")
+    for key in ("versions", "cuts", "decisions"):
+        if not all(isinstance(text, str) for text in found[key].values()):
+            raise ValueError(f"{key} are not texts")
+    if not all(type(value) in CONSTANTS for value in found["constants"].values()):
+        raise ValueError("constants are None, flags, numbers or texts")
+    if not {"autosp-aot", "torch"} <= set(found["versions"]):
+        raise ValueError("the versions of autosp-aot and torch are missing")
+    return Manifest(**found)
+
+
+def _evaluation(found: dict) -> Evaluation:
+    found["costs"]["moved"] = tuple(found["costs"]["moved"])
+    return Evaluation(**found | {"fallbacks": tuple(found["fallbacks"])})
+
+
+def _tensor_spec(entry: dict) -> TensorSpec:
+    spec = TensorSpec(**{**entry, "shape": tuple(entry["shape"])})
+    if spec.dtype not in ITEMSIZE or not all(isinstance(n, int) and n >= 0 for n in spec.shape):
+        raise ValueError(f"{spec.name} has no valid type")
+    return spec
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    required = {CHECKPOINT, BUFFERS, REPORT} | {kind + name for kind in manifest.kinds for name in (WHOLE, RANKS)}
+    allowed = lambda name: name in required | {WEIGHTS} or any(_is_body(kind, name) for kind in manifest.kinds)  # noqa: E731
+    strange = sorted(name for name in manifest.files if not allowed(name))
+    if strange:
+        raise _damaged("artifact-files", f"{path} lists {', '.join(strange)}", "no artifact has a file of that name")
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
+    odd = there ^ (required | set(manifest.files))
+    if odd:
+        what = f"{path} has missing or unexpected files: {', '.join(sorted(odd))}"
+        raise _damaged("artifact-files", what, "the manifest lists all files")
+    for name, digest in manifest.files.items():
+        if sha256_of(path / name) != digest:
+            raise _damaged("file-changed", f"{path / name} is not what was built", "its hash is not the manifest's")
+
+
+def _is_body(kind: str, name: str) -> bool:
+    return name.startswith(kind) and bool(BODY.fullmatch(name.removeprefix(kind)))
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > TEXT_LIMIT_BYTES:
+        raise _damaged("artifact-size", f"{path} is over {TEXT_LIMIT_BYTES} bytes", "no artifact has so long a text")
+    return path.read_text(encoding="utf-8")
+
+
+def read_whole(path: str | Path, kind: str = STEP) -> Program:
+    """The unsharded step of an artifact, or its unsharded evaluation."""
+    return _parsed(Path(path) / (kind + WHOLE), {}, 1)
+
+
+def read_recipe(path: str | Path, manifest: Manifest) -> Recipe:
+    """How a checkpoint of the model is read and written. Raises ArtifactError (`checkpoint-damaged`)."""
+    try:
+        return parse_recipe(_text(Path(path) / CHECKPOINT), manifest.parameters)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{Path(path) / CHECKPOINT} cannot be followed"
+        raise _damaged("checkpoint-damaged", what, str(error)) from error
+
+
+def read_rank(path: str | Path, rank: int, kind: str = STEP) -> Program:
+    """One rank's program, every constant filled in; verified. Raises ArtifactError."""
+    entries = _ranks(Path(path), kind)
+    program = _parsed(Path(path) / entries[rank]["body"], entries[rank]["constants"], len(entries))
+    _verify_rank(program, kind)
+    return program
+
+
+def read_program(path: str | Path, manifest: Manifest, rank: int, evaluation: bool = False) -> Program:
+    """The program of a rank that someone asked for. Raises ArtifactError (`no-such-rank`, `no-evaluation`)."""
+    if rank >= manifest.ranks:
+        why = f"the artifact has ranks 0 to {manifest.ranks - 1}"
+        raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path), why, "give another --rank"))
+    if evaluation and manifest.evaluation is None:
+        raise ArtifactError(no_evaluation(str(path)))
+    return read_rank(path, rank, EVALUATE if evaluation else STEP)
+
+
+def read_bodies(path: str | Path, kind: str = STEP) -> list[tuple[tuple[int, ...], Program]]:
+    """Each body with the ranks that run it; a constant holds the numbers of all ranks (of its own ranks, repeated)."""
+    entries = _ranks(Path(path), kind)
+    bodies: dict[str, list[int]] = {}
+    for rank, entry in enumerate(entries):
+        bodies.setdefault(entry["body"], []).append(rank)
+    found = []
+    for body, ranks in bodies.items():
+        names = entries[ranks[0]]["constants"]
+        if any(set(entries[rank]["constants"]) != set(names) for rank in ranks):
+            raise _damaged("ranks-damaged", f"ranks of {body} have different constants", "they share its names")
+        spread = [entries[rank if rank in ranks else ranks[0]]["constants"] for rank in range(len(entries))]
+        constants = {name: _of_all([constant[name] for constant in spread]) for name in names}
+        program = _parsed(Path(path) / body, constants, len(entries))
+        _verify_rank(program, kind)
+        found.append((tuple(ranks), program))
+    return found
+
+
+def _of_all(numbers: list[int | tuple[int, ...]]) -> tuple[int, ...]:
+    """A constant's numbers of all ranks, or of all their tiles."""
+    return tuple(n for own in numbers for n in (own if isinstance(own, tuple) else (own,)))
+
+
+def _verify_rank(program: Program, kind: str) -> None:
+    verify(program)
+    if tuple(section.name for section in program.sections) != SECTIONS[kind]:
+        raise _damaged("program-illegal", "a rank's program lacks a section", f"it has {', '.join(SECTIONS[kind])}")
+
+
+def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of an artifact. Raises ArtifactError."""
+    try:
+        return safetensors.torch.load_file(Path(path) / name)
+    except safetensors.SafetensorError as error:
+        raise _damaged("tensors-unreadable", f"{Path(path) / name} cannot be read", str(error)) from error
+
+
+def _ranks(path: Path, kind: str) -> list[dict]:
+    try:
+        entries = json.loads(_text(path / (kind + RANKS)))
+        if not isinstance(entries, list):
+            raise ValueError("it is no list of ranks")
+        for entry in entries:
+            if set(entry) != {"body", "constants"}:
+                raise ValueError("a rank has a body and constants")
+            entry["constants"] = {name: _number(n) for name, n in entry["constants"].items()}
+            if not _is_body(kind, entry["body"]) or not (path / entry["body"]).is_file():
+                raise ValueError(f"no body {entry['body']!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged("ranks-damaged", f"{path / (kind + RANKS)} cannot be read", str(error)) from error
+    return entries
+
+
+def _number(number: object) -> int | tuple[int, ...]:
+    """A constant as it is read: a number, or one for each tile."""
+    numbers = number if isinstance(number, list) else [number]
+    if not numbers or not all(type(n) is int for n in numbers):
+        raise ValueError("a constant is a whole number, or one for each tile")
+    return tuple(numbers) if isinstance(number, list) else number
+
+
+def _parsed(path: Path, constants: Mapping, ranks: int) -> Program:
+    try:
+        text = _text(path)
+    except UnicodeDecodeError as error:
+        raise _damaged("program-unreadable", f"{path} cannot be read", str(error)) from error
+    program = parse_program(text, constants)
+    if program.ranks != ranks:
+        raise _damaged("ranks-damaged", f"{path} is for {program.ranks} ranks", f"there are {ranks}")
+    return program
+
+
+def _damaged(code: str, what: str, why: str, fix: str = "build the artifact again") -> ArtifactError:
+    return ArtifactError(Problem(code, what, why=why, fix=fix))

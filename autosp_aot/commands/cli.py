@@ -1,0 +1,357 @@
+"""The command line: read flags, call one function, print, exit code. stdout is data, stderr is talk.
+
+Commands import what needs torch themselves, so that `--help` is immediate.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from autosp_aot.artifact.config import OFFLOAD, RECOMPUTE, checked_config
+from autosp_aot.errors import AutospError
+from autosp_aot.ir.units import bytes_of, length_of
+from autosp_aot.memory.training_state import OPTIMIZERS
+from autosp_aot.targets.devices import DEVICES, KINDS
+from autosp_aot.training.learning_rate import SCHEDULES, Schedule
+
+PATH = click.Path(path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
+OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
+POSITIVE = click.IntRange(min=1)
+NOT_NEGATIVE = click.FloatRange(min=0)
+IN_DEEPSPEED = ("accumulate", "lr", "warmup", "schedule", "min_lr", "weight_decay", "clip", "zero", "dump")
+CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class Units(click.ParamType):
+    """What `autosp_aot.ir.units` reads; with `many`, a list of it between commas, each once and in order."""
+
+    def __init__(self, name: str, read: Callable[[str], object], many: bool = False):
+        self.name, self.read, self.many = name, read, many
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        try:
+            found = [self.read(text) for text in (value.split(",") if self.many else [value])]
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return tuple(sorted(set(found))) if self.many else found[0]
+
+
+def _tiles(text: str) -> str | int:
+    if text in ("auto", "off"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not auto, off or a number of slices")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a number of ranks")
+    return int(text)
+
+
+SIZE = Units("size", bytes_of)
+
+
+class Commands(click.Group):
+    """The one place where an AutospError becomes text and an exit code; of `diff` all trouble is 2."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except AutospError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(2 if ctx.invoked_subcommand == "diff" else error.exit_code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="autosp-aot")
+def main() -> None:
+    """Compile a training model into one program a rank, each with its share of every sequence, and train with them.
+
+    Exit codes: 0 done, 2 the model or the command is refused, 3 the artifact is refused or does not fit.
+    """
+
+
+def _options(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]) -> dict[str, object]:
+    """`key=value` pairs; a value is a number, true, false, none or a JSON list where it reads as one, else text."""
+    options: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise click.BadParameter(f"{pair!r} is not key=value")
+        if key in options:
+            raise click.BadParameter(f"{key!r} is given twice")
+        options[key] = _value(text)
+    return options
+
+
+def _value(text: str) -> object:
+    if text.lower() in CONSTANTS:
+        return CONSTANTS[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+STEP_OPTIONS = (
+    click.option("--batch", type=POSITIVE, default=1, help="Sequences of a step."),
+    click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
+                 help="An option of build_model; may be repeated."),
+    click.option("--tile", type=Units("auto|off|n", _tiles), default="auto",
+                 help="Compute loss and MLP in slices of the sequence: as many as pay, none, or N."),
+    click.option("--offload", type=click.Choice(OFFLOAD), default="off",
+                 help="Kept values wait in host memory: none, those that the budget needs, all (host)."),
+)  # fmt: skip
+
+
+def step_options(command: Callable) -> Callable:
+    """The options that `build` and `plan` share."""
+    for option in reversed(STEP_OPTIONS):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("model", metavar="MODEL.py", type=EXISTING)
+@click.option("--sp", type=POSITIVE, required=True, help="Ranks that share every sequence.")
+@click.option("--seq", type=Units("length", length_of), default=4096, help="Tokens of a sequence; 128k is 131072.")
+@step_options
+@click.option("--recompute", type=click.Choice(RECOMPUTE),
+              help="What backward computes again. none: nothing. sac: all but attention. full: attention too. "
+                   "auto: what the budget needs.  [default: auto with --memory-budget, else sac]")
+@click.option("--memory-budget", type=SIZE, help="What parameters, gradients, activations and workspace of a rank may "
+              "take together, as 70GiB; optimizer state comes on top.")
+@click.option("-o", "--out", metavar="DIR", type=PATH, help="Where to write; default ./<model file stem>.sp<P>.")
+@click.option("--target", type=click.Choice(list(dict.fromkeys((*KINDS, *DEVICES)))),
+              help="What for: a kind of device, or a device, whose rates say what is worth computing again.  "
+                   "[default: the kind that torch finds here]")
+@click.option("--strict", is_flag=True, help="Refuse operators without a rule instead of computing them on every rank.")
+@click.option("--seed", type=int, default=0, help="Of the initial weights.")
+@click.option("--no-evaluation", is_flag=True, help="Build no program for the loss in eval mode.")
+@click.option("--no-weights", is_flag=True, help="Store no initial weights.")
+@click.option("--no-eager-check", is_flag=True,
+              help="Do not compare the build with steps of the model itself, where that takes seconds.")
+@click.option("--dump", metavar="DIR", type=PATH, help="Write what each pass makes, into a new folder.")  # fmt: skip
+def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str | int, offload: str,
+          recompute: str | None, memory_budget: int | None, out: Path | None, target: str | None,
+          strict: bool, seed: int, no_evaluation: bool, no_weights: bool, no_eager_check: bool,
+          dump: Path | None) -> None:  # fmt: skip
+    """Build an artifact from a model file; prints its path.
+
+    MODEL.py defines build_model(**options) -> nn.Module, whose forward returns the loss, and
+    example_batch(batch_size, seq_len) -> dict of the keyword inputs of forward.
+    """
+    from autosp_aot.artifact.read import read_manifest
+    from autosp_aot.commands.build.builder import build_file
+    from autosp_aot.commands.show import facts
+    from autosp_aot.runtime.comm import present_target
+
+    target = target or present_target()
+    config = checked_config(sp, target, recompute, memory_budget, tile, offload, strict, not no_evaluation)
+    path = build_file(model, config, seq, batch, options, out, seed, not no_weights, dump, not no_eager_check)
+    manifest = read_manifest(path)
+    for name, value in facts(manifest):
+        click.echo(f"{name + ':':<36}{value}", err=True)
+    if not manifest.has_weights:
+        click.echo("no weights stored: run needs --init-from", err=True)
+    click.echo(path)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL.py", type=EXISTING)
+@click.option("--sp", "sps", metavar="N,...", type=Units("numbers", _count, many=True), required=True,
+              help="Numbers of ranks that share every sequence.")
+@click.option("--seq", "seqs", metavar="LENGTH,...", type=Units("lengths", length_of, many=True), required=True,
+              help="Tokens of a sequence; 128k is 131072.")
+@step_options
+@click.option("--recompute", type=click.Choice(RECOMPUTE), default="auto", help="As of build; auto: what fits.")
+@click.option("--target", type=click.Choice(list(DEVICES)), default="a100-80", help="Whose memory and rates.")
+@click.option("--memory", type=SIZE, help="Of a device, as 80GiB.  [default: the target's]")
+@click.option("--reserve", type=SIZE, default="3GiB", help="Of it left to driver, allocator and all else.")
+@click.option("--dp", type=POSITIVE, default=1, help="Groups of ranks, each with sequences of its own.")
+@click.option("--zero", type=click.Choice(["0", "1"]), default="1",
+              help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
+@click.option("--accumulate", type=POSITIVE, default=1, help="Batches of each group in a step.")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw",
+              help="adamw: fp32 moments, and a master of narrower parameters. host: that, in host memory.")
+@click.option("--max-seq", "search", is_flag=True,
+              help="For each --sp find the longest sequence that fits: one 1/32 longer does not.")
+@click.option("--html", metavar="FILE", type=OUTPUT_FILE, help="Write peak against length and ranks as a page.")
+@click.option("--jobs", type=POSITIVE, default=2, help="Processes that lengths are shared out over.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
+def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, options: dict, tile: str | int,
+         offload: str, recompute: str, target: str, memory: int | None, reserve: int, dp: int, zero: str,
+         accumulate: int, optimizer: str, search: bool, html: Path | None, jobs: int,
+         as_json: bool) -> None:  # fmt: skip
+    """Say what a step would take on a rank, and what fits; writes no artifact.
+
+    For every --sp and every --seq: the peak and what it consists of, bytes moved, products computed again. Step times
+    are from data sheets, and have not been measured.
+    """
+    from autosp_aot.commands.plan.planning import Asked, Setting, sweep
+    from autosp_aot.commands.plan.report import plan_json, plan_page, plan_text
+
+    device = DEVICES[target]
+    memory = device.memory_bytes if memory is None else memory
+    if reserve >= memory:
+        raise click.UsageError("--reserve leaves nothing of --memory")
+    setting = Setting(device, memory, reserve, dp, int(zero), optimizer, recompute, tile, offload, accumulate)
+    points = sweep(Asked(model, batch, options, setting), sps, seqs, search, jobs)
+    if html is not None:
+        html.write_text(plan_page(points, setting), encoding="utf-8")
+    click.echo(json.dumps(plan_json(points)) if as_json else plan_text(points, setting))
+
+
+@main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--steps", type=POSITIVE, default=10, help="Steps to train.")
+@click.option("--dp", type=POSITIVE, default=1, help="Groups of ranks, each with sequences of its own.")
+@click.option("--accumulate", type=POSITIVE, default=1, help="Batches of each group in a step.")
+@click.option("--data", type=EXISTING, help="Text, a folder of text, or a .npy of token ids; default random tokens.")
+@click.option("--init-from", type=EXISTING, help="Weights: a Hugging Face folder, or a safetensors file.")
+@click.option("--lr", type=NOT_NEGATIVE, default=1e-3, help="AdamW's learning rate, the highest of a schedule.")
+@click.option("--warmup", type=click.IntRange(min=0), default=0, help="Steps in which it rises from 0 in a line.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), default="constant", help="And what it does then.")
+@click.option("--min-lr", type=NOT_NEGATIVE, default=0.0, help="Where cosine and linear end.")
+@click.option("--weight-decay", type=NOT_NEGATIVE, default=0.01, help="Of all parameters, as torch's AdamW.")
+@click.option("--clip", type=click.FloatRange(min=0, min_open=True),
+              help="The longest that the gradient may be, norms and biases included.  [default: any length]")
+@click.option("--zero", type=click.Choice(["0", "1"]), default="0",
+              help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
+@click.option("--deepspeed", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Train with DeepSpeed by this config: its optimizer, ZeRO, accumulation and clipping.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the order of the data, and of dropout.")
+@click.option("--eval-every", metavar="N", type=POSITIVE, help="After every N steps, print the loss of --eval-data.")
+@click.option("--eval-data", type=EXISTING, help="As --data, or as --batch-file where it ends in .safetensors.")
+@click.option("--eval-batches", type=POSITIVE, default=8, help="Of it, the same ones each time.")
+@click.option("--save", metavar="DIR", type=PATH, help="Write the weights at the end, as from_pretrained reads them.")
+@click.option("--metrics", metavar="FILE.jsonl", type=OUTPUT_FILE, help="Write a JSON line a step.")
+@click.option("--batch-file", metavar="FILE.safetensors", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Train on this batch, tensors by input name: one batch, or the rows of all batches of a step.")
+@click.option("--dump", metavar="FILE.safetensors", type=OUTPUT_FILE,
+              help="Write loss and gradients of the first step, and stop.")  # fmt: skip
+@click.pass_context
+def run(ctx: click.Context, artifact: Path, data: Path | None, batch_file: Path | None, eval_data: Path | None,
+        deepspeed: Path | None, zero: str, lr: float, schedule: str, warmup: int, min_lr: float,
+        **options) -> None:  # fmt: skip
+    """Train with an artifact: AdamW, or what a DeepSpeed config says; a line a step.
+
+    Starts dp x sp processes on this machine, or joins those that torchrun started. A step is `--dp` x `--accumulate`
+    batches of the shape that was built for; its gradient is that of the mean of their losses.
+    """
+    from autosp_aot.training import launch
+    from autosp_aot.training.loop import Training
+
+    if data is not None and batch_file is not None:
+        raise click.UsageError("--data and --batch-file exclude each other")
+    said = [option for option in IN_DEEPSPEED if ctx.get_parameter_source(option) is not ParameterSource.DEFAULT]
+    if deepspeed is not None and said:
+        names = ", ".join(f"--{option.replace('_', '-')}" for option in said)
+        raise click.UsageError(f"{names} and --deepspeed exclude each other: the config says it, or nobody")
+    if (options["eval_every"] is None) != (eval_data is None):
+        raise click.UsageError("--eval-every and --eval-data go together")
+    if options["save"] is not None and options["dump"] is not None:
+        raise click.UsageError("--dump stops before there is anything to --save")
+    if min_lr > lr:
+        raise click.UsageError("--min-lr is above --lr")
+    if min_lr and schedule == "constant":
+        raise click.UsageError("--min-lr is for --schedule cosine or linear")
+    rates = Schedule(lr, schedule, options["steps"], warmup, min_lr)
+    training = Training(artifact, schedule=rates, zero=int(zero), **options)
+    launch.run(training, data, batch_file, eval_data, deepspeed)
+
+
+@main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--rank", type=click.IntRange(min=0), default=0, help="Whose program to print.")
+@click.option("--evaluation", is_flag=True, help="Print the program for the loss in eval mode.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
+    """Print what an artifact moves and keeps, and a rank's program with its numbers filled in."""
+    from autosp_aot.commands import show as report
+
+    if as_json:
+        click.echo(json.dumps(report.show_json(artifact, rank, evaluation)))
+    else:
+        click.echo(report.show(artifact, rank, evaluation))
+
+
+@main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--numeric", is_flag=True, help="Then run all ranks against the unsharded step, on made-up inputs.")
+@click.option("--eager", metavar="MODEL.py", type=EXISTING,
+              help="Then take steps of SGD with the model itself, and with all ranks in one process.")
+@click.option("--steps", type=POSITIVE, default=2, help="Steps of --eager.")
+@click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
+              help="An option of build_model, for --eager; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
+def check(artifact: Path, numeric: bool, eager: Path | None, steps: int, options: dict, as_json: bool) -> None:
+    """Prove an artifact right for all ranks together, without running it."""
+    from autosp_aot.commands.check.eager import check_eager
+    from autosp_aot.commands.check.numeric import check_numeric
+    from autosp_aot.commands.check.proof import check as check_artifact
+
+    lines = check_artifact(artifact)
+    if numeric:
+        lines += check_numeric(artifact)
+    if eager is not None:
+        lines += check_eager(artifact, eager, options, steps)
+    click.echo(json.dumps(lines) if as_json else "\n".join(lines))
+
+
+@main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--format", "kind", type=click.Choice(["onnx", "pt2"]), required=True,
+              help="onnx: a graph to look at. pt2: an exported program that torch.export.load reads.")
+@click.option("--rank", type=click.IntRange(min=0), default=0, help="Whose program.")
+@click.option("--evaluation", is_flag=True, help="The program for the loss in eval mode.")
+@click.option("-o", "--out", metavar="FILE", type=OUTPUT_FILE,
+              help="Where to write; default <artifact>.rank<r>.<format> beside it.")  # fmt: skip
+def export(artifact: Path, kind: str, rank: int, evaluation: bool, out: Path | None) -> None:
+    """Write a rank's program in a format of others; prints the path."""
+    from autosp_aot.commands.interchange.output import export_rank
+    from autosp_aot.commands.optional_packages import need_package
+
+    if kind == "onnx":
+        need_package("onnx", "--format onnx")
+        from autosp_aot.commands.interchange.onnx_file import write_onnx as write
+    else:
+        from autosp_aot.commands.interchange.pt2_file import write_pt2 as write
+    click.echo(export_rank(artifact, rank, evaluation, out, kind, write))
+
+
+@main.command()
+@click.argument("artifact", metavar="DIR", type=PATH)
+@click.argument("value", metavar="VALUE")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(artifact: Path, value: str, as_json: bool) -> None:
+    """Say why a value is placed, moved, kept, computed again or gathered as it is.
+
+    VALUE is its name as show prints it, or a beginning or an end of it that no other value has.
+    """
+    from autosp_aot.commands.explain import explain as explain_value
+
+    found = explain_value(artifact, value)
+    click.echo(json.dumps(found.as_json) if as_json else found.text)
+
+
+@main.command()
+@click.argument("a", metavar="DIR_A", type=PATH)
+@click.argument("b", metavar="DIR_B", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
+    """Compare two artifacts: what changed in meaning, then the text. Exit code 0 same, 1 different, 2 trouble."""
+    from autosp_aot.commands.diff import compare
+
+    comparison = compare(a, b)
+    click.echo(json.dumps(comparison.as_json) if as_json else comparison.text)
+    ctx.exit(0 if comparison.same else 1)

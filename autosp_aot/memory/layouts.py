@@ -1,0 +1,159 @@
+"""What an instruction makes in memory: its results as meta tensors with true strides, and the storages they share.
+
+    %a: f32[4, 8]  = aten.mm.default(%x, %w)         [4, 8] strides (8, 1), a storage of 128 bytes
+    %t: f32[8, 4]  = aten.permute.default(%a, ..)    [8, 4] strides (1, 8), the storage of %a
+    %r: f32[32]    = aten.reshape.default(%t, [32])  [32]   strides (1),    a storage of its own: the reshape copies
+
+ATen's operators are run on meta tensors. Each layout is one tensor, so that equal calls are found by identity and a
+layer that has been seen before costs a look-up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from autosp_aot.ir.operators import COPIES, DTYPES, FACTORIES, MOVES, overload, wide
+from autosp_aot.ir.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
+from autosp_aot.ir.transfers import Move, Shard
+from autosp_aot.ops import workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The layout of each result (None where nobody uses it), and whose storage it lies in: a place among operands and,
+    after them, results.
+
+    `workspace_bytes` is what is needed beside the results while the instruction runs.
+    """
+
+    results: tuple[Tensor | None, ...]
+    owners: tuple[int, ...]
+    workspace_bytes: int
+
+
+class Layouts:
+    """The layouts of values on one target; asked for the same call twice it answers from memory.
+
+    `box` is the number of a rank's numbers among all, in a body of so many `tiles` that of a tile's.
+    """
+
+    def __init__(self, ranks: int, target: str):
+        self.ranks, self.target = ranks, target
+        self.known: dict[tuple, Tensor] = {}
+        self.calls: dict[tuple, Made] = {}
+
+    def of(self, value: Value, box: int) -> Tensor:
+        """The layout of a value that has no gaps."""
+        return self.one(torch.empty(self.local(value, box, 1).shape, dtype=DTYPES[value.dtype], device="meta"))
+
+    def made(
+        self, instr: Instr, tensors: Mapping[str, Tensor], values: Mapping[str, Value], box: int, tiles: int = 1
+    ) -> Made:
+        """What `instr` makes of operands with these layouts; `values` has their placements."""
+        if instr.into is not None:
+            return Made((tensors[instr.refs()[instr.into]],), (instr.into,), 0)
+
+        def filled(arg):
+            kind = type(arg)
+            if kind is Ref:
+                return tensors[arg.name]
+            if kind is tuple or kind is list:
+                return tuple(map(filled, arg))
+            return arg.values[box] if kind is PerRank else arg
+
+        args, kwargs = filled(instr.args), tuple((name, filled(value)) for name, value in instr.kwargs)
+        key = instr.op, args, kwargs, tuple(out and out.dtype for out in instr.outs)
+        if instr.op in MOVES:
+            ends = [out.placement for out in instr.values()] + [values[name].placement for name in instr.refs()]
+            key += (box, tiles, *ends)
+        found = self.calls.get(key)
+        if found is None:
+            operands = [leaf for leaf in flatten((args, [value for _, value in kwargs])) if isinstance(leaf, Tensor)]
+            if instr.op in MOVES and instr.op != "all_reduce":
+                source, target = values[instr.refs()[0]], instr.values()[0]
+                ends = self.local(source, box, tiles), self.local(target, box, tiles)
+                results, workspace_bytes = self._moved(instr.op, *ends, args[0], box, tiles)
+            else:
+                results, workspace_bytes = self._run(instr.op, args, dict(kwargs))
+                results = [_declared(result, out) for result, out in zip(results, instr.outs, strict=True)]
+            found = self.calls[key] = self._made(instr, operands, results, workspace_bytes)
+        return found
+
+    def local(self, value: Value, box: int, tiles: int) -> Value:
+        """The value as a rank has it, or a tile."""
+        number = lambda n: n.values[box * len(n.values) // (self.ranks * tiles)] if type(n) is PerRank else n  # noqa: E731
+        return replace(value, shape=tuple(map(number, value.shape)))
+
+    def one(self, tensor: Tensor) -> Tensor:
+        """The one tensor that stands for all of this layout."""
+        key = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), storage_bytes(tensor)
+        return self.known.setdefault(key, tensor)
+
+    def _moved(self, op: str, source: Value, target: Value, operand: Tensor, box: int, tiles: int):
+        if op == "shard":
+            return [Shard(source, target, box // tiles, box)(operand)], 0
+        return _move(Move(source, target, box, self.ranks), operand)
+
+    def _run(self, op: str, args: tuple, kwargs: dict) -> tuple[list[Tensor], int]:
+        """The results on meta tensors, and bytes needed beside them."""
+        if op == "all_reduce":
+            return _all_reduce(args)
+        if op.startswith("aten."):
+            return _aten(op, args, kwargs), 0
+        if op in COPIES:
+            return [args[0] if op == "wait" else torch.empty_like(args[0])], 0
+        return workspace.made(op, args, kwargs, self.target)
+
+    def _made(self, instr: Instr, operands: list[Tensor], results: list[Tensor], workspace_bytes: int) -> Made:
+        storages = [tensor.untyped_storage()._cdata for tensor in (*operands, *results)]
+        owners = tuple(storages.index(storage) for storage in storages[len(operands) :])
+        unused = {at for at, out in enumerate(instr.outs) if out is None}
+        workspace_bytes += sum(storage_bytes(results[at]) for at in unused if owners[at] == len(operands) + at)
+        layouts = tuple(None if at in unused else self.one(result) for at, result in enumerate(results))
+        return Made(layouts, owners, workspace_bytes)
+
+
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes of the storage that a tensor lies in."""
+    return tensor.untyped_storage().nbytes()
+
+
+def _declared(result: Tensor, out: Value | None) -> Tensor:
+    """The layout in the dtype that the target makes: meta kernels know one (statistics of a norm of half dtypes)."""
+    if out is None or result.dtype == DTYPES[out.dtype]:
+        return result
+    return torch.empty_like(result, dtype=DTYPES[out.dtype])
+
+
+def _move(move: Move, operand: Tensor) -> tuple[list[Tensor], int]:
+    """The buffer that is sent goes when another has been received, that one when the result is made of it."""
+    sent = 0 if move.packed_in_place(operand) else sum(move.send_sizes) * operand.itemsize
+    received = operand.new_empty(sum(move.receive_sizes))
+    result = move.unpack(received)
+    if move.in_place:
+        return [result], sent
+    dtype = wide(result.dtype)
+    added_up = result.numel() * dtype.itemsize if move.summing and dtype != result.dtype else 0
+    return [result], max(sent + storage_bytes(received) - storage_bytes(result), storage_bytes(received) + added_up)
+
+
+def _all_reduce(operands: tuple[Tensor, ...]) -> tuple[list[Tensor], int]:
+    """All lie in one buffer; in a narrower dtype than that of the sum they are copied out of it."""
+    dtype = operands[0].dtype
+    total = operands[0].new_empty(sum(t.numel() for t in operands), dtype=wide(dtype))
+    parts = total.split([t.numel() for t in operands])
+    results = [part.to(dtype).view(t.shape) for part, t in zip(parts, operands)]
+    return results, 0 if wide(dtype) == dtype else storage_bytes(total)
+
+
+def _aten(op: str, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The results of an operator of ATen on meta tensors."""
+    constant = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
+    args, kwargs = map_args(args, constant), {name: map_args(value, constant) for name, value in kwargs.items()}
+    if op in FACTORIES:
+        kwargs["device"] = "meta"
+    results = overload(op)(*args, **kwargs)
+    results = [results] if isinstance(results, Tensor) else results
+    return [torch.empty(0, device="meta") if result is None else result for result in results]

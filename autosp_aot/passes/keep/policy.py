@@ -1,0 +1,97 @@
+"""Which values forward keeps for backward: by policy, or by what a budget has room for.
+
+    none    all that backward reads
+    sac     the boundaries of segments, what attention and collectives make: neither is ever done twice
+    full    the boundaries alone
+    auto    what takes least time within the budget, chosen segment by segment; `sac` without a budget
+
+The last segment is always kept: backward begins there, and would compute it again while all else is alive.
+"""
+
+from collections.abc import Mapping
+
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.ir.operators import COLLECTIVES
+from autosp_aot.ir.program import Program
+from autosp_aot.memory.costs import peak_bytes
+from autosp_aot.passes.analysis.segments import QUADRATIC, segments
+from autosp_aot.passes.keep.budget_error import too_small
+from autosp_aot.passes.keep.knapsack import cheapest, tightest
+from autosp_aot.passes.keep.measure import measure
+from autosp_aot.passes.keep.rungs import TIERS, Choice, Ladder, Schedule, choices
+
+# Why a value is kept.
+CARRIES = "the forward pass goes on from it: what follows, up to the next such place, is computed again from it"
+SENT = "it comes from a collective, which would send it again"
+ATTENDED = "it comes from attention, whose cost is quadratic in the sequence"
+LAST = "it comes after the last layer, where backward begins"
+ROOM = "backward reads it, and there is room for it"
+
+KEEPS = {
+    "none": (CARRIES, SENT, ATTENDED, LAST, ROOM),
+    "sac": (CARRIES, SENT, ATTENDED, LAST),
+    "full": (CARRIES, LAST),
+}
+
+# What a solution takes in fact may be above what it was said to: so often it is solved again for less.
+ATTEMPTS = 4
+
+
+def plan(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int], schedule: Schedule) -> dict[str, str]:
+    """The values of forward that are kept, and why; some of them backward may not need.
+
+    What counts is what the program takes that `schedule` makes. Raises
+    BudgetTooSmall where the budget cannot be met.
+    """
+    if config.recompute == "auto" and config.memory_budget_bytes is not None:
+        kept = _within(program, config, sequence_dims, schedule)
+        return {name: why for name, why in reasons(program).items() if name in kept}
+    return by_policy(program, "sac" if config.recompute == "auto" else config.recompute)
+
+
+def by_policy(program: Program, policy: str) -> dict[str, str]:
+    """The values of forward that `none`, `sac` or `full` keeps, and why."""
+    return {name: why for name, why in reasons(program).items() if why in KEEPS[policy]}
+
+
+def reasons(program: Program) -> dict[str, str]:
+    """Why each value of forward would be kept, if it were."""
+    found = segments(program)
+    why = {}
+    for instr in program.section("forward").instrs:
+        reason = SENT if instr.op in COLLECTIVES else ATTENDED if instr.op in QUADRATIC else ROOM
+        why.update((out.name, reason) for out in instr.values())
+    why.update((out.name, LAST) for instr in found[-1].instrs for out in instr.values())
+    why.update((name, CARRIES) for segment in found for name in segment.boundary)
+    return why
+
+
+def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], schedule: Schedule) -> frozenset[str]:
+    """The values to keep for the fastest step that fits the budget."""
+    ladder = Ladder(program, config)
+    options = choices(ladder, measure(ladder, schedule), config.offload)
+    room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
+    wanted = room
+    for _ in range(ATTEMPTS):
+        within = (cheapest(_tier(options, *tier), wanted) for tier in TIERS)
+        found = next((found for found in within if found), None)
+        if found is None:
+            break
+        over = peak_bytes(schedule(_kept(found), config.offload), config.target) - room
+        if over <= 0:
+            return _kept(found)
+        wanted -= over
+    last = (_kept(tightest(options)), frozenset(by_policy(program, "full")))
+    tried = [(kept, schedule(kept, config.offload)) for kept in last]
+    kept, least = min(tried, key=lambda one: peak_bytes(one[1], config.target))
+    if peak_bytes(least, config.target) > room:
+        raise too_small(least, config, dims)
+    return kept
+
+
+def _tier(options: list[list[Choice]], rungs: tuple[str, ...], host: bool) -> list[list[Choice]]:
+    return [[choice for choice in some if choice.rung in rungs and (host or not choice.on_host)] for some in options]
+
+
+def _kept(found: list[Choice]) -> frozenset[str]:
+    return frozenset().union(*(choice.kept for choice in found))

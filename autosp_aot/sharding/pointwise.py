@@ -1,0 +1,63 @@
+"""Operators that work element by element, with broadcasting."""
+
+import torch
+
+from autosp_aot.ir.score_expr import UNTAGGED as SCORES
+from autosp_aot.sharding.spec import Axis, Spec
+
+# Elementwise operators that torch does not tag so.
+UNTAGGED = (
+    *SCORES, "aten._prelu_kernel.default", "aten._prelu_kernel_backward.default", "aten._to_copy.default",
+    "aten.elu_backward.default", "aten.empty_like.default", "aten.fill.Scalar", "aten.floor_divide.default",
+    "aten.floor_divide.Scalar", "aten.full_like.default", "aten.hardsigmoid_backward.default", "aten.hardswish.default",
+    "aten.hardswish_backward.default", "aten.hardtanh_backward.default", "aten.leaky_relu_backward.default",
+    "aten.masked_fill.Tensor", "aten.mish_backward.default", "aten.ones_like.default", "aten.softplus_backward.default",
+    "aten.zeros_like.default",
+)  # fmt: skip
+
+# Sets of operands that may be summands together: the operator is linear in them.
+LINEAR = {
+    "aten.add.Tensor": ((0, 1),),
+    "aten.sub.Tensor": ((0, 1),),
+    "aten.neg.default": ((0,),),
+    "aten.mul.Tensor": ((0,), (1,)),
+    "aten.mul.Scalar": ((0,),),
+    "aten.div.Tensor": ((0,),),
+    "aten.div.Scalar": ((0,),),
+}
+WIDENING = {("bf16", "f32"), ("f16", "f32"), ("bf16", "f64"), ("f16", "f64"), ("f32", "f64")}
+
+
+def pointwise(call) -> Spec | None:
+    """Every dim of the result is parallel; a dim of size one that is broadcast has no factor."""
+    if not _elementwise(call.instr.op) or len({out.shape for out in call.results}) != 1:
+        return None
+    shape = call.results[0].shape
+    result = tuple((Axis(dim),) for dim in range(len(shape)))
+    operands = []
+    for value in call.operands:
+        skipped = len(shape) - len(value.shape)
+        operands.append(
+            tuple(
+                () if size == 1 and shape[dim + skipped] != 1 else (Axis(dim + skipped),)
+                for dim, size in enumerate(value.shape)
+            )
+        )
+    return Spec(shape, frozenset(), tuple(operands), (result,) * len(call.results), linear=_linear(call))
+
+
+def _elementwise(op: str) -> bool:
+    if op in UNTAGGED:
+        return True
+    namespace, name, overload = op.split(".")
+    if namespace != "aten":
+        return False
+    overload = getattr(getattr(torch.ops.aten, name), overload)
+    return torch.Tag.pointwise in overload.tags and torch.Tag.nondeterministic_seeded not in overload.tags
+
+
+def _linear(call) -> tuple[tuple[int, ...], ...]:
+    op, operands = call.instr.op, call.operands
+    if op == "aten._to_copy.default":
+        return ((0,),) if (operands[0].dtype, call.results[0].dtype) in WIDENING else ()
+    return tuple(at for at in LINEAR.get(op, ()) if max(at) < len(operands))

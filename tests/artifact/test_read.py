@@ -1,0 +1,191 @@
+"""What is read is an artifact as it was built, and nothing else is believed."""
+
+from dataclasses import replace
+
+import pytest
+
+from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP
+from autosp_aot.artifact.read import read_bodies, read_manifest, read_rank
+from autosp_aot.errors import ArtifactError
+from tests.sealing import FILES, edit_ranks, edit_text, reseal
+
+
+def refusal(path, code: str) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(path)
+    assert [problem.code for problem in caught.value.problems] == [code]
+    return str(caught.value)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_changed_byte_is_refused(saved, name):
+    data = bytearray((saved / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (saved / name).write_bytes(bytes(data))
+    text = refusal(saved, "manifest-damaged" if name == MANIFEST else "file-changed")
+    assert str(saved / name) in text
+
+
+@pytest.mark.parametrize("at", [0, 10, -2])
+def test_a_byte_of_the_manifests_frame_is_refused_too(saved, at):
+    data = bytearray((saved / MANIFEST).read_bytes())
+    data[at] ^= 1
+    (saved / MANIFEST).write_bytes(bytes(data))
+    refusal(saved, "manifest-damaged")
+
+
+def test_a_changed_file_is_said_with_what_to_do(saved):
+    edited = saved / "whole.program"
+    edited.write_text(edited.read_text()[:-100])
+    assert refusal(saved, "file-changed") == (
+        f"error[file-changed]: {edited} is not what was built\n"
+        "  why    its hash is not the manifest's\n"
+        "  fix    build the artifact again"
+    )
+
+
+def test_an_extra_file_is_refused(saved):
+    (saved / "notes.txt").write_text("")
+    assert refusal(saved, "artifact-files") == (
+        f"error[artifact-files]: {saved} has missing or unexpected files: notes.txt\n"
+        "  why    the manifest lists all files\n"
+        "  fix    build the artifact again"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != MANIFEST])
+def test_a_missing_file_is_refused(saved, name):
+    (saved / name).unlink()
+    assert name in refusal(saved, "artifact-files")
+
+
+@pytest.mark.parametrize("name", ["buffers.safetensors", "whole.program", "report.html"])
+def test_a_file_that_no_manifest_may_leave_out_is_refused(saved, name):
+    (saved / name).unlink()
+    reseal(saved)
+    assert name in refusal(saved, "artifact-files")
+
+
+def test_a_folder_without_manifest_is_no_artifact(tmp_path):
+    assert refusal(tmp_path, "artifact-missing") == (
+        f"error[artifact-missing]: {tmp_path} is not an artifact\n"
+        "  why    it has no manifest.json\n"
+        "  fix    build one with autosp-aot build"
+    )
+
+
+# --- what is sealed and still not believed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"format": 1}, "format 1, this version reads 5"),
+    ({"surprise": 1}, "unexpected or missing keys: ['surprise']"),
+    ({"ranks": 0}, "ranks is not a positive number"),
+    ({"batch": [{"name": "x", "dtype": "complex", "shape": [1], "vocabulary": None}]}, "x has no valid type"),
+    ({"batch": [{"name": "x", "dtype": "f32", "shape": [-1], "vocabulary": None}]}, "x has no valid type"),
+])  # fmt: skip
+def test_a_manifest_of_another_kind_is_refused(saved, changes, why):
+    reseal(saved, **changes)
+    assert refusal(saved, "manifest-damaged") == (
+        f"error[manifest-damaged]: {saved / MANIFEST} cannot be trusted\n"
+        f"  why    {why}\n"
+        "  fix    build the artifact again"
+    )
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "code.py", "weights/../manifest.json"])
+def test_a_manifest_names_no_file_but_an_artifacts(saved, name):
+    (saved.parent / "outside").write_text("")
+    reseal(saved)
+    files = read_manifest(saved).files
+    reseal(saved, files=files | {name: files["ranks.json"]})
+    assert f"lists {name}" in refusal(saved, "artifact-files")
+
+
+@pytest.mark.parametrize("body", ["../a/body.0.program", "body.1.program", "whole.program", "/etc/hostname", 7])
+def test_a_rank_runs_a_body_of_its_artifact(saved, body):
+    edit_ranks(saved, lambda ranks: ranks[1].update(body=body))
+    assert "ranks.json cannot be read" in refusal(saved, "ranks-damaged")
+
+
+@pytest.mark.parametrize("body", ["body.0.program", "evaluate.body.1.program", "evaluate.whole.program"])
+def test_a_rank_evaluates_with_a_body_of_the_evaluation(saved, body):
+    edit_ranks(saved, lambda ranks: ranks[1].update(body=body), EVALUATE)
+    assert "evaluate.ranks.json cannot be read" in refusal(saved, "ranks-damaged")
+
+
+def test_a_step_has_the_sections_of_a_step_and_an_evaluation_its_own(saved):
+    step, evaluation = (saved / f"{kind}body.0.program" for kind in (STEP, EVALUATE))
+    texts = step.read_text(), evaluation.read_text()
+    tables = (saved / "ranks.json").read_text(), (saved / "evaluate.ranks.json").read_text()
+    step.write_text(texts[1])
+    evaluation.write_text(texts[0])
+    (saved / "ranks.json").write_text(tables[1].replace("evaluate.body", "body"))
+    (saved / "evaluate.ranks.json").write_text(tables[0].replace("body.0", "evaluate.body.0"))
+    reseal(saved)
+    for kind, sections in ((STEP, "forward, backward, sum_gradients"), (EVALUATE, "evaluate")):
+        with pytest.raises(ArtifactError, match=f"it has {sections}\n"):
+            read_rank(saved, 0, kind)
+
+
+def test_files_of_an_evaluation_that_the_manifest_denies_are_refused(saved):
+    reseal(saved, evaluation=None)
+    assert "lists evaluate.body.0.program, evaluate.ranks.json" in refusal(saved, "artifact-files")
+
+
+@pytest.mark.parametrize("change, what", [
+    (lambda ranks: ranks.pop(), "has 1 ranks"),
+    (lambda ranks: ranks.append(ranks[0]), "has 3 ranks"),
+    (lambda ranks: ranks[0].update(extra=1), "cannot be read"),
+    (lambda ranks: ranks[0].update(constants={"$0": 0.5}), "cannot be read"),
+    (lambda ranks: ranks.__setitem__(0, "body.0.program"), "cannot be read"),
+])  # fmt: skip
+def test_a_table_of_ranks_is_one_entry_a_rank(saved, change, what):
+    edit_ranks(saved, change)
+    assert what in refusal(saved, "ranks-damaged")
+
+
+def test_ranks_of_one_body_name_the_same_constants(saved):
+    edit_ranks(saved, lambda ranks: ranks[1]["constants"].update({"$9": 1}))
+    with pytest.raises(ArtifactError, match="ranks-damaged"):
+        read_bodies(saved)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("section backward", "section Backward("),
+    ("ranks 2", "ranks two"),
+    ("aten.embedding.default(", "aten.embedding.default(__import__, "),
+    ("f64[", "f80["),
+])  # fmt: skip
+def test_a_text_that_the_printer_would_not_write_is_refused(saved, old, new):
+    edit_text(saved, old, new)
+    with pytest.raises(ArtifactError, match=r"error\[program-syntax\]: line \d+ of a program cannot be read"):
+        read_rank(saved, 0)
+
+
+def test_a_truncated_program_is_refused_though_it_is_sealed(saved):
+    body = saved / "body.0.program"
+    body.write_text(body.read_text()[:2000])
+    reseal(saved)
+    with pytest.raises(ArtifactError, match="the text does not end with a line end"):
+        read_rank(saved, 0)
+
+
+def test_a_body_that_is_no_text_is_refused(saved):
+    (saved / "body.0.program").write_bytes(b"\xff\xfe")
+    reseal(saved)
+    with pytest.raises(ArtifactError, match="error.program-unreadable"):
+        read_rank(saved, 0)
+
+
+def test_a_body_for_another_number_of_ranks_is_refused(saved, tiny):
+    body = replace(tiny, buffers={}).save(saved.parent / "b") / "body.0.program"
+    constants = "\n".join(line for line in body.read_text().splitlines() if line.startswith("constants"))
+    names = constants.split(" ")[1:]
+    (saved / "body.0.program").write_text(body.read_text())
+    edit_ranks(saved, lambda ranks: [rank.update(constants=dict.fromkeys(names, 0)) for rank in ranks])
+    with pytest.raises(ArtifactError, match="body.0.program is for 3 ranks"):
+        read_rank(saved, 0)

@@ -1,6 +1,7 @@
 """What a user can cause, said as what / where / why / fix with a stable code."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,10 @@ def render(problems: tuple[Problem, ...]) -> str:
                 lines.append(f"  {label:<6} " + text.replace("\n", "\n         "))
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
+
+
+def need_package(name: str, what: str) -> None:
+    """Raise BuildError (`package-missing`) unless an optional package, the name of its extra too, is installed."""
+    if find_spec(name) is None:
+        missing = f"{what} needs the package {name}, which is not installed"
+        raise BuildError(Problem("package-missing", missing, fix=f"pip install autosp-aot[{name}]"))

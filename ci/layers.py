@@ -1,7 +1,4 @@
-"""Who may know whom: imports point one way, nothing evaluates text, only the launcher reads the environment.
-
-Imports are followed: a module that imports `artifact` also reaches all that `artifact` imports.
-"""
+"""Who may know whom: imports point one way, nothing evaluates text, only the launcher reads the environment."""
 
 import ast
 import sys
@@ -10,21 +7,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "autosp_aot"
-PACKAGES = ("transformers", "deepspeed", "onnx")  # need not be installed
+OPTIONAL = ("transformers", "deepspeed", "onnx")  # packages that need not be installed
 
-# What each part must not reach, directly or through others. A part is a module, or a package with all in it.
-NEVER_REACHES = {
-    "runtime": ("autosp_aot.export", "autosp_aot.passes", *PACKAGES),
-    "passes": ("autosp_aot.export", "autosp_aot.runtime", "torch.distributed", *PACKAGES),
-    "export": ("autosp_aot.passes", "autosp_aot.runtime", *PACKAGES),
-    **{
-        part: ("autosp_aot.export", "autosp_aot.passes", "autosp_aot.runtime", "torch.distributed")
-        for part in ("artifact", "artifact_read", "artifact_write", "program", "program_text", "placement", "operators",
-                     "verify", "cost", "collectives", "layouts", "moves", "workspace")
-    },
-    "interchange": ("autosp_aot.export", "autosp_aot.passes", *PACKAGES),
-    "cli": (*PACKAGES,),
-}
+# Each room, and the rooms it may import from: only such as stand above it.
+ROOMS = {
+    "errors": (),
+    "targets": (),
+    "ir": ("errors",),
+    "sharding": ("ir",),
+    "ops": ("ir",),
+    "memory": ("ir", "ops"),
+    "proof": ("errors", "ir", "sharding"),
+    "artifact": ("errors", "targets", "ir", "memory"),
+    "export": ("errors", "ir", "ops", "artifact"),
+    "passes": ("errors", "targets", "ir", "sharding", "memory", "proof", "artifact"),
+    "runtime": ("errors", "ir", "ops", "artifact"),
+    "training": ("errors", "ir", "artifact", "runtime"),
+    "commands": ("errors", "targets", "ir", "sharding", "ops", "memory", "proof", "artifact", "export", "passes",
+                 "runtime", "training"),
+    "__main__": ("commands",),
+}  # fmt: skip
+# Rooms that must not reach torch's process groups, directly or through others.
+WITHOUT_RANKS = ("ir", "sharding", "ops", "memory", "proof", "artifact", "passes")
 NEVER_IMPORTED = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
 NEVER_CALLED = ("eval", "exec", "compile", "__import__", "torch.load", "torch.save")
 READ_ENVIRONMENT = ("autosp_aot.runtime.comm", "autosp_aot.training.launch")
@@ -45,7 +49,8 @@ def main() -> int:
     trees = {module_name(path): ast.parse(path.read_text(), str(path)) for path in files}
     imports = {name: sorted(set(imported(tree, trees))) for name, tree in trees.items()}
     imports = {name: [n for n in names if not inside(n, BRIDGES.get(name, name))] for name, names in imports.items()}
-    problems = [*layers(imports), *(f"{name}: {said}" for name, tree in trees.items() for said in uses(name, tree))]
+    problems = [*rooms(imports), *reached(imports)]
+    problems += [f"{name}: {problem}" for name, tree in trees.items() for problem in uses(name, tree)]
     print("\n".join(problems), end="\n" if problems else "")
     return 1 if problems else 0
 
@@ -66,14 +71,33 @@ def imported(tree: ast.Module, modules) -> Iterator[str]:
                 yield name if name in modules or not name.startswith(PACKAGE) else node.module
 
 
-def layers(imports: dict[str, list[str]]) -> Iterator[str]:
-    for part, never in NEVER_REACHES.items():
-        starts = [name for name in imports if inside(name, f"{PACKAGE}.{part}")]
-        assert starts, f"there is no {part}"
-        for start in starts:
-            for way in ways(start, imports):
-                if forbidden(way[-1], never) and not forbidden(way[-2], never):
-                    yield " -> ".join(way)
+def rooms(imports: dict[str, list[str]]) -> Iterator[str]:
+    """Imports that the table of rooms does not have, and rooms that it lets look down."""
+    for at, (room, seen) in enumerate(ROOMS.items()):
+        yield from (f"ROOMS: {room} sees {below}, which does not stand above it" for below in seen
+                    if below not in list(ROOMS)[:at])  # fmt: skip
+    for module, names in imports.items():
+        room = room_of(module)
+        if room and room not in ROOMS:
+            yield f"{module}: ROOMS has no {room}"
+        for name in names:
+            if room in ROOMS and room_of(name) not in (None, room, *ROOMS[room]):
+                yield f"{module} -> {name}: {room} may not import {room_of(name)}"
+
+
+def room_of(module: str) -> str | None:
+    """The folder or file of the package that a module is in; None for the package itself and all others."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
+
+
+def reached(imports: dict[str, list[str]]) -> Iterator[str]:
+    """Chains of imports that end in a package that must not be reached."""
+    for start in imports:
+        never = (*OPTIONAL, "torch.distributed") if room_of(start) in WITHOUT_RANKS else OPTIONAL
+        for way in ways(start, imports):
+            if forbidden(way[-1], never) and not forbidden(way[-2], never):
+                yield " -> ".join(way)
 
 
 def forbidden(name: str, never: tuple[str, ...]) -> bool:

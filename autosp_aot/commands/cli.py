@@ -150,8 +150,8 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
     example_batch(batch_size, seq_len) -> dict of the keyword inputs of forward.
     """
     from autosp_aot.artifact.read import read_manifest
+    from autosp_aot.artifact.tables import facts
     from autosp_aot.commands.build.builder import build_file
-    from autosp_aot.commands.show import facts
     from autosp_aot.runtime.comm import present_target
 
     target = target or present_target()
@@ -276,12 +276,13 @@ def run(ctx: click.Context, artifact: Path, data: Path | None, batch_file: Path 
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
     """Print what an artifact moves and keeps, and a rank's program with its numbers filled in."""
-    from autosp_aot.commands import show as report
+    from autosp_aot.commands.show import show as show_text
+    from autosp_aot.commands.show import show_json
 
     if as_json:
-        click.echo(json.dumps(report.show_json(artifact, rank, evaluation)))
+        click.echo(json.dumps(show_json(artifact, rank, evaluation)))
     else:
-        click.echo(report.show(artifact, rank, evaluation))
+        click.echo(show_text(artifact, rank, evaluation))
 
 
 @main.command()
@@ -318,7 +319,7 @@ def check(artifact: Path, numeric: bool, eager: Path | None, steps: int, options
 def export(artifact: Path, kind: str, rank: int, evaluation: bool, out: Path | None) -> None:
     """Write a rank's program in a format of others; prints the path."""
     from autosp_aot.commands.interchange.output import export_rank
-    from autosp_aot.commands.optional_packages import need_package
+    from autosp_aot.errors import need_package
 
     if kind == "onnx":
         need_package("onnx", "--format onnx")

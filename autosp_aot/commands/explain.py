@@ -14,7 +14,7 @@ from autosp_aot.artifact.read import read_bodies, read_manifest, read_whole
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.fold_names import folded
 from autosp_aot.ir.operators import COLLECTIVES, COPIES, FREE, MOVES
-from autosp_aot.ir.placement import Placement, received_bytes
+from autosp_aot.ir.placement import Placement
 from autosp_aot.ir.program import (
     ITEMSIZE,
     RECOMPUTED,
@@ -28,6 +28,7 @@ from autosp_aot.ir.program import (
     stands_for,
     values_of,
 )
+from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.ir.units import bytes_text
 from autosp_aot.memory.costs import flops, heaviest
 from autosp_aot.passes import decisions

@@ -6,14 +6,19 @@
 Nothing is copied where parts lie one after the other in memory already: here what is received is the target.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
 import torch
 from torch import Tensor
 
 from autosp_aot.ir.operators import wide
-from autosp_aot.ir.placement import PARTIAL, common, transfers
+from autosp_aot.ir.placement import PARTIAL, REPLICATE, Cut, Placement, disjoint
 from autosp_aot.ir.program import Value
 
-Box = tuple[tuple[int, int, int], ...]
+Interval = tuple[int, int]
+Box = tuple[tuple[int, int, int], ...]  # (dim, start, stop) of each dim that is cut
 
 
 class Move:
@@ -40,7 +45,7 @@ class Move:
         if self.packed_in_place(tensor):
             return tensor.view(-1)
         buffer = tensor.new_empty(sum(self.send_sizes))
-        joined(buffer, [narrowed(tensor, box) for box in self.sends])
+        join_into(buffer, [narrowed(tensor, box) for box in self.sends])
         return buffer
 
     def unpack(self, received: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ class Shard:
         return (parts[0] if parts else tensor.narrow(self.dim, 0, 0)).contiguous()
 
 
-def joined(buffer: Tensor, parts: list[Tensor]) -> None:
+def join_into(buffer: Tensor, parts: list[Tensor]) -> None:
     """Copy parts into a buffer one after the other."""
     for place, part in zip(buffer.split([part.numel() for part in parts]), parts):
         place.view(part.shape).copy_(part)
@@ -104,3 +109,113 @@ def narrowed(tensor: Tensor, box: Box) -> Tensor:
     for dim, start, stop in box:
         tensor = tensor.narrow(dim, start, stop - start)
     return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a value that goes from one rank to another: (dim, start, stop) of each dim that is cut on either side.
+
+    In coordinates of the whole; what is not named goes whole.
+    """
+
+    box: Box
+
+    def elements(self, shape: tuple[int, ...]) -> int:
+        """How many elements of a value of this whole shape it holds."""
+        count = prod(shape)
+        for dim, start, stop in self.box:
+            count = count // shape[dim] * (stop - start)
+        return count
+
+    def local(self, placement: Placement, extents: tuple[int, ...], rank: int) -> Box:
+        """The same part in coordinates of rank `rank`'s box; `extents` is the whole shape."""
+        cut = placement.cut
+        if cut is None:
+            return self.box
+        extent, (lo, hi) = extents[cut.dim] // cut.outer, cut.bounds[rank]
+        found = []
+        for dim, start, stop in self.box:
+            if dim == cut.dim:
+                part = start // extent
+                start, stop = (at - part * extent - lo + part * (hi - lo) for at in (start, stop))
+            found.append((dim, start, stop))
+        return tuple(found)
+
+
+def transfers(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Piece]:
+    """What `sender` gives `receiver` when a value goes from `source` to `target`; deterministic, in ascending order.
+
+    Summands all travel. Of several copies the receiver takes its own, then that of the lowest rank that holds it.
+    """
+    a, b = source.cut, target.cut
+    if a is None:
+        if not source.partial and sender != receiver:
+            return []
+        return [Piece(())] if b is None else [Piece(((b.dim, *box),)) for box in _intervals(b, shape, receiver)]
+    same = b is not None and a.dim == b.dim
+    needed = _intervals(b, shape, receiver) if same else [(0, shape[a.dim])]
+    given = _given(source, shape, needed, sender, receiver)
+    if same or b is None:
+        return [Piece(((a.dim, *box),)) for box in given]
+    wanted = _intervals(b, shape, receiver)
+    return [Piece(((a.dim, *mine), (b.dim, *theirs))) for mine in given for theirs in wanted]
+
+
+def common(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Piece]:
+    """What box `sender` of one placement and box `receiver` of another have in common, where at most one dim is cut."""
+    cuts = [(p.cut, box) for p, box in ((source, sender), (target, receiver)) if p.cut is not None]
+    if not cuts:
+        return [Piece(())]
+    boxes = _intervals(cuts[0][0], shape, cuts[0][1])
+    for cut, box in cuts[1:]:
+        boxes = _meet(boxes, _intervals(cut, shape, box))
+    return [Piece(((cuts[0][0].dim, *box),)) for box in boxes]
+
+
+@lru_cache(maxsize=4096)
+def received_bytes(source: Placement, target: Placement, shape: tuple[int, ...], itemsize: int, ranks: int) -> int:
+    """Bytes the worst rank receives from others when a value goes from `source` to `target`.
+
+    An all_reduce is counted as the ring does it: every rank receives 2 (P - 1) / P of the value.
+    """
+    if source == target or source.replicated:
+        return 0
+    if (source, target) == (PARTIAL, REPLICATE):
+        return 2 * prod(shape) * itemsize * (ranks - 1) // ranks
+    worst = 0
+    for receiver in range(ranks):
+        senders = (rank for rank in range(ranks) if rank != receiver)
+        pieces = (piece for sender in senders for piece in transfers(source, target, shape, sender, receiver))
+        worst = max(worst, sum(piece.elements(shape) for piece in pieces))
+    return worst * itemsize
+
+
+def _intervals(cut: Cut, shape: tuple[int, ...], rank: int) -> list[Interval]:
+    """What a rank holds of a cut dim, as intervals of the whole dim."""
+    extent, (lo, hi) = shape[cut.dim] // cut.outer, cut.bounds[rank]
+    return [(part * extent + lo, part * extent + hi) for part in range(cut.outer)] if lo < hi else []
+
+
+def _given(
+    source: Placement, shape: tuple[int, ...], needed: list[Interval], sender: int, receiver: int
+) -> list[Interval]:
+    """The parts of `needed` that `receiver` takes from `sender`."""
+    cut = source.cut
+    if not source.partial and not disjoint(cut.bounds):
+        for rank in (receiver, *(r for r in range(len(cut.bounds)) if r != receiver)):
+            if rank == sender:
+                break
+            needed = _without(needed, _intervals(cut, shape, rank))
+    return _meet(needed, _intervals(cut, shape, sender))
+
+
+def _meet(some: list[Interval], others: list[Interval]) -> list[Interval]:
+    boxes = ((max(a, c), min(b, d)) for a, b in some for c, d in others if a < d and c < b)
+    return [(lo, hi) for lo, hi in boxes if lo < hi]
+
+
+def _without(some: list[Interval], others: list[Interval]) -> list[Interval]:
+    for lo, hi in others:
+        parts = (part for a, b in some for part in ((a, min(b, lo)), (max(a, hi), b)))
+        some = [(a, b) for a, b in parts if a < b]
+    return some

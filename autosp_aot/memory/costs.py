@@ -12,8 +12,8 @@ from math import prod
 from torch import Tensor
 
 from autosp_aot.ir.operators import COLLECTIVES, FREE, TILES, wide
-from autosp_aot.ir.placement import received_bytes
 from autosp_aot.ir.program import ITEMSIZE, RECOMPUTED, TILE, Body, Instr, PerRank, Program, Value, at_rank, values_of
+from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.memory.layouts import Layouts, storage_bytes
 from autosp_aot.memory.rank_classes import unlike_ranks
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autosp_aot.ir.operators import wide
-from autosp_aot.ops import sorted_experts as experts
+from autosp_aot.ops import sorted_experts
 from autosp_aot.ops.blockwise import Dropout, Scoring, blockwise, blockwise_backward, blockwise_vector_gradient
 from autosp_aot.ops.workspace import dense, gradient, has_kernel, head_runs, outputs
 
@@ -284,5 +284,5 @@ OURS = {
     "autosp.attention_rows_vector_gradient": attention_rows_vector_gradient,
     "autosp.attention_vector_gradient": attention_vector_gradient,
     "autosp.rescale": rescale,
-    **experts.OURS,
+    **sorted_experts.OURS,
 }

@@ -15,15 +15,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
-from autosp_aot.ir.placement import (
-    PARTIAL,
-    REPLICATE,
-    Placement,
-    covers,
-    local_shape,
-    received_bytes,
-)
+from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, covers, local_shape
 from autosp_aot.ir.program import ITEMSIZE, Input, Instr, Program, Ref, Value, with_refs
+from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.passes.analysis.labels import Labels, find_labels
 from autosp_aot.passes.analysis.partial_ok import summed_last
 from autosp_aot.passes.decisions import decision_wrong

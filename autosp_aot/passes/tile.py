@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from autosp_aot.ir.operators import DTYPES, STRUCTURE, TILES, wide
-from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, inside, joined
+from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, inside, joined_tiles
 from autosp_aot.ir.program import (
     TILE,
     Body,
@@ -141,7 +141,7 @@ class Rules:
         """What the tiles make are parts or summands of what the rank made."""
         summed = PARTIAL if self.ranks > 1 else REPLICATE
         return all(
-            out.placement == (summed if placement == PARTIAL else joined(placement, self.ranks))
+            out.placement == (summed if placement == PARTIAL else joined_tiles(placement, self.ranks))
             for out, placement in zip(instr.values(), results)
         )
 

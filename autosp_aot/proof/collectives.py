@@ -6,8 +6,9 @@ from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.operators import COLLECTIVES
-from autosp_aot.ir.placement import Placement, transfers
+from autosp_aot.ir.placement import Placement
 from autosp_aot.ir.program import Instr, Program, Value, at_rank
+from autosp_aot.ir.transfers import transfers
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.operators import COPIES, FREE, MOVES, RESCALE, TILES
-from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, disjoint, inside, joined, local_shape
+from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, disjoint, inside, joined_tiles, local_shape
 from autosp_aot.ir.program import (
     EARLY,
     Input,
@@ -103,7 +103,7 @@ class _Derivation:
             if scope.placements[name] == PARTIAL:
                 made = PARTIAL if self.boxes > 1 else REPLICATE
             else:
-                made = joined(scope.placements[name], self.boxes)
+                made = joined_tiles(scope.placements[name], self.boxes)
             if made != out.placement:
                 what = f"the tiles' {name}, {_said(scope.placements[name])}, does not make up {out.name}"
                 raise _wrong(what, instr, f"which is {_said(out.placement)}")

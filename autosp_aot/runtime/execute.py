@@ -15,7 +15,7 @@ from autosp_aot.ir import operators
 from autosp_aot.ir.operators import DTYPES, wide
 from autosp_aot.ir.placement import PARTIAL
 from autosp_aot.ir.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
-from autosp_aot.ir.transfers import Move, Shard, joined, narrowed, places_of_tile
+from autosp_aot.ir.transfers import Move, Shard, join_into, narrowed, places_of_tile
 from autosp_aot.ops import kernels, random
 from autosp_aot.runtime.host_pool import Host
 
@@ -204,7 +204,7 @@ def _shard(source: Value, target: Value, rank: int, box: int) -> Step:
 def _joined(tensors: list[Tensor]) -> Tensor:
     """A copy of all, one after the other, in the dtype they are added up in."""
     buffer = tensors[0].new_empty(sum(t.numel() for t in tensors), dtype=wide(tensors[0].dtype))
-    joined(buffer, tensors)
+    join_into(buffer, tensors)
     return buffer
 
 

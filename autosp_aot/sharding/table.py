@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from autosp_aot.ir.program import Instr, Ref, Value, map_args
-from autosp_aot.sharding import attention, contractions, convolutions, lookups, random, views
-from autosp_aot.sharding import experts as routing
+from autosp_aot.sharding import attention, contractions, convolutions, experts, lookups, random, views
 from autosp_aot.sharding.contractions import notation, plus_product, reduction, whole_dim
 from autosp_aot.sharding.pointwise import pointwise
 from autosp_aot.sharding.scans import along, over_places
@@ -42,7 +41,7 @@ RULES = {
     "aten.flip.default": along(1, linear=True),
     "aten.full.default": views.factory(0),
     "aten.gather.default": lookups.gather,
-    "aten.histc.default": routing.histc,
+    "aten.histc.default": experts.histc,
     "aten.index.Tensor": lookups.index,
     "aten.index_put.default": lookups.index_put,
     "aten.isin.Tensor_Tensor": lookups.among,
@@ -95,8 +94,8 @@ RULES = {
     "autosp.attention_rows_backward": attention.attention_backward,
     "autosp.attention_rows_vector_gradient": attention.vector_gradient,
     "autosp.attention_vector_gradient": attention.vector_gradient,
-    "autosp.expert_mm": routing.expert_mm,
-    "autosp.expert_mm_weight_grad": routing.expert_mm_weight_grad,
+    "autosp.expert_mm": experts.expert_mm,
+    "autosp.expert_mm_weight_grad": experts.expert_mm_weight_grad,
     "autosp.uniform": random.uniform,
 }
 

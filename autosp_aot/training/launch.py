@@ -22,8 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from autosp_aot.artifact.atomic_folder import refuse_unwritable
 from autosp_aot.artifact.manifest import Manifest, no_evaluation
 from autosp_aot.artifact.read import read_manifest
-from autosp_aot.commands.optional_packages import need_package
-from autosp_aot.errors import ArtifactError, AutospError, Problem
+from autosp_aot.errors import ArtifactError, AutospError, Problem, need_package
 from autosp_aot.runtime.comm import Mesh, check_devices, check_size
 from autosp_aot.runtime.weights_out import refuse_saving
 from autosp_aot.training.data import Feed, open_feed

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from autosp_aot.artifact.read import read_manifest
-from autosp_aot.commands.show import facts, show, show_json
+from autosp_aot.artifact.tables import facts
+from autosp_aot.commands.show import show, show_json
 from autosp_aot.errors import ArtifactError
 from autosp_aot.ir.text import parse_program
 from autosp_aot.ir.units import bytes_text

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from autosp_aot import export
 
-SOURCES = sorted(Path(export.__file__).parent.glob("*.py"))
-TESTS = [path.read_text() for path in sorted(Path(__file__).parent.glob("test_*.py"))]
+SOURCES = sorted(Path(export.__file__).parent.rglob("*.py"))
+TESTS = [path.read_text() for path in sorted(Path(__file__).parent.rglob("test_*.py"))]
 
 
 def problems(tree: ast.Module) -> list[ast.expr]:

@@ -14,11 +14,10 @@ from autosp_aot.ir.placement import (
     disjoint,
     even_bounds,
     local_shape,
-    received_bytes,
-    transfers,
     window,
 )
 from autosp_aot.ir.program import Input, Instr, Program, Ref, Section, Value, per_rank
+from autosp_aot.ir.transfers import received_bytes, transfers
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.simulate import lockstep
 from tests.boxes import joined, parts

@@ -13,7 +13,7 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.commands.build.builder import compile_model, model_values
 from autosp_aot.errors import ArtifactError
 from autosp_aot.ir.text import parse_program
-from autosp_aot.runtime import host_pool as host
+from autosp_aot.runtime import host_pool
 from autosp_aot.runtime.comm import Group
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.host_pool import Direct
@@ -69,7 +69,7 @@ def test_copies_may_be_done_as_late_as_their_waits(monkeypatch, artifact):
     programs, inputs = [artifact.program.for_rank(0)], model_values(model()) | tokens(0)
     one = torch.ones((), dtype=torch.float64)
     (early,) = simulate(programs, inputs, one)
-    monkeypatch.setitem(host.LINKS, "cpu", Late)
+    monkeypatch.setitem(host_pool.LINKS, "cpu", Late)
     (late,) = simulate(programs, inputs, one)
     assert all(torch.equal(early[name], late[name]) for name in early)
 

@@ -4,7 +4,7 @@ import re
 from collections import Counter, defaultdict
 from itertools import groupby, zip_longest
 
-from autosp_aot.commands.show import Rows
+from autosp_aot.artifact.tables import Rows
 from autosp_aot.ir.program import Program, Where
 from autosp_aot.ir.units import bytes_text
 from autosp_aot.memory.timeline import KINDS, STATE, Timeline

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from autosp_aot.artifact.html.chart import areas
 from autosp_aot.artifact.html.memory_tables import at_peak, by_layer, by_section
 from autosp_aot.artifact.manifest import Manifest
-from autosp_aot.commands.show import Rows, facts, fallbacks, replicated, traffic
+from autosp_aot.artifact.tables import Rows, facts, fallbacks, replicated, traffic
 from autosp_aot.ir.program import Program
 from autosp_aot.ir.units import bytes_text
 from autosp_aot.memory.timeline import KINDS, timeline

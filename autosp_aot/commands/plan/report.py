@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from autosp_aot.artifact.html.chart import lines
 from autosp_aot.artifact.html.page import document, table
+from autosp_aot.artifact.tables import Rows, aligned
 from autosp_aot.commands.plan.planning import Point, Setting
-from autosp_aot.commands.show import Rows, aligned
 from autosp_aot.ir.units import bytes_text, length_text
 from autosp_aot.memory.timeline import KINDS
 

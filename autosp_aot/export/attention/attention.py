@@ -21,6 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+import autosp_aot.ops.attention  # noqa: F401  (defines torch.ops.autosp)
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.attention.bands import band_of
 from autosp_aot.export.attention.products import Product, before_repetition, made, regroup, transposed
@@ -30,7 +31,6 @@ from autosp_aot.export.canonical.constants import arguments, constants_of, writt
 from autosp_aot.export.regions import without_gradients
 from autosp_aot.export.source import where
 from autosp_aot.ir.operators import wide
-from autosp_aot.ops import attention as attention_op  # noqa: F401  (defines torch.ops.autosp)
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

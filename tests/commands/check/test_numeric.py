@@ -1,6 +1,5 @@
 """`check --numeric`: its limits by dtype, what it makes up, and what it refuses."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,10 @@ from autosp_aot.export.fake import weightless
 from autosp_aot.runtime.simulate import simulate
 from examples import llama, plain
 from tests.conftest import TINY
+from tests.processes import ROOT
 from tests.sealing import edit_text
 
-REFERENCE = Path(__file__).parent.parent / "artifacts" / "reference"
+REFERENCE = ROOT / "artifacts" / "reference"
 DIMS = {"input_ids": 1, "labels": 1}
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autosp_aot.commands.build import eager_check as build_check
+from autosp_aot.commands.build import eager_check
 from autosp_aot.commands.build.builder import build
 from autosp_aot.commands.check.oracle import Built, compare
 from autosp_aot.errors import BuildError
@@ -229,10 +229,10 @@ class Backwards(torch.autograd.Function):
 
 
 def test_a_large_step_is_compared_at_a_short_length(monkeypatch):
-    monkeypatch.setattr(build_check, "FLOPS_LIMIT", 10**6)
+    monkeypatch.setattr(eager_check, "FLOPS_LIMIT", 10**6)
     artifact = build(of(Inner), half_labelled(256), 3, target="cpu")
     assert artifact.manifest.compared == "2 steps of SGD, 32 positions, 2 ranks"
-    monkeypatch.setattr(build_check, "FLOPS_LIMIT", 10**4)
+    monkeypatch.setattr(eager_check, "FLOPS_LIMIT", 10**4)
     artifact = build(of(Inner), half_labelled(256), 3, target="cpu")
     assert artifact.manifest.compared.startswith("nothing: a step of 32 positions takes ")
 

@@ -18,7 +18,7 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from autosp_aot.ir.operators import DTYPES, overload, wide
-from autosp_aot.ir.transfers import joined, narrowed
+from autosp_aot.ir.transfers import join_into, narrowed
 from autosp_aot.runtime.execute import OURS
 
 WAIT_S = 60
@@ -142,7 +142,7 @@ def _moved(meeting: Meeting, rank: int, tensor: Tensor, attributes: dict) -> Ten
     """An all_to_all, all_gather or reduce_scatter, by the boxes that its node has."""
     assert attributes["group"] == list(range(len(meeting.given))) and attributes["rank"] == rank
     buffer = tensor.new_empty(sum(attributes["send_sizes"]))
-    joined(buffer, [narrowed(tensor, box) for box in json.loads(attributes["sends"])])
+    join_into(buffer, [narrowed(tensor, box) for box in json.loads(attributes["sends"])])
     given = meeting.exchange(rank, list(buffer.split(list(attributes["send_sizes"]))))
     parts = [sent[rank] for sent in given]
     assert [part.numel() for part in parts] == list(attributes["receive_sizes"])

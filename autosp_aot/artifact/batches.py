@@ -7,12 +7,14 @@ The names of a flat batch are those of the program's inputs. None, flags, number
 holds for them alone.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 from torch import Tensor
 
 Constant = None | bool | int | float | str
 CONSTANTS = (type(None), bool, int, float, str)
+DICTS = (dict, OrderedDict)
 
 
 def flat(batch: Mapping) -> dict[str, Tensor | Constant]:
@@ -21,7 +23,9 @@ def flat(batch: Mapping) -> dict[str, Tensor | Constant]:
     for name, value in batch.items():
         if not isinstance(name, str) or "." in name or not name:
             wrong.append(f"the name {name!r} is no text without dots")
-        elif isinstance(value, Mapping):
+        elif type(value) in DICTS and not value:
+            wrong.append(f"{name!r} is an empty dict, where None would be a constant")
+        elif type(value) in DICTS:
             try:
                 found |= {f"{name}.{inner}": part for inner, part in flat(value).items()}
             except ValueError as error:

@@ -53,6 +53,7 @@ def checked_config(
     Raises BuildError: `no-such-choice`, `budget-missing` for an auto with nothing to choose by, and `budget-unused` for
     a budget that nothing would be chosen by.
     """
+    _one_of("sp", ranks, isinstance(ranks, int) and ranks >= 1, ("a number of ranks",))
     _one_of("target", target, target in (*KINDS, *DEVICES), (*KINDS, *DEVICES))
     device = None if target in KINDS else DEVICES[target]
     recompute = recompute or ("sac" if memory_budget_bytes is None else "auto")

@@ -39,7 +39,7 @@ class Programs:
     program: Program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """A build in memory: its manifest (without file hashes until it is written), programs and values.
 
@@ -53,6 +53,10 @@ class Artifact:
     recipe: Recipe
     buffers: dict[str, Tensor]
     weights: dict[str, Tensor] | None
+
+    def __repr__(self) -> str:
+        built = self.manifest
+        return f"<Artifact of {built.ranks} ranks on {built.target}, compared with eager: {built.compared}>"
 
     def save(self, path: str | Path, proved: Callable[[Path], object] = lambda path: None) -> Path:
         """Write the artifact, replacing one that is there; raises AutospError for any other existing path.

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.diagnose import sparse_problem
+from autosp_aot.export.diagnose import DATA_DEPENDENT, sparse_problem
 from autosp_aot.export.keeping import tensors_of
-from autosp_aot.export.reads import asserts
+from autosp_aot.export.reads import asserts, read_here
 from autosp_aot.export.source import module_path
 from autosp_aot.export.user_code import called_at, frames_of_users
 
@@ -46,9 +46,9 @@ Expression = int
 class Trace(TorchDispatchMode):
     """While it is active, every call is written down.
 
-    `written` has what was written to of what outlives a step: its name, and the line that wrote first. Where `answers`,
-    what reads a value is given one, so that it can be seen whether the loss depends on that. `calls`, where it is a
-    list, gets every call's expression and line.
+    `reads` has the values that forward read, be it that it went on. `written` has what was written to of what outlives
+    a step: its name, and the line that wrote first. Where `answers`, what reads a value is given one, so that it can be
+    seen whether the loss depends on that. `calls`, where it is a list, gets every call's expression and line.
     """
 
     supports_higher_order_operators = True
@@ -64,6 +64,7 @@ class Trace(TorchDispatchMode):
         self.alive: list[torch.UntypedStorage] = []  # so that no other gets the address of one that is known
         self.names: dict[int, str] = {}
         self.batch: list[int] = []
+        self.reads: list[Problem] = []
         self.written: dict[str, str] = {}
         self.draws, self.answers = 0, False
         self.calls: list[tuple[Expression, str]] | None = None
@@ -95,7 +96,7 @@ class Trace(TorchDispatchMode):
 
     def moved(self, model: nn.Module) -> list[str]:
         """The parameters and buffers that have other memory than before, as by assignment to .data."""
-        return [what for what, storage in homes(model).items() if storage != self.homes.get(what)]
+        return [what for what, storage in homes(model).items() if storage != self.homes.get(what, storage)]
 
     def number(self, key: tuple, operands: tuple[Expression, ...], varies: bool) -> Expression:
         """The number of an expression, the same for the same."""
@@ -136,7 +137,11 @@ class Trace(TorchDispatchMode):
             return ANSWERS[args[0].dtype.is_floating_point, args[0].dtype is torch.bool]
         operands: list[Expression] = []
         key = func, self.encoded((args, kwargs), operands), torch.is_grad_enabled()
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except DATA_DEPENDENT:  # which forward may catch, and go on
+            self.reads.append(read_here(sys._getframe()))
+            raise
         if any(tensor.layout is not torch.strided for tensor in _tensors(result)):
             raise BuildError(sparse_problem(func, called_at()))
         drawn = isinstance(func, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in func.tags

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # What copying raises of what cannot be copied.
-UNCOPYABLE = (TypeError, NotImplementedError, RuntimeError, AttributeError)
+UNCOPYABLE = (TypeError, NotImplementedError, RuntimeError, AttributeError, LookupError)
 
 
 class Weightless:
@@ -109,7 +109,9 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 def _fake(parameter: nn.Parameter, mode: FakeTensorMode) -> nn.Parameter:
     meta = torch.empty_like(parameter, device="meta", requires_grad=False)
-    return nn.Parameter(FakeTensor(mode, meta, torch.device("cpu")), requires_grad=parameter.requires_grad)
+    made = nn.Parameter(FakeTensor(mode, meta, torch.device("cpu")), requires_grad=parameter.requires_grad)
+    vars(made).update(vars(parameter))
+    return made
 
 
 def _function(function: types.FunctionType, memo: dict) -> types.FunctionType:

@@ -10,17 +10,18 @@ while it does, and what lies between becomes the call again; joint autograd then
 
 import contextlib
 import operator
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.user_code import called_at, is_users
+from autosp_aot.export.replaced import replaced_code
+from autosp_aot.export.user_code import called_at
 
 
 @torch.library.custom_op("autosp::mark", mutates_args=())
@@ -34,6 +35,7 @@ def _(tensors, call, result):
 
 
 MARK = torch.ops.autosp.mark.default
+APPLY = torch.autograd.Function.apply.__func__
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,16 @@ class Call:
 def marked_functions() -> Iterator[list[Call]]:
     """While it holds, what users' Functions take and give is marked; the calls, in order."""
     calls: list[Call] = []
-    before = vars(torch.autograd.Function)["apply"]
 
-    def apply(function, *args, **kwargs):
-        if not is_users(sys._getframe(1)):
-            return before.__func__(function, *args, **kwargs)
+    def apply(torchs, function, *args, **kwargs):
+        if function.__module__.partition(".")[0] == "torch":
+            return torchs(function, *args, **kwargs)
         number, call = len(calls), Call(function, args, called_at())
         calls.append(call)
         taken = iter(mark(_tensors(args), number, False))
         args = [next(taken) if isinstance(arg, Tensor) else arg for arg in args]
         versions = [tensor._version for tensor in _tensors(args)]
-        results = before.__func__(function, *args, **kwargs)
+        results = torchs(function, *args, **kwargs)
         if versions != [tensor._version for tensor in _tensors(args)]:
             raise BuildError(call.problem("writes to its arguments"))
         given = iter(mark(_tensors(results), number, True))
@@ -82,11 +83,8 @@ def marked_functions() -> Iterator[list[Call]]:
             return next(given)
         return tuple(next(given) if isinstance(result, Tensor) else result for result in results)
 
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
+    with replaced_code({APPLY: apply}):
         yield calls
-    finally:
-        torch.autograd.Function.apply = before
 
 
 def _tensors(values) -> list[Tensor]:
@@ -97,12 +95,14 @@ def _tensors(values) -> list[Tensor]:
 def restore_functions(exported: ExportedProgram, calls: list[Call]) -> None:
     """Put the calls back into the graph, in place. BuildError for each that reads a tensor that is not its argument."""
     graph, problems = exported.graph, []
+    literals = exported.graph_signature.inputs_to_lifted_tensor_constants
+    known = {name for name, held in literals.items() if not isinstance(exported.constants[held], FakeTensor)}
     marks = {node.args[1:]: node for node in graph.nodes if node.target is MARK}
     for number, call in enumerate(calls):
         taken, given = marks.get((number, False)), marks.get((number, True))
         if given is None:
             continue
-        if _reads_others(given, taken):
+        if _reads_others(given, taken, known):
             problems.append(call.problem("reads a tensor that is not its argument"))
             continue
         _restore(graph, taken.args[0] if taken else [], given, call)
@@ -111,12 +111,12 @@ def restore_functions(exported: ExportedProgram, calls: list[Call]) -> None:
     graph.eliminate_dead_code()
 
 
-def _reads_others(given: Node, taken: Node | None) -> bool:
-    """True where a result is computed from an input of the step by another way than through the arguments."""
+def _reads_others(given: Node, taken: Node | None, known: set[str]) -> bool:
+    """True where a result is computed from an input of the step, none of `known`, otherwise than through arguments."""
     todo, seen = list(given.all_input_nodes), set()
     while todo:
         node = todo.pop()
-        if node.op == "placeholder":
+        if node.op == "placeholder" and node.name not in known:
             return True
         if node is not taken and node not in seen:
             seen.add(node)

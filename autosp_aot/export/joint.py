@@ -98,9 +98,16 @@ def capture(subject: Subject) -> Joint:
     gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
     refuse_other_gradients(loss, model, gradients, subject.place)
     if not gradients:
-        raise BuildError(Problem("nothing-trains", "no parameter gets a gradient", subject.place,
-                                 "there is nothing for a step to train", "set requires_grad of what is to be trained"))
+        raise BuildError(_nothing_trains(model, subject.place))
     return captured
+
+
+def _nothing_trains(model: nn.Module, place: str) -> Problem:
+    what, why = "no parameter gets a gradient", "there is nothing for a step to train"
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return Problem("nothing-trains", what, place, f"{why}: what is taken for the loss depends on none of them",
+                       "return the loss itself, not detached: alone, first, or as .loss or ['loss']")  # fmt: skip
+    return Problem("nothing-trains", what, place, why, "set requires_grad of what is to be trained")
 
 
 def export_forward(subject: Subject) -> Forward:
@@ -129,6 +136,7 @@ def capture_exported(forward: Forward) -> Joint:
     restore_functions(exported, forward.functions)
     canonical_attention(exported)
     step = Step(exported, forward.wrapped)
+    forward.mode.allow_non_fake_inputs = True  # constants that the backward of a user's Function reads
     with diagnosed(place), silence(), forward.mode, contextlib.ExitStack() as stack:
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
         joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch, decompositions=DECOMPOSITIONS)

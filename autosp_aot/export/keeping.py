@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from autosp_aot.export.kept import CONTAINERS, is_leaf, keeper
+from autosp_aot.export.kept import CONTAINERS, LARGEST, is_leaf, keeper
 from autosp_aot.export.source import module_path
 from autosp_aot.export.user_code import OURS, STDLIB, TORCH
 
-# Of containers that are looked into; tables of a tokenizer hold no state.
-LARGEST = 1000
+# Of packages whose objects are not: what they keep is no state of forward, or is found as the module's own.
+CLOSED = ("torch._", "torch.nn", "torch.fx", "torch.distributed", "torch.utils", "logging", "threading", "importlib")
 # What torch keeps in modules: tensors and modules have names of their own, the rest is no state of forward.
 TORCHS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 
@@ -64,6 +65,9 @@ def slots(model: nn.Module) -> Iterator[Slot]:
     seen: set[int] = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         prefix = module_path(path)
+        for tensor_name, parameter in module._parameters.items():
+            for slot in _attributes(f"{prefix}.{tensor_name}" if prefix else tensor_name, parameter):
+                yield from _inside(slot, seen)
         for name in [name for name in vars(module) if name not in TORCHS]:
             yield from _inside(Slot(f"{prefix}.{name}" if prefix else name, vars(module), name), seen)
 
@@ -82,20 +86,42 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield slot.path, slot.value
 
 
+def arrays_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The arrays of numpy's among them, as tensors of the same memory."""
+    for slot in slots(model):
+        if isinstance(slot.value, np.ndarray) and slot.value.dtype.kind in "fiub" and slot.value.flags.writeable:
+            yield slot.path, torch.from_numpy(slot.value)
+
+
 def global_slots(model: nn.Module) -> Iterator[Slot]:
     """The same of the user's classes of the model, and of global names of their files and of those they import."""
     seen: set[int] = {id(module) for module in model.modules()}
-    kinds = [kind for kind in dict.fromkeys(chain(*(type(m).__mro__ for m in model.modules()))) if _is_own(kind)]
-    for kind in kinds:
+    for kind in _own_kinds(model):
         yield from _inside(Slot(kind.__qualname__, (kind,), 0), seen)
-    files = {kind.__module__: sys.modules[kind.__module__] for kind in kinds}
+    for file in own_files(model):
+        for name in [name for name in vars(file) if not name.startswith("__")]:
+            yield from _inside(Slot(f"{os.path.basename(file.__file__)}: {name}", vars(file), name), seen)
+
+
+def own_files(model: nn.Module) -> list[types.ModuleType]:
+    """The user's files that the model's classes are from, and those that they import."""
+    files = {kind.__module__: sys.modules[kind.__module__] for kind in _own_kinds(model)}
     for file in (todo := list(files.values())):
-        for name, value in list(vars(file).items()):
+        for value in list(vars(file).values()):
             home = value if isinstance(value, types.ModuleType) else sys.modules.get(getattr(value, "__module__", ""))
             if _is_own(home) and home.__name__ not in files:
                 todo.append(files.setdefault(home.__name__, home))
-            if not name.startswith("__"):
-                yield from _inside(Slot(f"{os.path.basename(file.__file__)}: {name}", vars(file), name), seen)
+    return todo
+
+
+def _own_kinds(model: nn.Module) -> list[type]:
+    return [kind for kind in dict.fromkeys(chain(*(type(m).__mro__ for m in model.modules()))) if _is_own(kind)]
+
+
+def caches(model: nn.Module) -> list[functools._lru_cache_wrapper]:
+    """The functions of those files that keep what they have computed."""
+    held = {id(value): value for file in own_files(model) for value in vars(file).values()}
+    return [value for value in held.values() if isinstance(value, functools._lru_cache_wrapper)]
 
 
 def _inside(slot: Slot, seen: set[int]) -> Iterator[Slot]:
@@ -111,6 +137,7 @@ def _inside(slot: Slot, seen: set[int]) -> Iterator[Slot]:
     seen.add(id(value))
     if isinstance(value, CONTAINERS):
         yield slot
+        yield from chain.from_iterable(_inside(inner, seen) for inner in _attributes(path, value))
         keys = () if isinstance(value, (set, frozenset)) else value if isinstance(value, dict) else range(len(value))
         inner = [Slot(f"{path}[{key!r}]", value, key) for key in keys] if len(keys) <= LARGEST else []
     elif isinstance(value, types.FunctionType):
@@ -123,9 +150,11 @@ def _inside(slot: Slot, seen: set[int]) -> Iterator[Slot]:
         inner = [Slot(path, (held,), 0) for held in (value.func, value.args, value.keywords)]
     elif isinstance(value, (staticmethod, classmethod)):
         inner = [Slot(path, (value.__func__,), 0)]
+    elif isinstance(value, property):
+        inner = [Slot(path, (function,), 0) for function in (value.fget, value.fset) if function]
     elif isinstance(value, type):
         inner = _attributes(path, value) if _is_own(value) else []
-    elif isinstance(value, types.SimpleNamespace) or _is_users(sys.modules.get(type(value).__module__)):
+    elif not type(value).__module__.startswith(CLOSED) and not isinstance(value, types.ModuleType):
         inner = _attributes(path, value)
     else:
         inner = []
@@ -135,11 +164,20 @@ def _inside(slot: Slot, seen: set[int]) -> Iterator[Slot]:
 def _attributes(path: str, owner: object) -> list[Slot]:
     """The attributes of an object, in its namespace and in its __slots__."""
     names = [name for name in getattr(owner, "__dict__", ()) if not name.startswith("__")]
-    slotted = [name for kind in type(owner).__mro__ for name in vars(kind).get("__slots__", ()) if name != "__dict__"]
+    slotted = [name for kind in type(owner).__mro__ for name in _slotted(kind)]
     namespace = owner if isinstance(owner, type) else vars(owner) if names else {}
     return [Slot(f"{path}.{name}", namespace, name) for name in names] + [
         Slot(f"{path}.{name}", owner, name) for name in slotted
     ]
+
+
+def _slotted(kind: type) -> list[str]:
+    """The attributes that a class has in its __slots__, as they are named in its objects."""
+    names = vars(kind).get("__slots__", ())
+    private = lambda name: name.startswith("__") and not name.endswith("__")  # noqa: E731
+    names = (names,) if isinstance(names, str) else names
+    return [f"_{kind.__name__.lstrip('_')}{name}" if private(name) else name
+            for name in names if name not in ("__dict__", "__weakref__")]  # fmt: skip
 
 
 def random_states() -> dict[str, tuple]:
@@ -154,9 +192,13 @@ def left_alone(model: nn.Module) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     before = [(slot, slot.value, keeper(slot.value)) for slot in chain(slots(model), global_slots(model))]
+    computed = [(cache, cache.cache_info().misses) for cache in caches(model)]
     try:
         yield
     finally:
+        for cache, misses in computed:  # of tensors without values, perhaps
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
         random.setstate(python)
         np.random.set_state(numpy)
         for held, names in attributes:

@@ -6,9 +6,10 @@
     random.Random, itertools.count()     where they are          none that could be tried
 """
 
-import copy
+import array
+import hashlib
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import cycle, islice
 from numbers import Number
@@ -21,9 +22,10 @@ SEQUENCES = (list, tuple, deque, str, bytes, bytearray)
 FILLED = (list, deque, dict, set, bytearray)
 CONTAINERS = (*SEQUENCES[:3], dict, set, frozenset)
 RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
-LEAVES = (Number, str, bytes, bytearray, type(None), Tensor, np.ndarray, *RANDOM)
+LEAVES = (Number, str, bytes, bytearray, type(None), Tensor, np.ndarray, array.array, *RANDOM)
+LARGEST = 1000  # of containers that are looked into; tables of a tokenizer hold no state
 LONGEST = 10**4  # of what grows
-LARGEST_BYTES = 2**20  # of arrays that are looked at
+LARGEST_BYTES = 2**28  # of arrays that are looked at
 
 
 def is_leaf(value) -> bool:
@@ -33,17 +35,24 @@ def is_leaf(value) -> bool:
 
 def mark(value) -> object:
     """What tells a value from others of its place; of a container its length, of what is not known here which it is."""
+    if isinstance(value, (set, frozenset)) and all(map(is_leaf, value)):
+        return frozenset(value)
     if isinstance(value, CONTAINERS):
-        return type(value), len(value)
+        inside = value.values() if isinstance(value, dict) else value
+        return type(value), len(value), hash(tuple(map(id, inside))) if len(value) > LARGEST else None
     if isinstance(value, np.ndarray):
-        return value.shape, value.tobytes() if value.nbytes <= LARGEST_BYTES else id(value)
+        return value.shape, hashlib.blake2b(value.tobytes()).digest() if value.nbytes <= LARGEST_BYTES else id(value)
+    if isinstance(value, random.SystemRandom):
+        return Same(value)
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, RANDOM):
         return repr(value.get_state() if hasattr(value, "get_state") else value.bit_generator.state)
     if isinstance(value, GeneratorType):
         names = {} if value.gi_frame is None else value.gi_frame.f_locals
-        return {name: mark(local) for name, local in names.items() if isinstance(local, (Number, str))}
+        at = -1 if value.gi_frame is None else value.gi_frame.f_lasti
+        counts = {name: mark(local) for name, local in names.items() if isinstance(local, (Number, str, *CONTAINERS))}
+        return at, counts, mark(value.gi_yieldfrom)
     if hasattr(type(value), "__next__"):
         return _place(value)
     return (type(value), repr(value)) if isinstance(value, LEAVES) and not isinstance(value, Tensor) else Same(value)
@@ -70,7 +79,7 @@ def counting(value, number: float):
     if isinstance(value, (set, frozenset)):
         return value | {object() for _ in range(length)}
     if isinstance(value, dict) and value:
-        made = copy.copy(value)
+        made = dict.copy(value)
         made.update((object(), inside) for inside in islice(cycle(list(value.values())), length))
         return made
     raise TypeError(f"{type(value).__name__} does not count")
@@ -78,7 +87,7 @@ def counting(value, number: float):
 
 def keeper(value) -> Callable[[], None]:
     """What gives a value back the contents that it has now."""
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         state = value.getstate()
         return lambda: value.setstate(state)
     if isinstance(value, np.random.RandomState):
@@ -91,15 +100,20 @@ def keeper(value) -> Callable[[], None]:
         before = value.copy() if value.nbytes <= LARGEST_BYTES else value
         return lambda: np.copyto(value, before) if value.flags.writeable else None
     if isinstance(value, FILLED):
-        contents = copy.copy(value)
+        contents = _kind(value)(value)
         return lambda: fill(value, contents)
     return lambda: None
 
 
 def fill(value, contents) -> None:
-    """Put the contents of another container into one."""
-    value.clear()
-    value.extend(contents) if hasattr(value, "extend") else value.update(contents)
+    """Put the contents of another container into one, whatever methods of its kind a class of the user's replaces."""
+    kind = _kind(value)
+    kind.clear(value)
+    kind.extend(value, contents) if hasattr(kind, "extend") else kind.update(value, contents)
+
+
+def _kind(value) -> type:
+    return next(kind for kind in (OrderedDict, *FILLED) if isinstance(value, kind))
 
 
 class Same:

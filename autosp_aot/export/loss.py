@@ -5,20 +5,25 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autosp_aot.artifact.batches import Constant, nested
+from autosp_aot.artifact.batches import Constant, constants_of, nested
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.user_code import defined_at
+
+PARTS = "say how its parts make one number, as with .mean() or .sum()"
+LOSS = """compute the loss in forward, as with cross_entropy(logits.flatten(0, 1), labels.flatten()), and return it: \
+alone, first, or as .loss or ['loss']"""
 
 
 class LossOnly(nn.Module):
     """The user's model, returning its loss alone. Takes the tensors of a flat batch, whose constants it holds."""
 
-    def __init__(self, model: nn.Module, constants: Mapping[str, Constant]):
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor | Constant]):
         super().__init__()
-        self.model, self.constants = model, dict(constants)
+        self.model, self.names, self.constants = model, tuple(batch), constants_of(batch)
 
-    def forward(self, **batch: Tensor) -> Tensor:
-        return loss_of(self.model(**nested(self.constants | batch)), forward_at(self.model))
+    def forward(self, **tensors: Tensor) -> Tensor:
+        values = self.constants | tensors
+        return loss_of(self.model(**nested({name: values[name] for name in self.names})), forward_at(self.model))
 
 
 def forward_at(model: nn.Module) -> str:
@@ -50,13 +55,16 @@ def loss_of(result, place: str) -> Tensor:
         returned = f"no floating scalar: {_said(result)}"
     raise BuildError(Problem(
         "no-loss", f"forward returns {returned}", place, "training needs one number to differentiate",
-        "compute the loss in forward, as with cross_entropy(logits.flatten(0, 1), labels.flatten()), and return it: "
-        "alone, first, or as .loss or ['loss']",
+        PARTS if _is_vector(called) and (called is not result or called.dim() == 1) else LOSS,
     ))  # fmt: skip
 
 
 def _is_scalar(part) -> bool:
     return isinstance(part, Tensor) and part.dim() == 0 and part.dtype.is_floating_point
+
+
+def _is_vector(part) -> bool:
+    return isinstance(part, Tensor) and part.dim() > 0 and part.is_floating_point()
 
 
 def _said(part) -> str:

@@ -9,9 +9,10 @@ Which dim of which input is the sequence is found by asking for two lengths and 
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.abc import ExecutionLoader
 from pathlib import Path
 from types import ModuleType
@@ -40,16 +41,30 @@ STUBS = {
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The two functions of a model file, its name without suffix, and the SHA-256 of its text."""
+    """The two functions of a model file, its name without suffix, and the SHA-256 of its text.
+
+    `path` and `imported` say where it is, and what had been imported before it ran.
+    """
 
     build_model: Callable[..., nn.Module]
     example_batch: Callable[[int, int], Mapping[str, Tensor]]
     stem: str
     sha256: str
+    path: Path
+    imported: frozenset[str]
+
+    def again(self) -> "ModelFile":
+        """The same run from its beginning, with the files of its folder that it imports: nothing has been built yet."""
+        folder = str(self.path.resolve().parent) + os.sep
+        for name in sys.modules.keys() - self.imported:
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if file.startswith(folder) and f"{os.sep}site-packages{os.sep}" not in file:
+                del sys.modules[name]
+        return replace(read_model_file(self.path), imported=self.imported)
 
 
 def read_model_file(path: str | Path) -> ModelFile:
-    """Run the file under a private module name, its folder importable meanwhile. Raises BuildError."""
+    """Run the file under a private module name, its folder importable from then on. Raises BuildError."""
     path = Path(path)
     if not path.is_file():
         raise BuildError(
@@ -60,7 +75,7 @@ def read_model_file(path: str | Path) -> ModelFile:
                 fix="give the path of a Python file with build_model and example_batch",
             )
         )
-    source = path.read_bytes()
+    source, imported = path.read_bytes(), frozenset(sys.modules)
     digest = hashlib.sha256(source).hexdigest()
     module = _run(path, source, f"_autosp_model_{digest[:16]}")
     missing = [name for name in STUBS if not callable(vars(module).get(name))]
@@ -74,7 +89,7 @@ def read_model_file(path: str | Path) -> ModelFile:
                 "add\n" + "\n".join(["import torch", *(STUBS[name] for name in missing)]),
             )
         )
-    return ModelFile(module.build_model, module.example_batch, path.stem, digest)
+    return ModelFile(module.build_model, module.example_batch, path.stem, digest, path, imported)
 
 
 def make_model(
@@ -106,6 +121,7 @@ def make_model(
     large = counted.nbytes > WEIGHTS_LIMIT_BYTES
     if (large or weights is False) and failure is None and not reading:
         return _checked_module(empty, place)
+    build = model_file.again().build_model
     torch.manual_seed(seed)
     try:
         with at_most(0 if large and (reading or "meta" in str(failure)) else WEIGHTS_LIMIT_BYTES):
@@ -123,7 +139,7 @@ def _made(build: Callable, options: Mapping[str, object], place: str) -> nn.Modu
             Problem(
                 "build-model-failed",
                 "build_model raised an exception",
-                raised_at(error) or place,
+                raised_at(error, inside=place) or place,
                 said(error),
                 "correct build_model or the options given with --set",
             )
@@ -276,7 +292,8 @@ def _run(path: Path, source: bytes, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     folder = str(path.resolve().parent)
     sys.modules[name] = module
-    sys.path.insert(0, folder)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         with autocast_noted():
             loader.exec_module(module)
@@ -291,8 +308,6 @@ def _run(path: Path, source: bytes, name: str) -> ModuleType:
                 "correct it: python must be able to run the file",
             )
         ) from error
-    finally:
-        sys.path.remove(folder)
     return module
 
 
@@ -306,18 +321,18 @@ def ask_batch(model_file: ModelFile, batch_size: int, seq_len: int) -> dict[str,
             Problem(
                 "example-batch-failed",
                 f"example_batch({batch_size}, {seq_len}) raised an exception",
-                raised_at(error) or place,
+                raised_at(error, inside=place) or place,
                 said(error),
                 "make it work for any batch size and length",
             )
         ) from error
-    if not isinstance(batch, Mapping):
-        raise BuildError(_not_tensors(f"example_batch returned {type(batch).__name__}", place))
     return flat_batch(batch, place)
 
 
 def flat_batch(batch: Mapping, place: str) -> dict[str, Tensor | Constant]:
     """A batch by flat names. Raises BuildError, at `place`, naming all that cannot be part of one."""
+    if not isinstance(batch, Mapping):
+        raise BuildError(_not_tensors(f"the batch is {type(batch).__name__}", place))
     try:
         return flat(batch)
     except ValueError as error:

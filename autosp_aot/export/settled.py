@@ -8,6 +8,10 @@ self.a = self.b = block                      a module of two names is itself, un
                                              would put a new object around it at every access
 torch._check_tensor_all(ids < V)             assertions of values are no part of a program; those of shapes hold
 F.grouped_mm(x, w, offs=ends)                has a shape in every dtype; torch's fake tensors know bf16's alone
+with torch.inference_mode(): ...             is no_grad, as far as numbers go
+f"{loss:.3f}", x.numpy()                     reads a value like .item()
+torch.distributions.Normal(0, 1)             asserts nothing
+self.head.to(torch.float32)                  of what has that dtype changes nothing
 """
 
 import contextlib
@@ -15,9 +19,12 @@ import sys
 from collections.abc import Iterator
 from traceback import StackSummary
 
+import numpy as np
 import torch
-from torch import SymBool, SymInt, Tensor
+from torch import SymBool, SymInt, Tensor, nn
 from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.nn.modules import transformer
 
@@ -35,22 +42,58 @@ def settled() -> Iterator[None]:
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     _ModuleStackTracer.enable_attr_proxy = property(lambda tracer: False, lambda tracer, wanted: None)
     _ModuleStackTracer._filter_traceback_frames = lambda tracer, frames: StackSummary.from_list(users_frame(frames))
-    asserts = {name: getattr(torch, name) for name in ASSERTIONS}
-    for name, at in ASSERTIONS.items():
-        setattr(torch, name, _of_shapes(asserts[name], at))
     fake_impls.op_implementations_checks.append(GROUPED_MM)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), contextlib.ExitStack() as undo:
+            for owner, name, value in _settled():
+                undo.callback(setattr if name in vars(owner) else delattr, *_before(owner, name))
+                setattr(owner, name, value)
             yield
     finally:
         fake_impls.op_implementations_checks.remove(GROUPED_MM)
-        for name, function in asserts.items():
-            setattr(torch, name, function)
         del _ModuleStackTracer.enable_attr_proxy, _ModuleStackTracer._filter_traceback_frames
         torch.backends.mha.set_fastpath_enabled(fast)
         transformer._detect_is_causal_mask = before
+
+
+def _settled() -> Iterator[tuple[object, str, object]]:
+    """What attributes are while forward runs."""
+    yield from ((torch, name, _of_shapes(getattr(torch, name), at)) for name, at in ASSERTIONS.items())
+    yield torch.inference_mode, "__enter__", _without_gradients
+    yield torch.inference_mode, "__exit__", lambda region, *_: region.before.__exit__(None, None, None)
+    yield FakeTensor, "__format__", _formatted
+    yield FakeTensor, "numpy", _array
+    yield FakeTensor, "__array__", _array
+    yield Distribution, "_validate_args", False
+    yield nn.Module, "to", _moved
+
+
+def _before(owner: object, name: str) -> tuple:
+    return (owner, name, vars(owner)[name]) if name in vars(owner) else (owner, name)
+
+
+def _without_gradients(region: torch.inference_mode) -> None:
+    region.before = torch.set_grad_enabled(not region.mode)
+
+
+def _formatted(tensor: Tensor, spec: str) -> str:
+    return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
+
+
+def _array(tensor: Tensor, *_, **__) -> np.ndarray:
+    return np.full(tuple(tensor.shape), tensor.reshape(-1)[0].item())
+
+
+_to = nn.Module.to
+
+
+def _moved(module: nn.Module, *args, **kwargs) -> nn.Module:
+    device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+    tensors = (*module.parameters(), *module.buffers())
+    stay = (device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in tensors)
+    return module if layout is None and all(stay) else _to(module, *args, **kwargs)
 
 
 def _grouped_mm(mode, func, x: Tensor, weight: Tensor, offs: Tensor | None = None, bias=None, out_dtype=None):

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.keeping import tensors_of
+from autosp_aot.export.keeping import arrays_of, tensors_of
+from autosp_aot.export.user_code import made_at
 
 
 def refuse_shared(model: nn.Module) -> None:
     """BuildError naming parameters that overlap, tensors that lie in one, those that need a gradient and are none, and
     those that a step has computed which is over."""
     parameters = dict(model.named_parameters())
-    others = dict(model.named_buffers()) | dict(tensors_of(model))
+    others = dict(model.named_buffers()) | dict(tensors_of(model)) | dict(arrays_of(model))
     kept = [name for name, tensor in others.items() if tensor.grad_fn is not None]
     if kept:
         raise BuildError(Problem(
-            "state-mutated", f"the model keeps what a step computed in {', '.join(kept)}", "build_model",
+            "state-mutated", f"the model keeps what a step computed in {', '.join(kept)}", made_at(model, kept[0]),
             "state that outlives a step is not part of the program", "give a model that has not run, and keeps nothing;"
             " for torch.nn.utils.weight_norm take torch.nn.utils.parametrizations.weight_norm",
         ))  # fmt: skip
@@ -32,17 +33,21 @@ def refuse_shared(model: nn.Module) -> None:
     viewed = {a if b in parameters else b: b if b in parameters else a for a, b in pairs
               if (a in parameters) != (b in parameters)}  # fmt: skip
     problems = [
-        Problem("parameters-overlap", f"parameters {a!r} and {b!r} share memory", "build_model",
+        Problem("parameters-overlap", f"parameters {a!r} and {b!r} share memory", made_at(model, a),
                 "an optimizer steps each of them, and so changes both; as two parameters of a program they would part",
                 _one(a, b, parameters))
         for a, b in pairs if a in parameters and b in parameters and trained & {a, b}
     ] + [
-        Problem("parameter-viewed", f"{name!r} lies in the memory of parameter {parameter!r}", "build_model",
+        Problem("parameters-overlap", f"elements of parameter {name!r} share memory", made_at(model, name),
+                "an optimizer cannot step it", "make a parameter of the part that repeats, and expand it in forward")
+        for name, parameter in parameters.items() if parameter.requires_grad and 0 in _steps(parameter)
+    ] + [
+        Problem("parameter-viewed", f"{name!r} lies in the memory of parameter {parameter!r}", made_at(model, name),
                 "what is trained or loaded into that would not reach it: it would be a constant of the program",
                 "compute it from the parameter in forward")
         for name, parameter in viewed.items()
     ] + [
-        Problem("parameter-unregistered", f"{name!r} needs a gradient and is no parameter", "build_model",
+        Problem("parameter-unregistered", f"{name!r} needs a gradient and is no parameter", made_at(model, name),
                 "it would be a constant of the program", "make it an nn.Parameter, or call requires_grad_(False)")
         for name, tensor in others.items() if tensor.requires_grad
     ]  # fmt: skip
@@ -53,6 +58,9 @@ def refuse_shared(model: nn.Module) -> None:
 def _one(a: str, b: str, parameters: dict[str, Tensor]) -> str:
     """How to make one parameter of two that share memory."""
     place = lambda t: (t.shape, t.stride(), t.storage_offset(), t.dtype)  # noqa: E731
+    if parameters[a].requires_grad != parameters[b].requires_grad:
+        frozen, trained = (b, a) if parameters[a].requires_grad else (a, b)
+        return f"compute with {trained}.detach() in forward, in place of {frozen}"
     if place(parameters[a]) == place(parameters[b]):
         return f"make them one parameter, as in model.{b} = model.{a}"
     return "keep one of them as a parameter, and compute what is to be the other from it in forward"
@@ -81,6 +89,11 @@ def _overlap(a: Tensor, b: Tensor, between: int) -> bool:
         found = np.shares_memory(*laid)
         laid.clear()
     return found
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    """The strides of the dims in which a tensor has more than one element."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]
 
 
 def _extent(tensor: Tensor) -> tuple[str, int, int]:

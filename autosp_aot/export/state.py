@@ -8,9 +8,6 @@
 torch.export puts attributes back when it is done, and so captures the first step for all.
 """
 
-import contextlib
-import io
-import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -19,14 +16,13 @@ from torch import Tensor, nn
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.diagnose import refuse_mutation
 from autosp_aot.export.eager import Trace, homes
-from autosp_aot.export.keeping import Slot, global_slots, left_alone, random_states, slots
-from autosp_aot.export.kept import FILLED, counting, fill, keeper, mark
+from autosp_aot.export.keeping import Slot, global_slots, left_alone, own_files, random_states, slots
+from autosp_aot.export.kept import CONTAINERS, FILLED, LARGEST, counting, fill, keeper, mark
 from autosp_aot.export.subject import Subject
 from autosp_aot.export.user_code import FAILURES, changed_at
 
 # Where schedules turn: all numbers that stand in the model's code and attributes, and these.
 ROUND = sorted({0, 720720, *(2**n for n in range(31)), *(k * 10**n for n in range(9) for k in (1, 2, 5))})
-ELEMENTS = re.compile(r"(\[[^\]]*\])+$")
 
 
 def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
@@ -70,13 +66,17 @@ class _Steps:
         self.kept: dict[str, int | None] = {}  # what tensors hold as the last step begins, by path
 
     def step(self) -> tuple[Tensor, int]:
-        """The loss of a step, and its expression."""
+        """The loss of a step, and the expression of it and of all gradients."""
         inputs = self.subject.inputs(self.mode)
         self.trace.begin(inputs)
         tensors = ((slot.path, slot.value) for slot in self.slots() if isinstance(slot.value, Tensor))
         self.kept = {path: self.trace.stored.get(tensor.untyped_storage()._cdata) for path, tensor in tensors}
         loss = self.subject.loss(self.model, inputs, self.mode, self.trace)
-        return loss, self.trace.expression(loss)
+        if self.trace.reads:
+            raise BuildError(*dict.fromkeys(self.trace.reads))
+        made = (loss, *self.subject.gradients(self.model, loss, self.mode, self.trace))
+        expressions = tuple(self.trace.expression(tensor) for tensor in made)
+        return loss, self.trace.number(("step", expressions), expressions, False)
 
     def look(self) -> dict[str, object]:
         """What the model keeps, by path, such that what is the same compares equal."""
@@ -89,7 +89,7 @@ class _Steps:
     def turned(self, paths: list[str], expression: int) -> list[str]:
         """Those of `paths`, whose numbers and lengths go on changing, on which the loss depends after all, or may."""
         places = [slot for slot in self.slots() if slot.path in paths and not isinstance(slot.value, Tensor)]
-        if hidden := [slot.path for slot in places if not _counts(slot.value)]:
+        if hidden := [slot.path for slot in places if not _counts(slot.value) or _is_large(slot.value)]:
             return hidden
         numbers = {slot.value for slot in self.slots() if type(slot.value) in (int, float)} | _literals(self.model)
         probes = sorted({n + d for n in numbers if abs(n) < 10**12 for d in (-1, 0, 1)} | set(ROUND))
@@ -100,14 +100,13 @@ class _Steps:
         return []
 
     def _stays(self, places: list[Slot], probe: float, expression: int) -> bool:
-        """Whether a step with these values, and the one after it, give the loss they gave."""
+        """Whether a step with these values, and the one after it, give the loss and the gradients they gave."""
         places = sorted(places, key=lambda slot: isinstance(slot.value, FILLED))  # elements before what they are in
         before, self.trace.answers = [(slot, slot.value, keeper(slot.value)) for slot in places], True
         for slot, value, _ in before:
             fill(value, counting(value, probe)) if isinstance(value, FILLED) else slot.put(counting(value, probe))
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                return all(self.step()[1] == expression for _ in range(2))
+            return all(self.step()[1] == expression for _ in range(2))
         except (BuildError, *FAILURES):
             return False
         finally:
@@ -125,11 +124,18 @@ def _counts(value) -> bool:
     return True
 
 
+def _is_large(value) -> bool:
+    """Whether a container is one whose elements nobody looks at."""
+    return isinstance(value, CONTAINERS) and len(value) > LARGEST
+
+
 def _literals(model: nn.Module) -> set[float]:
-    """The numbers that stand in the code of the model's classes."""
+    """The numbers that stand in the code of the model's classes, and of the user's files that they are from."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     users = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
-    codes = [value.__code__ for kind in users for value in vars(kind).values() if hasattr(value, "__code__")]
+    held = [value for namespace in (*users, *own_files(model)) for value in vars(namespace).values()]
+    held += [getattr(value, name, None) for value in held for name in ("fget", "__func__", "__wrapped__")]
+    codes = [value.__code__ for value in held if hasattr(value, "__code__")]
     found: set[float] = set()
     while codes:
         constants = codes.pop().co_consts
@@ -140,7 +146,7 @@ def _literals(model: nn.Module) -> set[float]:
 
 def _kept(subject: Subject, paths: list[str]) -> BuildError:
     """The error for what is kept: the attributes, and the line that assigns each; or where two steps part."""
-    attributes = list(dict.fromkeys(ELEMENTS.sub("", path) for path in paths))
+    attributes = list(dict.fromkeys(_attribute(path) for path in paths))
     why = "later steps compute with it, and a program does the same in every step"
     if not attributes:
         parted = _parted_at(subject) or subject.place
@@ -161,9 +167,23 @@ def _kept(subject: Subject, paths: list[str]) -> BuildError:
 def _look(model: nn.Module, attribute: str) -> Callable[[], object]:
     """A look at what a model keeps there, or will."""
     module, _, name = f"model.{attribute}".rpartition(".")
-    places = [slot for slot in chain(slots(model), global_slots(model)) if ELEMENTS.sub("", slot.path) == attribute]
-    owner = dict(model.named_modules()).get(module)
+    every = lambda: [slot for slot in chain(slots(model), global_slots(model)) if _attribute(slot.path) == attribute]  # noqa: E731
+    places, owner = every(), dict(model.named_modules()).get(module)
+    if not places and owner is None:  # in an object, which has it only later
+        return lambda: [mark(_now(slot)) for slot in every()]
     return lambda: [mark(_now(slot)) for slot in places] or mark(vars(owner).get(name))
+
+
+def _attribute(path: str) -> str:
+    """The path of an attribute, of that of an element of what it holds: `history`, of `history[2]['a']`."""
+    depth, end = 0, len(path)
+    for at in range(len(path) - 1, -1, -1):
+        depth += {"]": 1, "[": -1}.get(path[at], 0)
+        if depth == 0:
+            if path[at] != "[":
+                break
+            end = at
+    return path[:end] or path
 
 
 def _now(slot: Slot) -> object:

@@ -1,6 +1,7 @@
 """A model to be captured: copies of it without weights, batches for them, and what holds while forward runs."""
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from autosp_aot.artifact.batches import Constant, constants_of, tensors_of
+from autosp_aot.artifact.batches import Constant, tensors_of
 from autosp_aot.export.diagnose import diagnosed
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.keeping import buffer_slots, slots
@@ -41,7 +42,7 @@ class Subject:
         With `values` its buffers and other tensors are real; without, all are fake, and literals alone are not.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=not values)
-        model = LossOnly(self.prepared(fake_copy(self.model, mode)), constants_of(self.batch))
+        model = LossOnly(self.prepared(fake_copy(self.model, mode)), self.batch)
         if not values:
             for slot in (*buffer_slots(model), *slots(model)):
                 if isinstance(slot.value, Tensor) and not isinstance(slot.value, FakeTensor):
@@ -58,6 +59,17 @@ class Subject:
         with watched(self.target), diagnosed(self.place), settled(), silence():
             yield
 
+    def gradients(self, model: LossOnly, loss: Tensor, *modes: contextlib.AbstractContextManager) -> list[Tensor]:
+        """Run the backward of a loss in these modes, the first outermost: the gradients there are, in a fixed order."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained or not loss.requires_grad:
+            return []
+        with diagnosed(self.place), settled(), silence(), contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        return [gradient for gradient in gradients if gradient is not None]
+
     def loss(self, model: LossOnly, inputs: Mapping[str, Tensor], *modes: contextlib.AbstractContextManager) -> Tensor:
         """Run forward in these modes, the first outermost."""
         with self.running(), contextlib.ExitStack() as stack:
@@ -68,16 +80,19 @@ class Subject:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """While it holds torch logs nothing, such as the graph in which an error was, and nothing warns."""
+    """While it holds nothing is printed: torch logs nothing, such as the graph in which an error was, nothing warns,
+    and what forward prints or logs of tensors without values is dropped."""
     known = logging.root.manager.loggerDict
     torchs = (known[name] for name in list(known) if name.partition(".")[0] == "torch")
     loggers = [logger for logger in torchs if isinstance(logger, logging.Logger) and not logger.disabled]
     for logger in loggers:
         logger.disabled = True
+    raising, logging.raiseExceptions = logging.raiseExceptions, False
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.raiseExceptions = raising
         for logger in loggers:
             logger.disabled = False

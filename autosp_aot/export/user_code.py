@@ -5,6 +5,7 @@ count. Who called this package does not.
 """
 
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from traceback import FrameSummary, StackSummary
 from types import FrameType, TracebackType
 
 import torch
+from torch import nn
 
 # What the user's own code may raise; anything else ends the program with its own traceback.
 FAILURES = (
@@ -28,12 +30,16 @@ STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
-def raised_at(error: BaseException) -> str:
-    """The innermost of the user's lines in an exception's traceback, or in its text; "" where there is none."""
+def raised_at(error: BaseException, inside: str = "") -> str:
+    """The innermost of the user's lines in an exception's traceback, or in its text; "" where there is none.
+
+    `inside` is a line of the one file to look in.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{os.path.basename(error.filename)}:{error.lineno}"
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    return innermost(frames) or innermost(_FRAME.findall(str(error)))
+    own = [(path, line) for path, line in frames if os.path.basename(path) == inside.partition(":")[0]]
+    return innermost(own) or innermost(frames) or innermost(_FRAME.findall(str(error)))
 
 
 def users_traceback(error: BaseException) -> TracebackType | None:
@@ -63,6 +69,18 @@ def defined_at(function: object) -> str:
     if not inspect.isfunction(inner):
         return ""
     return f"{os.path.basename(inner.__code__.co_filename)}:{inner.__code__.co_firstlineno}"
+
+
+def made_at(model: nn.Module, name: str = "") -> str:
+    """The line where the class begins to make the innermost of the user's modules that `name` is in."""
+    owners = [model]
+    for part in name.split("."):
+        if (inner := owners[-1]._modules.get(part)) is None:
+            break
+        owners.append(inner)
+    makers = [inspect.unwrap(type(owner).__init__) for owner in reversed(owners)]
+    places = (defined_at(make) for make in makers if hasattr(make, "__code__") and _users(make.__code__.co_filename))
+    return " ".join((*itertools.islice(places, 1), "(build_model)"))
 
 
 def changed_at(run: Callable[[], object], state: Callable[[], object]) -> str:

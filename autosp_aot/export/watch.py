@@ -18,11 +18,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules import module as modules_of_torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.user_code import called_at, is_users
+from autosp_aot.export.user_code import called_at, is_users, made_at
 
+TENSOR_HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
+MODULE_HOOKS = ("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
+GLOBAL_HOOKS = ("_global_backward_hooks", "_global_backward_pre_hooks")
 # Whether regions of autocast were asked to be on: they forget, since torch turns them off where it has no such device.
 _asked: WeakKeyDictionary[torch.autocast, bool] = WeakKeyDictionary()
 
@@ -56,8 +60,9 @@ def refuse_hooks(model: nn.Module) -> None:
         for name, parameter in model.named_parameters()
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks
     ]
-    if modules or parameters:
-        raise BuildError(*(_hook(what, "build_model") for what in modules + parameters))
+    every = ["every module"] if any(getattr(modules_of_torch, name) for name in GLOBAL_HOOKS) else []
+    if modules or parameters or every:
+        raise BuildError(*(_hook(what, made_at(model)) for what in every + modules + parameters))
 
 
 def _autocast_made(region: torch.autocast, device_type: str, dtype=None, enabled: bool = True, *_, **__) -> None:
@@ -84,7 +89,9 @@ class _Watch:
             (torch.autocast, "__init__", _autocast_made),
             (torch.autocast, "__enter__", self.autocast_entered),
             (torch.autograd.Function, "apply", self.function_applied),
-            (torch.Tensor, "register_hook", self.hook_registered),
+            *((torch.Tensor, name, self.hook_registered) for name in TENSOR_HOOKS),
+            *((nn.Module, name, self.hook_registered) for name in MODULE_HOOKS),
+            (torch.autograd.graph.saved_tensors_hooks, "__init__", self.saved_changed),
             (torch.autograd, "_engine_run_backward", self.gradient_taken),
             (nn.Module, "__setattr__", self.attribute_set),
             *((torch, name, self.generator_set) for name in ("manual_seed", "set_rng_state")),
@@ -119,8 +126,12 @@ class _Watch:
                 )
             )
 
-    def hook_registered(self, tensor: torch.Tensor, *_) -> None:
+    def hook_registered(self, *_, **__) -> None:
         self.problems.append(_hook("forward", called_at()))
+
+    def saved_changed(self, hooks: torch.autograd.graph.saved_tensors_hooks, *_, **__) -> None:
+        if type(hooks).__module__.partition(".")[0] != "torch" or is_users(sys._getframe(2)):
+            self.problems.append(_hook("what forward saves for backward", called_at()))
 
     def gradient_taken(self, *_, **__) -> None:
         self.problems.append(

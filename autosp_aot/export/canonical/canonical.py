@@ -26,6 +26,7 @@ from autosp_aot.export.joint import Joint
 from autosp_aot.export.source import where
 from autosp_aot.ir.operators import DTYPE_NAMES as DTYPES
 from autosp_aot.ir.operators import DTYPES as TORCH_DTYPES
+from autosp_aot.ir.operators import FACTORIES
 from autosp_aot.ir.program import Dtype, Input, Instr, Program, Ref, Section, Value, free_of_prefixes, map_args
 
 aten = torch.ops.aten
@@ -150,7 +151,19 @@ class _Canonical:
             return self.nll_loss(node, types)
         kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
         name = str(target).removesuffix(".default") if target.namespace == "autosp" else str(target)
-        return self.emit(node, name, self.arguments(args), kwargs, types)
+        args, kwargs = self.without_default(node, name, self.arguments(args), kwargs, types[0])
+        return self.emit(node, name, args, kwargs, types)
+
+    def without_default(self, node: Node, op: str, args: tuple, kwargs: tuple, result: Tensor) -> tuple[tuple, tuple]:
+        """The arguments such that the result's dtype does not follow from a default that is not the usual float32."""
+        if torch.get_default_dtype() is torch.float32 or not result.is_floating_point():
+            return args, kwargs
+        if op in FACTORIES:
+            return args, tuple((dict(kwargs) | {"dtype": Dtype(DTYPES[result.dtype])}).items())
+        if any(TORCH_DTYPES[self.types[ref].dtype].is_floating_point for ref in Instr((), op, args, kwargs).refs()):
+            return args, kwargs
+        cast = lambda leaf: Ref(self.cast(node, leaf, result.dtype)) if isinstance(leaf, Ref) else leaf  # noqa: E731
+        return map_args(args, cast), kwargs
 
     def nll_loss(self, node: Node, types: list[Tensor]) -> tuple[str, str]:
         """The sum over rows, divided by the count for a mean; without class weights the count needs no scores."""

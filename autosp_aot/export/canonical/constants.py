@@ -119,7 +119,10 @@ def _evaluate(node: Node, known: dict[Node, Known], most: int) -> Known:
     if not pointwise and max(n.meta["val"].numel() for n in (node, *node.all_input_nodes)) > COMPUTED:
         return None
     whole = lambda n: known[n] if pointwise else known[n].expand(n.meta["val"].shape)  # noqa: E731
-    return _once(target(*map_arg(node.args, whole), **map_arg(node.kwargs, whole)))
+    try:
+        return _once(target(*map_arg(node.args, whole), **map_arg(node.kwargs, whole)))
+    except RuntimeError:  # what eager raises as well: a fill value that its dtype does not hold
+        return None
 
 
 def _once(tensor: Tensor) -> Tensor:

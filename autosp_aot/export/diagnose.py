@@ -39,6 +39,8 @@ def diagnosed(place: str) -> Iterator[None]:
     except UnsupportedOperatorException as error:
         raise BuildError(_unknown(str(error.func), raised_at(error) or place)) from error
     except FAILURES as error:
+        if "data is not allocated yet" in str(error):  # as torch.tensor says of tensors without values
+            raise BuildError(read_problem(error, place)) from error
         raise BuildError(
             Problem(
                 "capture-failed",
@@ -132,7 +134,7 @@ def refuse_other_gradients(loss: Tensor, model: nn.Module, captured: set[str], p
             "gradient-gained",
             f"parameter {name!r} has no gradient in eager and one in the captured step",
             place,
-            "capture does not see what keeps the gradient away, such as torch.inference_mode",
+            "capture does not see what keeps the gradient away",
             "use torch.no_grad() or .detach()",
         )
         for name in sorted(captured - eager)

@@ -142,8 +142,9 @@ class Trace(TorchDispatchMode):
         except DATA_DEPENDENT:  # which forward may catch, and go on
             self.reads.append(read_here(sys._getframe()))
             raise
-        if any(tensor.layout is not torch.strided for tensor in _tensors(result)):
-            raise BuildError(sparse_problem(func, called_at()))
+        made = [tensor for tensor in _tensors(result) if tensor.layout is torch.strided]
+        if len(made) < len(_tensors(result)) and (place := called_at()):  # in backward it has no line
+            raise BuildError(sparse_problem(func, place))
         drawn = isinstance(func, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in func.tags
         if drawn:
             key, self.draws = (*key, "draw", self.draws), self.draws + 1
@@ -152,7 +153,7 @@ class Trace(TorchDispatchMode):
             self.calls.append((call, called_at()))
         for tensor in written_by(func, args, kwargs):
             self.write(tensor, call)
-        for at, tensor in enumerate(_tensors(result)):
+        for at, tensor in enumerate(made):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.stored:
                 source = args[0].untyped_storage()._cdata if func in LIFTS else None

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.replaced import replaced_code
@@ -52,7 +53,7 @@ class Call:
         def call(*tensors: Tensor) -> list[Tensor]:
             left = iter(tensors)
             args = [next(left) if isinstance(arg, Tensor) else arg for arg in self.args]
-            return _tensors(self.function.apply(*args))
+            return _tensors(APPLY(self.function, *args))  # a class may have an apply of its own around it
 
         return call
 
@@ -71,6 +72,8 @@ def marked_functions() -> Iterator[list[Call]]:
         if function.__module__.partition(".")[0] == "torch":
             return torchs(function, *args, **kwargs)
         number, call = len(calls), Call(function, args, called_at())
+        if any(isinstance(leaf, Tensor) for arg in args if not isinstance(arg, Tensor) for leaf in tree_leaves(arg)):
+            raise BuildError(call.problem("is given a tensor inside of an argument"))
         calls.append(call)
         taken = iter(mark(_tensors(args), number, False))
         args = [next(taken) if isinstance(arg, Tensor) else arg for arg in args]

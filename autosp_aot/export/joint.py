@@ -91,10 +91,12 @@ def capture(subject: Subject) -> Joint:
     refuse_modules(subject.model)
     refuse_hooks(subject.model)
     refuse_shared(subject.model)
-    loss, model = refuse_state(subject)
+    loss, model, failure = refuse_state(subject)
     forward = export_forward(subject)
     refuse_indices(forward.exported)
     captured = capture_exported(forward)
+    if failure is not None:
+        raise failure
     gradients = {label.removeprefix("grad.") for label in captured.outputs if label.startswith("grad.")}
     refuse_other_gradients(loss, model, gradients, subject.place)
     if not gradients:

@@ -19,11 +19,13 @@ class LossOnly(nn.Module):
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor | Constant]):
         super().__init__()
-        self.model, self.names, self.constants = model, tuple(batch), constants_of(batch)
+        self.model = model
+        self._autosp_batch = tuple(batch), constants_of(batch)  # under a name that no model has an attribute of
 
     def forward(self, **tensors: Tensor) -> Tensor:
-        values = self.constants | tensors
-        return loss_of(self.model(**nested({name: values[name] for name in self.names})), forward_at(self.model))
+        names, constants = self._autosp_batch
+        values = constants | tensors
+        return loss_of(self.model(**nested({name: values[name] for name in names})), forward_at(self.model))
 
 
 def forward_at(model: nn.Module) -> str:

@@ -18,7 +18,7 @@ def refuse_modules(model: nn.Module) -> None:
         said = f"module {name or type(module).__name__!r}"
         attention = getattr(vars(module).get("config"), "_attn_implementation", None)
         if isinstance(attention, str) and any(kernel in attention for kernel in KERNELS):
-            problems.append(_attention(attention, made_at(model, name)))
+            problems.append(_attention(attention, made_at(model)))
         if isinstance(module, ScriptModule):
             problems.append(_scripted(said, made_at(model, name)))
             continue

@@ -25,8 +25,9 @@ from autosp_aot.export.user_code import FAILURES, changed_at
 ROUND = sorted({0, 720720, *(2**n for n in range(31)), *(k * 10**n for n in range(9) for k in (1, 2, 5))})
 
 
-def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
-    """The loss of a step on fake tensors with its autograd graph, and the copy of the model that it is of.
+def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module, BuildError | None]:
+    """The loss of a step on fake tensors with its autograd graph, the copy of the model that it is of, and of backward
+    the error, which is to be raised where the step is captured nevertheless.
 
     BuildError for what a step changes that outlives it, where a later step's loss depends on it: names what is kept,
     and the line that keeps it.
@@ -35,7 +36,7 @@ def refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
         return _refuse_state(subject)
 
 
-def _refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
+def _refuse_state(subject: Subject) -> tuple[Tensor, nn.Module, BuildError | None]:
     steps, randoms = _Steps(subject), random_states()
     loss, first = steps.step()
     if drawn := [module for module, state in random_states().items() if state != randoms[module]]:
@@ -52,7 +53,7 @@ def _refuse_state(subject: Subject) -> tuple[Tensor, nn.Module]:
     drifting = [path for path in later if later[path] != after.get(path)]
     if drifting and (turned := steps.turned(drifting, first)):
         raise _kept(subject, turned)
-    return loss, steps.model
+    return loss, steps.model, steps.failure
 
 
 class _Steps:
@@ -63,6 +64,7 @@ class _Steps:
         self.model, self.mode = subject.copy(values=False)
         self.trace = Trace(self.model, subject.model)
         self.held = self.look()
+        self.failure: BuildError | None = None  # of backward
         self.kept: dict[str, int | None] = {}  # what tensors hold as the last step begins, by path
 
     def step(self) -> tuple[Tensor, int]:
@@ -74,9 +76,17 @@ class _Steps:
         loss = self.subject.loss(self.model, inputs, self.mode, self.trace)
         if self.trace.reads:
             raise BuildError(*dict.fromkeys(self.trace.reads))
-        made = (loss, *self.subject.gradients(self.model, loss, self.mode, self.trace))
+        made = (loss, *self.gradients(loss))
         expressions = tuple(self.trace.expression(tensor) for tensor in made)
         return loss, self.trace.number(("step", expressions), expressions, False)
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """The gradients of a loss; none where backward fails, as it does once more where it is captured."""
+        try:
+            return self.subject.gradients(self.model, loss, self.mode, self.trace)
+        except BuildError as error:
+            self.failure = error
+            return []
 
     def look(self) -> dict[str, object]:
         """What the model keeps, by path, such that what is the same compares equal."""

@@ -5,7 +5,6 @@ count. Who called this package does not.
 """
 
 import inspect
-import itertools
 import os
 import re
 import sys
@@ -80,7 +79,8 @@ def made_at(model: nn.Module, name: str = "") -> str:
         owners.append(inner)
     makers = [inspect.unwrap(type(owner).__init__) for owner in reversed(owners)]
     places = (defined_at(make) for make in makers if hasattr(make, "__code__") and _users(make.__code__.co_filename))
-    return " ".join((*itertools.islice(places, 1), "(build_model)"))
+    place = next(places, "")
+    return f"{place} (build_model)" if place else "build_model"
 
 
 def changed_at(run: Callable[[], object], state: Callable[[], object]) -> str:

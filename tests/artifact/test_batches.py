@@ -56,6 +56,43 @@ def test_a_step_with_constants_is_eager_s(ranks):
     }  # fmt: skip
 
 
+class Ordered(Model):
+    """Computes in the order of its inputs."""
+
+    def forward(self, ids, labels, **more):
+        x = self.tokens(ids)
+        for value in more.values():
+            x = x.tanh() * value if isinstance(value, float) else x + value
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_constants_stay_in_their_place_among_tensors():
+    torch.manual_seed(0)
+    given = batch(half=0.5)
+    given = {"ids": given["ids"], "labels": given["labels"], "shift": torch.ones(H, dtype=torch.float64), "half": 0.5}
+    artifact = build(Ordered().double(), given, 2, sequence_dims=DIMS, target="cpu")
+    assert artifact.manifest.compared.startswith("2 steps of SGD")
+
+
+class Feats(dict):
+    """A dict that does more than a dict."""
+
+
+@pytest.mark.parametrize(("value", "what"), [
+    ({}, "'image' is an empty dict, where None would be a constant"), (Feats(size=1), "'image' is Feats"),
+])  # fmt: skip
+def test_a_dict_that_forward_would_not_get_as_it_is_given_is_refused(value, what):
+    with pytest.raises(BuildError, match=what):
+        build(model(), batch(image=value), 2, sequence_dims=DIMS, target="cpu")
+
+
+def test_what_is_no_batch_and_no_number_of_ranks_is_refused():
+    with pytest.raises(BuildError, match="batch-not-tensors.*the batch is tuple"):
+        build(model(), tuple(batch().values()), 2, target="cpu")
+    with pytest.raises(BuildError, match="no-such-choice.*sp is 0"):
+        build(model(), batch(), 0, target="cpu")
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("constants") / "a"

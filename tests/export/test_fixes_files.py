@@ -1,5 +1,6 @@
 """What is refused of a model file, its options and its batch: with a fix that builds."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.read import read_manifest
 from autosp_aot.commands.build.builder import build, build_file
 from autosp_aot.errors import BuildError
 from autosp_aot.export import model_file
-from autosp_aot.export.model_file import STUBS
+from autosp_aot.export.model_file import STUBS, make_model, read_model_file
 from tests.export.mend import BATCH, DIMS, Model, made
 
 MODEL = """\
@@ -125,3 +127,48 @@ def test_sequence_dims_are_said(dims):
         build(model, batch, 2, sequence_dims=dims, target="cpu")
     assert caught.value.problems[0].fix == 'say which it is: sequence_dims={"input_ids": 1, ...}'
     assert build(model, batch, 2, sequence_dims=DIMS, target="cpu")
+
+
+COUNTING = """\
+import itertools
+
+import torch
+from beside import LAYERS
+from torch import nn
+
+NUMBERS = itertools.count()
+MADE = []
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.number, self.embedding, self.head = next(NUMBERS), nn.Embedding(64, 8), nn.Linear(8, 64)
+        LAYERS.append(self.number)
+
+    def forward(self, input_ids, labels):
+        x = self.embedding(input_ids) * (1 + self.number) * len(LAYERS)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def build_model():
+    import later
+
+    MADE.append(Model()) if not MADE else None
+    return MADE[0].double() if later.TRUE else None
+
+
+def example_batch(batch_size, seq_len):
+    tokens = torch.arange(batch_size * seq_len).view(batch_size, seq_len) % 64
+    return {"input_ids": tokens, "labels": tokens}
+"""
+
+
+def test_what_is_built_is_the_first_model_that_a_file_makes(tmp_path):
+    for name, text in (("model.py", COUNTING), ("beside.py", "LAYERS = []\n"), ("later.py", "TRUE = True\n")):
+        (tmp_path / name).write_text(text)
+    made = make_model(read_model_file(tmp_path / "model.py"), {})
+    assert made.number == 0 and not any(parameter.is_meta for parameter in made.parameters())
+    assert sys.modules[type(made).__module__].LAYERS == [0]
+    built = read_manifest(build_file(tmp_path / "model.py", BuildConfig(2), 4, 2, out=tmp_path / "out"))
+    assert built.compared.startswith("2 steps of SGD")

@@ -126,14 +126,14 @@ class Shaped(Model):
         return x.view(2, S, -1)
 
 
-class Numpy(Model):
+class Pointer(Model):
     def inner(self, x, labels):
-        return x + torch.from_numpy(x.detach().numpy())  # here
+        return x + (0 if x.data_ptr() else 1)  # here
 
 
-class NoNumpy(Model):
+class NoPointer(Model):
     def inner(self, x, labels):
-        return x + x.detach()
+        return x
 
 
 class ReadsForward(Function):
@@ -222,6 +222,42 @@ class LogitsAlone(Model):
         return self.head(self.embedding(tokens))
 
 
+class LossByPosition(Model):
+    def forward(self, tokens, labels):  # here
+        logits = self.head(self.embedding(tokens))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")}
+
+
+class LossOfAll(Model):
+    def forward(self, tokens, labels):
+        logits = self.head(self.embedding(tokens))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").mean()}
+
+
+class LossDetached(Plain):
+    def forward(self, tokens, labels):  # here
+        return super().forward(tokens, labels).detach()
+
+
+class Doubling(nn.Parameter):
+    """What is multiplied by it is multiplied by twice of it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result + result if func is torch.Tensor.mul else result
+
+
+class OfItsClass(Plain):
+    def set_up(self):
+        self.gain = Doubling(self.gain.data)
+
+
+class Doubled(Model):
+    def inner(self, x, labels):
+        return x * (2 * self.gain)
+
+
 class LossAmong(Model):
     def forward(self, tokens, labels):
         logits = self.head(self.embedding(tokens))
@@ -288,7 +324,7 @@ MENDS = [
          DenseEmbedding),
     Mend("dtype-unsupported", "compute it in real floats or integers", ComplexRotary, RealRotary),
     Mend("capture-failed", OPERATORS, Misshapen, Shaped),
-    Mend("capture-failed", OPERATORS, Numpy, NoNumpy),
+    Mend("capture-failed", OPERATORS, Pointer, NoPointer),
     Mend("custom-gradient", "give it every tensor as an argument, save those it needs, and write to none", OwnFunction,
          OfItsArguments),
     Mend("attention-shape", "join the leading dims, or repeat the heads of k and v without enable_gqa", FewHeadsOfV,
@@ -300,6 +336,11 @@ MENDS = [
       for name in ("sdpa", "eager")),
     Mend("lazy-parameter", "give the shape, or run the model once in build_model", Lazy, run_once),
     Mend("scripted-module", "give the module that it was made of", Scripted, Plain),
+    Mend("no-loss", "say how its parts make one number, as with .mean() or .sum()", LossByPosition, LossOfAll),
+    Mend("nothing-trains", "return the loss itself, not detached: alone, first, or as .loss or ['loss']", LossDetached,
+         Plain),
+    Mend("parameter-overrides", "make it an nn.Parameter, and compute in forward what its class does", OfItsClass,
+         Doubled),
     *(Mend("no-loss", LOSS, kind, LossAmong) for kind in (TwoScalars, LogitsAlone)),
     Mend("no-loss", "return the loss in eval mode as well" + EVAL, LossInTraining, Plain),
     Mend("state-mutated", "let train() and eval() leave parameters and buffers alone" + EVAL, Merging, Plain),

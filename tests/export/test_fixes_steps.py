@@ -114,6 +114,24 @@ class HookInForward(Model):
         return x
 
 
+class HookOfAModuleInForward(Model):
+    def inner(self, x, labels):
+        self.linear.register_full_backward_hook(lambda module, inputs, outputs: (2 * inputs[0],))  # here
+        return x
+
+
+class HookOnAWeightInForward(Model):
+    def inner(self, x, labels):
+        self.gain.register_post_accumulate_grad_hook(lambda gain: gain.grad.mul_(2))  # here
+        return x * self.gain
+
+
+class SavedInHalf(Model):
+    def inner(self, x, labels):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t.double()):  # here
+            return x.sin()
+
+
 def hook_on_a_module():
     model = made(Plain)
     model.head.register_full_backward_hook(lambda module, inputs, outputs: (2 * inputs[0],))
@@ -177,7 +195,7 @@ class DetachedRead(Model):
 
 class Inference(Model):
     def inner(self, x, labels):
-        with torch.inference_mode():
+        with torch._C._InferenceMode(True):
             y = x * 1
         return y * 1
 
@@ -201,7 +219,8 @@ MENDS = [
     Mend("autocast-device", "give the model its dtype, as with model.to(torch.bfloat16), instead of autocast",
          AutocastToCuda, half, target="cuda"),
     Mend("reentrant-checkpoint", "checkpoint with use_reentrant=False", Reentrant, NotReentrant),
-    Mend("gradient-hook", IN_FORWARD, HookInForward, GradientDoubled),
+    *(Mend("gradient-hook", IN_FORWARD, kind, GradientDoubled)
+      for kind in (HookInForward, HookOfAModuleInForward, HookOnAWeightInForward, SavedInHalf)),
     Mend("gradient-hook", IN_FORWARD, hook_on_a_module, GradientDoubled),
     Mend("gradient-inside", "write that gradient out in torch operators", GradientInside, GradientWritten),
     Mend("random-operator", "take that out of forward", Seeded, Unseeded),

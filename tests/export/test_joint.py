@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from autosp_aot.export.joint import Joint
+from autosp_aot.export.loss import LOSS, PARTS
 
 
 class Model(nn.Module):
@@ -55,8 +56,8 @@ class NoGradInAutocast(Model):
 def run(joint: Joint, model: nn.Module, batch) -> dict[str, torch.Tensor]:
     """The captured graph on real tensors: its results by label."""
     given = {
-        "parameter": dict(model.named_parameters()), "buffer": dict(model.named_buffers()), "batch": batch,
-        "tangent": {"grad_loss": torch.ones(())},
+        "parameter": dict(model.named_parameters()), "batch": batch,
+        "buffer": dict(model.named_buffers()) | dict(joint.constants), "tangent": {"grad_loss": torch.ones(())},
     }  # fmt: skip
     values = [given[kind][name] for kind, name in joint.inputs]
     with torch.no_grad():
@@ -141,7 +142,6 @@ def test_a_result_in_which_the_loss_is_not_clear_is_refused(refusal, give, what)
         f"error[no-loss]: forward returns {what}\n"
         f"  where  {FORWARD}\n"
         "  why    training needs one number to differentiate\n"
-        "  fix    compute the loss in forward, as with cross_entropy(logits.flatten(0, 1), labels.flatten()), and "
-        "return it: alone, first, or as .loss or ['loss']"
+        f"  fix    {PARTS if what.endswith(('float32 [3]', 'float32 [1]')) else LOSS}"
     )
 

@@ -152,7 +152,7 @@ def test_the_dim_that_changes_with_the_length_is_the_sequence(model_file):
 def test_a_batch_that_is_no_dict_is_refused(model_file):
     path = model_file(("return {", "return [tokens]\n    return {"))
     assert batch_refusal(path) == (
-        "error[batch-not-tensors]: example_batch returned list\n"
+        "error[batch-not-tensors]: the batch is list\n"
         "  where  model.py:9\n"
         "  why    the batch is the keyword inputs of forward\n"
         "  fix    return a dict of tensors, or of dicts of them; None, flags, numbers and texts are constants of the "

@@ -53,7 +53,7 @@ class TwoAttentions(nn.Module):
 def test_foreign_attention_kernels_are_refused_by_name_all_at_once():
     block = (
         "error[attention-implementation]: the model's attention is {!r}\n"
-        "  where  build_model\n"
+        f"  where  {line(TwoAttentions.__init__)} (build_model)\n"
         "  why    that is a kernel of its own: capture cannot see which queries it lets see which keys\n"
         '  fix    give the model attn_implementation="sdpa" or "eager": the kernel to run with is chosen for the target'
     )
@@ -65,7 +65,7 @@ def test_foreign_attention_kernels_are_refused_by_name_all_at_once():
 def test_a_weight_that_is_computed_outside_of_forward_is_refused():
     assert refusal(Model(nn.utils.weight_norm(nn.Linear(H, H)))) == (
         "error[state-mutated]: the model keeps what a step computed in inner.weight\n"
-        "  where  build_model\n"
+        f"  where  {line(Model.__init__)} (build_model)\n"
         "  why    state that outlives a step is not part of the program\n"
         "  fix    give a model that has not run, and keeps nothing; for torch.nn.utils.weight_norm take "
         "torch.nn.utils.parametrizations.weight_norm"

@@ -1,5 +1,7 @@
 """One memory under two names: tied as eager ties it, or refused by name."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -152,7 +154,60 @@ NOT_RUN = (
     "give a model that has not run, and keeps nothing; for torch.nn.utils.weight_norm take "
     "torch.nn.utils.parametrizations.weight_norm"
 )
+class Frozen(Plain):
+    """A name of a trained parameter, under which it is not trained."""
+
+    def set_up(self):
+        self.fixed = nn.Parameter(self.linear.weight.data, requires_grad=False)
+
+    def inner(self, x, labels):
+        return x @ self.fixed
+
+
+class Detached(Plain):
+    def inner(self, x, labels):
+        return x @ self.linear.weight.detach()
+
+
+class Expanded(Plain):
+    def set_up(self):
+        self.rows = nn.Parameter(torch.ones(1, 1, dtype=torch.float64).expand(1, H))
+
+    def inner(self, x, labels):
+        return x * self.rows
+
+
+class ExpandedInForward(Plain):
+    def set_up(self):
+        self.rows = nn.Parameter(torch.ones(1, 1, dtype=torch.float64))
+
+    def inner(self, x, labels):
+        return x * self.rows.expand(1, H)
+
+
+class ArrayOfOne(Plain):
+    """An array of numpy's that a weight lies in."""
+
+    def set_up(self):
+        self.array = self.linear.weight.detach().numpy()
+
+    def inner(self, x, labels):
+        return x @ torch.from_numpy(self.array).t()
+
+
+class ViewInANamespace(Plain):
+    def set_up(self):
+        self.held = argparse.Namespace(weight=self.linear.weight.detach())
+
+    def inner(self, x, labels):
+        return x @ self.held.weight.t()
+
+
 MENDS = [
+    Mend("parameters-overlap", "compute with linear.weight.detach() in forward, in place of fixed", Frozen, Detached),
+    Mend("parameters-overlap", "make a parameter of the part that repeats, and expand it in forward", Expanded,
+         ExpandedInForward),
+    *(Mend("parameter-viewed", IN_FORWARD, kind, ViewInForward) for kind in (ArrayOfOne, ViewInANamespace)),
     Mend("parameters-overlap", AS_ONE.format("head.weight", "embedding.weight"), TiedByData, Tied),
     Mend("parameters-overlap", AS_ONE.format("other", "gain"), TwoOfOne, OneTwice),
     Mend("parameters-overlap", AS_ONE.format("other", "gain"), OneArray, OneTwice),

@@ -1,5 +1,6 @@
 """State outside of buffers: refused where a later step computes with it, with its name and line; else captured."""
 
+import functools
 import random
 import time
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.export.mend import Mend, Model, made, trains_as_eager
+from autosp_aot.commands.build.builder import build
+from autosp_aot.errors import BuildError
+from tests.export.mend import DIMS, H, Mend, Model, S, batch, made, trains_as_eager
 
 AT_INPUT = "take it as an input of forward: a count as a scalar tensor of the batch, a memory as a tensor"
 SOMETHING = "take what changes as an input of forward: a number as a scalar tensor of the batch"
@@ -188,6 +191,86 @@ def test_what_is_kept_between_steps_is_refused_with_a_fix_that_builds(mend, capf
 
 def test_what_turns_in_one_step_alone_is_refused(capfd):
     assert Mend("state-kept", AT_INPUT, OneStep, StepGiven).refusal(capfd).code == "state-kept"
+
+
+class Reversed(torch.autograd.Function):
+    """Its gradient alone depends on the factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -ctx.factor * grad, None
+
+
+class Warmed(Count):
+    """A reversal that begins after some steps, of which a loss says nothing."""
+
+    def inner(self, x, labels):
+        self.step += 1
+        return Reversed.apply(x, 0.0 if self.step < 20 else 1.0)
+
+
+class Backwards(torch.autograd.Function):
+    """Counts how often it has run backward."""
+
+    times = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        Backwards.times += 1
+        return grad if Backwards.times < 20 else 2 * grad
+
+
+class BackwardCounted(Model):
+    def inner(self, x, labels):
+        return Backwards.apply(x)
+
+
+@pytest.mark.parametrize(("kind", "what"), [(Warmed, "step"), (BackwardCounted, "test_state.py: Backwards.times")])
+def test_what_gradients_alone_depend_on_is_refused(kind, what):
+    with pytest.raises(BuildError) as caught:
+        build(made(kind), batch(S), 2, sequence_dims=DIMS, target="cpu", eager_check=False)
+    assert caught.value.problems[0].what == f"forward keeps {what} from one step to the next"
+
+
+@functools.lru_cache
+def table(width: int) -> torch.Tensor:
+    return torch.linspace(0, 1, width, dtype=torch.float64)
+
+
+class CachedFunction(Model):
+    def inner(self, x, labels):
+        return x + table(x.shape[-1])
+
+
+def test_a_function_that_keeps_constants_is_captured_and_left_without_tensors_of_capture():
+    model = made(CachedFunction)
+    trains_as_eager(model)
+    table.cache_clear()
+    build(model, batch(S), 2, sequence_dims=DIMS, target="cpu", eager_check=False)
+    assert type(table(H)) is torch.Tensor
+
+
+class LazyBuffer(Model):
+    """Registers a buffer when it needs one."""
+
+    def inner(self, x, labels):
+        if not hasattr(self, "mask"):
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril()
+            self.register_buffer("mask", mask / mask.sum(1, keepdim=True), persistent=False)
+        return self.mask @ x
+
+
+def test_a_buffer_that_is_registered_when_it_is_needed_is_a_cache():
+    trains_as_eager(made(LazyBuffer))
 
 
 class PythonDraw(Model):

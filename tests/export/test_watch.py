@@ -1,3 +1,4 @@
+import logging
 import os
 import random
 import warnings
@@ -248,3 +249,15 @@ def test_torch_is_as_it_was_after_watching(captured):
     before = [vars(torch.autograd.Function)["apply"], vars(nn.Module)["__setattr__"], torch.autocast.__enter__]
     captured(Unchanged())
     assert [vars(torch.autograd.Function)["apply"], vars(nn.Module)["__setattr__"], torch.autocast.__enter__] == before
+
+
+class Talking(Model):
+    def changed(self, x):
+        print("of x:", x)
+        logging.getLogger(__name__).warning("of %s", x.shape)
+        return x
+
+
+def test_what_forward_prints_while_it_is_captured_is_not_seen(captured, capfd):
+    captured(Talking())
+    assert capfd.readouterr().out == ""

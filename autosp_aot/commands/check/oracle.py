@@ -9,6 +9,7 @@ What rounding makes of them is measured: in eager once more, from weights that a
 
 import contextlib
 import copy
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -182,8 +183,10 @@ class _Ranks:
 
 @contextlib.contextmanager
 def _failing() -> Iterator[None]:
+    """What the model prints is dropped, and what it raises is an EagerFailed."""
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     except FAILURES as error:
         raise EagerFailed from error
 

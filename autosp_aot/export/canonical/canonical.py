@@ -82,11 +82,14 @@ class _Canonical:
                 continue
             place = next(filter(None, (where(user).source for user in node.users)), self.joint.place)
             self.names[node] = self.add_input(kind, name, node.meta["val"], place)
+        named: dict[str, str] = {}
         for node in self.graph.nodes:
             if node.op == "get_attr":
-                value = getattr(self.joint.graph_module, node.target)
-                self.names[node] = self.add_input("buffer", f"constant.{len(self.constants)}", value, self.joint.place)
-                self.constants[self.names[node]] = value
+                if node.target not in named:
+                    value = getattr(self.joint.graph_module, node.target)
+                    name = self.add_input("buffer", f"constant.{len(self.constants)}", value, self.joint.place)
+                    named[node.target], self.constants[name] = name, value
+                self.names[node] = named[node.target]
             elif node.op == "call_function":
                 self.call(node)
         output = next(node for node in self.graph.nodes if node.op == "output")

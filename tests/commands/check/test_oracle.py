@@ -115,7 +115,7 @@ def tied(dtype=torch.float64) -> Model:
 def first_step_only(subject):
     """Capture's own run of forward, once."""
     steps = _Steps(subject)
-    return steps.step()[0], steps.model
+    return steps.step()[0], steps.model, None
 
 
 OFF = {

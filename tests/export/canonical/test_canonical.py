@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from autosp_aot.artifact.config import BuildConfig
-from autosp_aot.commands.build.builder import compile_model
+from autosp_aot.commands.build.builder import build, compile_model, model_values
 from autosp_aot.errors import BuildError
 from autosp_aot.runtime.simulate import simulate
 from tests.exactness import difference, eager
@@ -100,3 +100,31 @@ def test_tensors_made_of_literals_are_stored_with_the_artifact():
     stored = sorted(tuple(value.shape) for value in built(loss).buffers.values())
     assert stored == [(), (4,)]
     assert error(loss) <= 1e-12
+
+
+class OfIntegers(nn.Module):
+    """What integers become where a float is asked for is the default dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+
+    def forward(self, input_ids, labels):
+        x = self.tokens(input_ids) + (input_ids / 16).sin()[..., None] + torch.full((8,), 0.1)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_a_program_computes_the_same_whatever_the_default_dtype_is():
+    tokens = torch.arange(8).view(2, 4)
+    batch = {"input_ids": tokens, "labels": tokens}
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = OfIntegers()
+        artifact = build(model, batch, 2, target="cpu")
+        expected = model(**batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    values = batch | artifact.buffers | model_values(model)
+    tangent = torch.ones((), dtype=torch.float64)
+    results = simulate([artifact.program.for_rank(rank) for rank in range(2)], values, tangent)
+    assert abs(results[0]["loss"] - expected) < 1e-14

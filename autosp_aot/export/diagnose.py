@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     UnsupportedOperatorException,
 )
+from torch.autograd.graph import Node
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -172,13 +173,15 @@ def _unknown(name: str, place: str) -> Problem:
 
 def _leaves(loss: Tensor) -> set[int]:
     """The ids of the tensors in which the autograd graph of the loss ends."""
-    leaves, seen, todo = set(), set(), [loss.grad_fn]
+    return {id(step.variable) for step in backward_of(loss) if step.name() == "torch::autograd::AccumulateGrad"}
+
+
+def backward_of(loss: Tensor) -> Iterator[Node]:
+    """The steps of its backward, in no order."""
+    seen, todo = set(), [loss.grad_fn]
     while todo:
         step = todo.pop()
-        if step is None or step in seen:
-            continue
-        seen.add(step)
-        if step.name() == "torch::autograd::AccumulateGrad":
-            leaves.add(id(step.variable))
-        todo += [before for before, _ in step.next_functions]
-    return leaves
+        if step is not None and step not in seen:
+            seen.add(step)
+            todo += [before for before, _ in step.next_functions]
+            yield step

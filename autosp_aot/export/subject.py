@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 
 from autosp_aot.artifact.batches import Constant, tensors_of
-from autosp_aot.export.diagnose import diagnosed
+from autosp_aot.export.diagnose import backward_of, diagnosed
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.keeping import buffer_slots, slots
 from autosp_aot.export.loss import LossOnly, forward_at
@@ -60,9 +61,12 @@ class Subject:
             yield
 
     def gradients(self, model: LossOnly, loss: Tensor, *modes: contextlib.AbstractContextManager) -> list[Tensor]:
-        """Run the backward of a loss in these modes, the first outermost: the gradients there are, in a fixed order."""
+        """Run the backward of a loss in these modes, the first outermost: the gradients there are, in a fixed order.
+
+        None where all of backward is torch's own: then it follows from forward.
+        """
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not trained or not loss.requires_grad:
+        if not any(isinstance(step, BackwardCFunction) for step in backward_of(loss)):
             return []
         with diagnosed(self.place), settled(), silence(), contextlib.ExitStack() as stack:
             for mode in modes:

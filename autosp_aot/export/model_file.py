@@ -113,21 +113,24 @@ def make_model(
                 "correct the name, or add the argument to build_model",
             )
         ) from error
+    torch.manual_seed(seed)
     if weights:
-        torch.manual_seed(seed)
         return _made(build, options, place)
+    if weights is None:
+        try:
+            with at_most(WEIGHTS_LIMIT_BYTES):
+                return _made(build, options, place)
+        except TooLarge:
+            build = model_file.again().build_model
     empty, counted, failure = _without_weights(build, options)
     reading = "" if empty is None else _read_weights(empty)
-    large = counted.nbytes > WEIGHTS_LIMIT_BYTES
-    if (large or weights is False) and failure is None and not reading:
+    if failure is None and not reading:
         return _checked_module(empty, place)
-    build = model_file.again().build_model
-    torch.manual_seed(seed)
-    try:
-        with at_most(0 if large and (reading or "meta" in str(failure)) else WEIGHTS_LIMIT_BYTES):
-            return _made(build, options, place)
-    except TooLarge:
+    if counted.nbytes <= WEIGHTS_LIMIT_BYTES and weights is False:
+        return make_model(model_file.again(), options, seed)
+    if reading or "meta" in str(failure):
         raise BuildError(_needs_weights(reading, failure, place)) from failure
+    raise BuildError(_build_failed(failure, place)) from failure
 
 
 def _made(build: Callable, options: Mapping[str, object], place: str) -> nn.Module:
@@ -135,15 +138,17 @@ def _made(build: Callable, options: Mapping[str, object], place: str) -> nn.Modu
         with autocast_noted():
             return _checked_module(build(**options), place)
     except FAILURES as error:
-        raise BuildError(
-            Problem(
-                "build-model-failed",
-                "build_model raised an exception",
-                raised_at(error, inside=place) or place,
-                said(error),
-                "correct build_model or the options given with --set",
-            )
-        ) from error
+        raise BuildError(_build_failed(error, place)) from error
+
+
+def _build_failed(error: Exception, place: str) -> Problem:
+    return Problem(
+        "build-model-failed",
+        "build_model raised an exception",
+        raised_at(error, inside=place) or place,
+        said(error),
+        "correct build_model or the options given with --set",
+    )
 
 
 def _without_weights(build: Callable, options: Mapping[str, object]) -> tuple[object, Weightless, Exception | None]:

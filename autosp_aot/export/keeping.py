@@ -104,14 +104,40 @@ def global_slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def own_files(model: nn.Module) -> list[types.ModuleType]:
-    """The user's files that the model's classes are from, and those that they import."""
+    """The user's files that the model's classes are from, and those that they have imported, be it in a function."""
     files = {kind.__module__: sys.modules[kind.__module__] for kind in _own_kinds(model)}
     for file in (todo := list(files.values())):
-        for value in list(vars(file).values()):
-            home = value if isinstance(value, types.ModuleType) else sys.modules.get(getattr(value, "__module__", ""))
+        modules = (sys.modules.get(getattr(value, "__module__", "")) for value in list(vars(file).values()))
+        named = (sys.modules.get(name) for code in codes_of(file) for name in code.co_names)
+        imported = [value for value in vars(file).values() if isinstance(value, types.ModuleType)]
+        for home in (*imported, *modules, *named):
             if _is_own(home) and home.__name__ not in files:
                 todo.append(files.setdefault(home.__name__, home))
     return todo
+
+
+def codes_of(*namespaces: types.ModuleType | type) -> Iterator[types.CodeType]:
+    """The code of the functions of modules and classes, and of those inside of them."""
+    held = [value for namespace in namespaces for value in vars(namespace).values()]
+    held += [inner for value in held if isinstance(value, type) for inner in vars(value).values()]
+    todo = [function.__code__ for value in held for function in _functions(value)]
+    while todo:
+        code = todo.pop()
+        yield code
+        todo += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+
+
+def _functions(value) -> Iterator[types.FunctionType]:
+    """A function, that of a property, or what is around one; and what it is around."""
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, functools._lru_cache_wrapper):
+        value = value.__wrapped__
+    while isinstance(value, types.FunctionType):
+        yield value
+        value = vars(value).get("__wrapped__")
 
 
 def _own_kinds(model: nn.Module) -> list[type]:

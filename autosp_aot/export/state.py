@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.diagnose import refuse_mutation
 from autosp_aot.export.eager import Trace, homes
-from autosp_aot.export.keeping import Slot, global_slots, left_alone, own_files, random_states, slots
+from autosp_aot.export.keeping import Slot, codes_of, global_slots, left_alone, own_files, random_states, slots
 from autosp_aot.export.kept import CONTAINERS, FILLED, LARGEST, counting, fill, keeper, mark
 from autosp_aot.export.subject import Subject
 from autosp_aot.export.user_code import FAILURES, changed_at
@@ -140,17 +140,15 @@ def _is_large(value) -> bool:
 
 
 def _literals(model: nn.Module) -> set[float]:
-    """The numbers that stand in the code of the model's classes, and of the user's files that they are from."""
+    """The numbers that stand in the code of the model's classes, and of functions of the user's that it names."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    users = [kind for kind in kinds if not kind.__module__.startswith("torch.")]
-    held = [value for namespace in (*users, *own_files(model)) for value in vars(namespace).values()]
-    held += [getattr(value, name, None) for value in held for name in ("fget", "__func__", "__wrapped__")]
-    codes = [value.__code__ for value in held if hasattr(value, "__code__")]
+    todo = list(codes_of(*(kind for kind in kinds if not kind.__module__.startswith("torch."))))
+    others = {code.co_name: code for code in codes_of(*own_files(model))}
     found: set[float] = set()
-    while codes:
-        constants = codes.pop().co_consts
-        codes += [value for value in constants if hasattr(value, "co_consts")]
-        found |= {value for value in constants if type(value) in (int, float)}
+    while todo:
+        code = todo.pop()
+        found |= {value for value in code.co_consts if type(value) in (int, float)}
+        todo += [others.pop(name) for name in code.co_names if name in others]
     return found
 
 

@@ -99,6 +99,13 @@ def delegating():
     yield from generated()
 
 
+def imported_late() -> int:
+    from tests.export import counted_late
+
+    counted_late.STEP += 1
+    return counted_late.STEP
+
+
 def up_from_none(owner):
     owner.n = getattr(owner, "n", 0) + 1
     return owner.n
@@ -165,6 +172,7 @@ COUNTS = {
     "a default": (None, lambda m: of_a_default()),
     "another file": (None, lambda m: setattr(counted, "STEP", counted.STEP + 1) or counted.STEP),
     "a class of another file": (None, lambda m: up(counted.Counts)),
+    "a file that a function imports": (None, lambda m: imported_late()),
     "a function of another file": (None, lambda m: next_step()),
 }
 

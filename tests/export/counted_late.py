@@ -1,0 +1,3 @@
+"""State of a file that is imported by a function alone."""
+
+STEP = 0

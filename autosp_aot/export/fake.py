@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# What copying raises of what cannot be copied.
+# What copying raises of what cannot be copied: a lock or a file (TypeError), an extension's object that says so itself
+# (NotImplementedError, RuntimeError), an object that computes its attributes and has none that copying asks for
+# (AttributeError; LookupError where they are elements of a dict).
 UNCOPYABLE = (TypeError, NotImplementedError, RuntimeError, AttributeError, LookupError)
 
 

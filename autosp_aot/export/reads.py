@@ -101,7 +101,7 @@ def _is_torchs(name: str, frame: FrameType) -> bool:
     found = frame.f_locals.get(first, frame.f_globals.get(first))
     for part in rest:
         found = getattr(found, part, None)
-    return (getattr(found, "__module__", None) or "").partition(".")[0] == "torch" or "torch.ops" in name
+    return (getattr(found, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def reads_values(frame: FrameType | None) -> bool:

@@ -44,10 +44,12 @@ def _refuse_state(subject: Subject) -> tuple[Tensor, nn.Module, BuildError | Non
     moved = {what: _moved_at(subject, what) for what in steps.trace.moved(steps.model)}
     refuse_mutation({what: at or subject.place for what, at in (steps.trace.written | moved).items()})
     start, after = steps.held, steps.look()
-    _, second = steps.step()
+    inputs = steps.begin()
+    kept = steps.kept()
+    _, second = steps.run(inputs)
     if first != second:
         carried = steps.trace.carried(second)
-        read = [path for path, held in steps.kept.items() if held in carried]
+        read = [path for path, held in kept.items() if held in carried]
         raise _kept(subject, read or [path for path in after if after[path] != start.get(path)])
     later = steps.look()
     drifting = [path for path in later if later[path] != after.get(path)]
@@ -65,14 +67,24 @@ class _Steps:
         self.trace = Trace(self.model, subject.model)
         self.held = self.look()
         self.failure: BuildError | None = None  # of backward
-        self.kept: dict[str, int | None] = {}  # what tensors hold as the last step begins, by path
 
     def step(self) -> tuple[Tensor, int]:
         """The loss of a step, and the expression of it and of all gradients."""
+        return self.run(self.begin())
+
+    def begin(self) -> dict[str, Tensor]:
+        """The batch of a step that begins."""
         inputs = self.subject.inputs(self.mode)
         self.trace.begin(inputs)
+        return inputs
+
+    def kept(self) -> dict[str, int | None]:
+        """What the tensors that the model keeps hold, by path."""
         tensors = ((slot.path, slot.value) for slot in self.slots() if isinstance(slot.value, Tensor))
-        self.kept = {path: self.trace.stored.get(tensor.untyped_storage()._cdata) for path, tensor in tensors}
+        return {path: self.trace.stored.get(tensor.untyped_storage()._cdata) for path, tensor in tensors}
+
+    def run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """The rest of the step that has begun with this batch."""
         loss = self.subject.loss(self.model, inputs, self.mode, self.trace)
         if self.trace.reads:
             raise BuildError(*dict.fromkeys(self.trace.reads))

@@ -259,7 +259,7 @@ class OfTensorsLogarithm(Model):
 
 
 class Caught(Model):
-    """Goes on without the value."""
+    """Goes on without the value, as models do that guard a log: what capture raises must not be lost in there."""
 
     def inner(self, x, labels):
         try:

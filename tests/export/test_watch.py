@@ -187,6 +187,15 @@ def test_hooks_on_modules_are_refused(refusal):
     ]
 
 
+def test_hooks_on_every_module_are_refused(refusal):
+    hook = nn.modules.module.register_module_full_backward_hook(lambda module, grad_in, grad_out: grad_in)
+    try:
+        said = refusal(Unchanged())
+    finally:
+        hook.remove()
+    assert said.startswith("error[gradient-hook]: every module has a hook on a gradient\n")
+
+
 class Replaced(Model):
     def changed(self, x):
         self.count = self.count + 1

@@ -7,7 +7,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from autosp_aot.training.learning_rate import Schedule
 from autosp_aot.training.loop import Training
-from tests import training as runs
+from tests import training_runs as runs
 
 STEPS, COUNT, LR, CLIP = 20, 6, 1e-2, 0.2
 

@@ -13,7 +13,7 @@ from autosp_aot.training.launch import run
 from autosp_aot.training.learning_rate import Schedule
 from autosp_aot.training.loop import Training
 from examples import llama
-from tests import training as runs
+from tests import training_runs as runs
 from tests.training.test_label_count import ITEMS, batches, rows
 
 BATCHES = 5

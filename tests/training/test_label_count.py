@@ -16,7 +16,7 @@ from autosp_aot.training.data import open_feed
 from autosp_aot.training.label_count import is_items, open_items
 from autosp_aot.training.learning_rate import Schedule
 from autosp_aot.training.loop import Training
-from tests import training as runs
+from tests import training_runs as runs
 
 ITEMS = {"num_items_in_batch": torch.tensor(1)}
 COUNT = 6

@@ -98,7 +98,7 @@ def test_the_message_of_run_has_a_line_and_ways_out_that_work(tmp_path):
             launch.run(Training(path, 1), data, None, eval_data)
         assert str(caught.value) == (
             "error[targets-not-shifted]: the loss asks at a position for the very token of that position\n"
-            f"  where  test_targets.py:{outside.__code__.co_firstlineno + 1}\n"
+            f"  where  test_unshifted.py:{outside.__code__.co_firstlineno + 1}\n"
             "  why    data fills every input with the same tokens: a model that does not shift its targets learns to "
             "copy them\n"
             "  fix    shift in forward, as in cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()); or "

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import autosp_aot
 from autosp_aot.artifact.read import read_manifest
-from tests.runtime.replicas import STEPS, config
+from tests.training.deepspeed.replicas import STEPS, config
 from tests.training.deepspeed.deepspeed_runs import train
 
 

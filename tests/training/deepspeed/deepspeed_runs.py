@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import autosp_aot
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.training.label_count import is_items
-from tests.runtime.replicas import STEPS, config, steps
+from tests.training.deepspeed.replicas import STEPS, config, steps
 
 
 def main(artifact: str, runs: str, out: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import autosp_aot
 from autosp_aot.errors import ArtifactError
 from autosp_aot.training.deepspeed.config import check_samples, checked_config, read_config
-from tests.runtime.replicas import config, micro_batches, model
+from tests.training.deepspeed.replicas import config, micro_batches, model
 
 GOOD = config(zero=1, accumulate=3, clip=1.0) | {"train_batch_size": 12}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import autosp_aot
 from autosp_aot.runtime.comm import Group
 from tests.processes import json_lines, run_ranks
-from tests.runtime.replicas import DECAY, LR, config, error, micro_batches, model, reference, steps
+from tests.training.deepspeed.replicas import DECAY, LR, config, error, micro_batches, model, reference, steps
 
 RUNS = [{"zero": z, "accumulate": a, "clip": c} for z, a, c in product((0, 1, 2), (1, 3), (0.0, 0.3))]
 SCRIPT, DRAWS = (Path(__file__).with_name(name) for name in ("deepspeed_runs.py", "deepspeed_draws.py"))
@@ -56,7 +56,7 @@ def command(*args) -> subprocess.CompletedProcess:
 
 def test_run_with_a_config_is_run_with_options(tmp_path):
     autosp_aot.build(model(), micro_batches(1)[0], 1, tmp_path / "artifact", target="cpu")
-    (tmp_path / "ds.json").write_text(json.dumps(config(zero=1, accumulate=3, clip=0.3)))
+    (tmp_path / "ds.json").write_text(json.dumps(config(zero=1, accumulate=3, clip=0.3, epsilon=1e-8)))
     shared = ["run", tmp_path / "artifact", "--steps", 4]
     options = ["--lr", LR, "--weight-decay", DECAY, "--accumulate", 3, "--clip", 0.3, "--metrics", tmp_path / "a"]
     options = [*options, "--save", tmp_path / "plain"]

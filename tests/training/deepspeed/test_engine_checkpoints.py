@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import autosp_aot
 from tests.processes import run_ranks
-from tests.runtime.replicas import error, micro_batches, model, reference
+from tests.training.deepspeed.replicas import error, micro_batches, model, reference
 
 RESUME = Path(__file__).with_name("deepspeed_resume.py")
 MICRO_BATCHES = 4

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import autosp_aot
 from tests.processes import json_lines, run_ranks
-from tests.runtime.replicas import LR, config, micro_batches, model
+from tests.training.deepspeed.replicas import LR, config, micro_batches, model
 
 SCRIPT = Path(__file__).with_name("deepspeed_loops.py")
 
@@ -52,7 +52,7 @@ def test_labels_weigh_alike_where_replicas_are_summed(found):
 
 def test_run_counts_micro_batches_where_the_config_leaves_that_to_the_loop(tmp_path):
     autosp_aot.build(model(), micro_batches(1)[0], 1, tmp_path / "artifact", target="cpu")
-    own = config(zero=1, accumulate=3, clip=0.0) | {"managed_gradient_accumulation": False}
+    own = config(zero=1, accumulate=3, clip=0.0, epsilon=1e-8) | {"managed_gradient_accumulation": False}
     del own["compile"]
     (tmp_path / "ds.json").write_text(json.dumps(own))
     rows = []

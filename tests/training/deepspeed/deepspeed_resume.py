@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 import autosp_aot
 from autosp_aot.artifact.read import read_manifest
-from tests.training.deepspeed.replicas import STEPS, config
 from tests.training.deepspeed.deepspeed_runs import train
+from tests.training.deepspeed.replicas import STEPS, config
 
 
 def main(micro_batches: str, out: str, *artifacts: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from autosp_aot.ops.kernels import attention, attention_backward
+from autosp_aot.ops.attention.kernels import attention, attention_backward
 
 INF = float("inf")
 CAUSAL = ("aten.le.Tensor", "k", "q")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from autosp_aot.ops import blockwise
+from autosp_aot.ops.attention import blockwise
 from tests.steps import equal_to_eager
 
 S, N, INF = 13, 4, float("inf")

@@ -31,8 +31,8 @@ from autosp_aot.ir.program import (
 from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.ir.units import bytes_text
 from autosp_aot.memory.costs import flops, heaviest
+from autosp_aot.ops.table import is_quadratic
 from autosp_aot.passes import decisions
-from autosp_aot.passes.analysis.segments import QUADRATIC
 from autosp_aot.passes.early_backward import compute_early
 from autosp_aot.passes.keep.policy import reasons
 from autosp_aot.passes.partition import Choice, Weighed, partition, weigh
@@ -258,7 +258,7 @@ class _Explainer:
         instr = self.made_by[name]
         if instr.op in COLLECTIVES:
             return f"not kept under this plan, so {self.received(name, instr)} once more"
-        if instr.op in QUADRATIC:
+        if is_quadratic(instr.op):
             count = flops(instr, self.values, heaviest(self.program))
             return f"not kept under this plan, so attention's {count:.3g} FLOPs on the rank with the most once more"
         return "its cost is linear in the sequence, and it follows from what is kept"

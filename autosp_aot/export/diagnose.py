@@ -22,7 +22,7 @@ from autosp_aot.export.reads import read_problem
 from autosp_aot.export.regions import MARKS
 from autosp_aot.export.source import module_path, where
 from autosp_aot.export.user_code import FAILURES, raised_at, said
-from autosp_aot.ops.expert_mm import PRODUCTS
+from autosp_aot.ops.experts.captured import PRODUCTS
 
 GROUPED = """sort topk's indices, count them with torch.histc, let nothing see that order but its inverse; or
 multiply with weight[ids] in torch operators (transformers: experts_implementation="batched_mm")"""

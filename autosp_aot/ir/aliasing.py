@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch._C import DispatchKey
 
-from autosp_aot.ir.operators import OURS, TILES, overload
+from autosp_aot.ir.operators import OWN, TILES, overload
 from autosp_aot.ir.program import Instr
 
 KERNELS = (DispatchKey.CPU, DispatchKey.CompositeExplicitAutograd)
@@ -62,7 +62,7 @@ def _shared(instr: Instr) -> list[str]:
     """The operands that results of `instr` may be views of."""
     if instr.into is not None:
         return [instr.refs()[instr.into]]
-    if instr.op in OURS or instr.op == TILES:
+    if instr.op.startswith(OWN) or instr.op == TILES:
         return []
     found = overload(instr.op)
     return [] if found is not None and _makes_memory(found) else instr.refs()

@@ -1,7 +1,7 @@
 """Which operators a program may name, and torch's operator for a name.
 
 Allowed are ATen operators without side effects: none that writes to an operand, none that draws random numbers, and
-none without a tensor operand except the constant tensors below. `autosp.uniform` draws, from the seed it is given.
+none without a tensor operand except the constant tensors below. Those of our own, `autosp.*`, are in `ops/table.py`.
 Everything else is refused by name.
 """
 
@@ -16,31 +16,12 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HALF = (torch.bfloat16, torch.float16)
+# What the names of our own operators begin with.
+OWN = "autosp."
 FACTORIES = frozenset({
     "aten.arange.start_step", "aten.full.default", "aten.ones.default", "aten.scalar_tensor.default",
     "aten.zeros.default",
 })  # fmt: skip
-# Operators that make a tensor on the rank's device.
-MAKE = FACTORIES | {"autosp.uniform"}
-_SCORING = "scale=, causal=False, window=None, score=None, safe=True, dropout=0.0, site=0, heads=0"
-_GIVEN = "grad_out, q, k, v, out, lse, grad_lse, vectors, seed"
-OURS = {
-    "autosp.attention": f"autosp.attention(q, k, v, vectors, seed, group, first_head, {_SCORING}) -> (out, lse)",
-    "autosp.attention_backward": f"autosp.attention_backward({_GIVEN}, group, first_head, {_SCORING})"
-    " -> (grad_q, grad_k, grad_v)",
-    "autosp.attention_rows": f"autosp.attention_rows(q, k, v, vectors, seed, group, rows, start, {_SCORING})"
-    " -> (out, lse)",
-    "autosp.attention_rows_backward": f"autosp.attention_rows_backward({_GIVEN}, group, rows, start, {_SCORING})"
-    " -> (grad_q, grad_k, grad_v)",
-    "autosp.attention_rows_vector_gradient": f"autosp.attention_rows_vector_gradient({_GIVEN}, which, group, rows,"
-    f" start, {_SCORING}) -> grad_vector",
-    "autosp.attention_vector_gradient": f"autosp.attention_vector_gradient({_GIVEN}, which, group, first_head,"
-    f" {_SCORING}) -> grad_vector",
-    "autosp.expert_mm": "autosp.expert_mm(ids, x, weight) -> y",
-    "autosp.expert_mm_weight_grad": "autosp.expert_mm_weight_grad(ids, x, grad, experts) -> grad_weight",
-    "autosp.rescale": "autosp.rescale(x, tangent, guess) -> x, times tangent / guess",
-    "autosp.uniform": "autosp.uniform(seed, site, shape, box, dtype) -> draws",
-}
 # What torch computes a number's operator with: the number becomes a tensor.
 OF_TENSORS = {f"aten.{name}.Scalar": f"aten.{name}.Tensor" for name in ("div", "mul")}
 MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
@@ -49,7 +30,6 @@ COLLECTIVES = MOVES[1:]
 COPIES = ("offload", "fetch", "wait")
 FREE = "free"
 TILES = "tiles"
-RESCALE = "autosp.rescale"
 # What a program may name beside operators.
 STRUCTURE = (*MOVES, *COPIES, FREE, TILES)
 
@@ -95,14 +75,6 @@ def makes_view(name: str) -> bool:
     """Whether an operator of ATen gives its operand's storage under another shape."""
     found = overload(name)
     return found is not None and found._schema.returns[0].alias_info is not None
-
-
-def schema(name: str) -> str | None:
-    """The signature of an allowed operator; None for one that is not."""
-    if name in OURS:
-        return OURS[name]
-    found = overload(name)
-    return None if found is None else str(found._schema)
 
 
 def _pure(found: torch._ops.OpOverload) -> bool:

@@ -16,16 +16,9 @@ from autosp_aot.ir.program import ITEMSIZE, RECOMPUTED, TILE, Body, Instr, PerRa
 from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.memory.layouts import Layouts, storage_bytes
 from autosp_aot.memory.rank_classes import unlike_ranks
+from autosp_aot.ops.table import OURS
 
-CONTRACTIONS = (
-    "aten.mm.default", "aten.bmm.default", "aten.addmm.default", "autosp.expert_mm", "autosp.expert_mm_weight_grad",
-)  # fmt: skip
-# Products of [S, D] and [D, S] or [S, S] and [S, D] that attention does, forward and backward.
-ATTENTION_PRODUCTS = {
-    "autosp.attention": 2, "autosp.attention_rows": 2,
-    "autosp.attention_backward": 5, "autosp.attention_rows_backward": 5,
-    "autosp.attention_vector_gradient": 2, "autosp.attention_rows_vector_gradient": 2,
-}  # fmt: skip
+CONTRACTIONS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +258,7 @@ def _products(instr: Instr, values: Mapping[str, Value], rank: int) -> Iterator[
     calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
     own = values_of(calls) if instr.body else {}
     for call in calls:
-        if call.op in CONTRACTIONS or call.op in ATTENTION_PRODUCTS:
+        if call.op in CONTRACTIONS or (call.op in OURS and OURS[call.op].flops):
             again = call.values()[0].name.removeprefix(TILE).startswith(RECOMPUTED)
             for box in range(rank * tiles, (rank + 1) * tiles):
                 places = [(own[name], box) if name in own else (values[name], rank) for name in call.refs()]
@@ -274,11 +267,7 @@ def _products(instr: Instr, values: Mapping[str, Value], rank: int) -> Iterator[
 
 def _flops(instr: Instr, shapes: list[tuple[int, ...]]) -> int:
     """Multiplications and additions of the products in a call; all else is linear and small beside them."""
-    if instr.op in ATTENTION_PRODUCTS:
-        first = 0 if instr.op in ("autosp.attention", "autosp.attention_rows") else 1
-        q, k = shapes[first], shapes[first + 1]
-        scoring = dict(instr.kwargs)
-        seen = k[2] // 2 if scoring.get("causal") else k[2]
-        return ATTENTION_PRODUCTS[instr.op] * 2 * prod(q) * min(seen, scoring.get("window", seen))
+    if instr.op in OURS:
+        return OURS[instr.op].flops(shapes, dict(instr.kwargs))
     a, b = shapes[-2:]
     return 2 * prod(a) * b[-1]

@@ -17,7 +17,7 @@ from torch import Tensor
 from autosp_aot.ir.operators import COPIES, DTYPES, FACTORIES, MOVES, overload, wide
 from autosp_aot.ir.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
 from autosp_aot.ir.transfers import Move, Shard
-from autosp_aot.ops import workspace
+from autosp_aot.ops.table import OURS
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Layouts:
             return _aten(op, args, kwargs), 0
         if op in COPIES:
             return [args[0] if op == "wait" else torch.empty_like(args[0])], 0
-        return workspace.made(op, args, kwargs, self.target)
+        return OURS[op].workspace(*args, target=self.target, **kwargs)
 
     def _made(self, instr: Instr, operands: list[Tensor], results: list[Tensor], workspace_bytes: int) -> Made:
         storages = [tensor.untyped_storage()._cdata for tensor in (*operands, *results)]

@@ -13,9 +13,7 @@ from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.placement import Placement, local_shape
 from autosp_aot.ir.program import PerRank, Program, Value
 from autosp_aot.ir.transfers import Move
-
-# Their last arguments are the query heads of a key/value head, and the first head.
-BY_HEADS = ("autosp.attention", "autosp.attention_backward", "autosp.attention_vector_gradient")
+from autosp_aot.ops.table import OURS
 
 
 def unlike_ranks(program: Program) -> list[int]:
@@ -26,8 +24,9 @@ def unlike_ranks(program: Program) -> list[int]:
     for instr in program.instrs():
         for out in instr.values():
             rows.update((n.values, None) for n in out.shape if isinstance(n, PerRank))
-        if instr.op in BY_HEADS and isinstance(instr.args[-1], PerRank):
-            rows[tuple(first % instr.args[-2] for first in instr.args[-1].values)] = None
+        if instr.op in OURS and OURS[instr.op].over_heads and isinstance(instr.args[-1], PerRank):
+            group, first_head = instr.args[-2:]
+            rows[tuple(head % group for head in first_head.values)] = None
         if instr.op in COLLECTIVES and instr.op != "all_reduce":
             source, target = values[instr.refs()[0]], instr.values()[0]
             moves[source.placement, target.placement, source.whole_shape] = None

@@ -18,16 +18,16 @@ arXiv:2410.10989).
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from autosp_aot.ir.operators import RESCALE
 from autosp_aot.ir.program import EARLY, Input, Instr, Program, Ref, Value, rename, values_of
+from autosp_aot.ops.rescale import RESCALE
+from autosp_aot.ops.table import is_quadratic, spec_of
 from autosp_aot.passes.analysis.labels import find_labels
-from autosp_aot.passes.analysis.segments import QUADRATIC, alive_after
+from autosp_aot.passes.analysis.segments import alive_after
 from autosp_aot.passes.tile import LIMIT_BYTES, Region, Rules, runs
 from autosp_aot.sharding.homogeneous import homogeneous
-from autosp_aot.sharding.table import spec_of
 
 # Moves of what has an element a token.
-MIX = (*QUADRATIC, "all_to_all", "all_gather", "reduce_scatter")
+MIX = ("all_to_all", "all_gather", "reduce_scatter")
 
 
 def compute_early(program: Program, whole: Program, sequence_dims: Mapping[str, int], tiles: str | int) -> Program:
@@ -59,7 +59,7 @@ def _moved(program: Program, first: list[Instr], names: dict[str, str], tangent:
     read = given.union(*(instr.refs() for instr in later))
     guess = replace(tangent, name=names[tangent.name])
     rescaled = [
-        Instr((out,), RESCALE, (Ref(names[out.name]), Ref(tangent.name), Ref(guess.name)), where=instr.where)
+        Instr((out,), RESCALE.name, (Ref(names[out.name]), Ref(tangent.name), Ref(guess.name)), where=instr.where)
         for instr in first for out in instr.values() if out.name in read and out.name in names
     ]  # fmt: skip
     instrs = (*rescaled, *later)
@@ -89,7 +89,7 @@ def _beginning(program: Program, rules: Rules, tangent: str, worth_bytes: int) -
     least. With it come the names of forward's values after the least that are larger. Only what is a sequence counts.
     """
     forward, backward = program.section("forward").instrs, program.section("backward").instrs
-    start = max((at for at, instr in enumerate(forward) if instr.op in MIX), default=0)
+    start = max((at for at, instr in enumerate(forward) if _mixes(instr)), default=0)
     alive = _alive_bytes(forward, rules)
     most = max(range(start, len(alive)), key=alive.__getitem__, default=start)
     least = min(range(start, most), key=lambda at: (alive[at], -at), default=most)
@@ -98,7 +98,7 @@ def _beginning(program: Program, rules: Rules, tangent: str, worth_bytes: int) -
     later = values_of(forward[least + 1 :]).values()
     heavy = {value.name for value in later if value.nbytes() > alive[least] and rules.home(value.name, 1)}
     chain = _following(backward, tangent)
-    end = next((at for at, instr in enumerate(chain) if instr.op in MIX), len(chain))
+    end = next((at for at, instr in enumerate(chain) if _mixes(instr)), len(chain))
     after = _alive_bytes(chain, rules)[:end]
     most = max(range(end), key=after.__getitem__, default=0)
     count = next((at + 1 for at in range(most, end) if after[at] <= alive[least]), 0)
@@ -153,3 +153,8 @@ def _renamed(instr: Instr, names: dict[str, str]) -> Instr:
     """The instruction with operands and results renamed."""
     outs = tuple(out and replace(out, name=names.get(out.name, out.name)) for out in instr.outs)
     return replace(rename(instr, names), outs=outs)
+
+
+def _mixes(instr: Instr) -> bool:
+    """Whether positions of the sequence come together in an instruction."""
+    return instr.op in MIX or is_quadratic(instr.op)

@@ -18,12 +18,12 @@ from math import prod
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, covers, local_shape
 from autosp_aot.ir.program import ITEMSIZE, Input, Instr, Program, Ref, Value, with_refs
 from autosp_aot.ir.transfers import received_bytes
+from autosp_aot.ops.table import spec_of
 from autosp_aot.passes.analysis.labels import Labels, find_labels
 from autosp_aot.passes.analysis.partial_ok import summed_last
 from autosp_aot.passes.decisions import decision_wrong
 from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Spec, Strategy, even_split
-from autosp_aot.sharding.table import spec_of
 
 # What a byte that stays on the device, and a floating operation, cost in received bytes. They only break near ties:
 # links are at least this much slower than memory and arithmetic on every device since the A100.

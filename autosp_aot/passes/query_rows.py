@@ -12,11 +12,8 @@ A vector of the score with a dim of heads and a dim of rows is reshaped likewise
 from dataclasses import replace
 
 from autosp_aot.ir.program import Instr, Program, Ref, Value
-
-HEADS = "autosp.attention"
-ROWS = "autosp.attention_rows"
-# Operands without a dim of query rows, by position: k and v.
-WHOLE = {"": (1, 2), "_backward": (2, 3), "_vector_gradient": (2, 3)}
+from autosp_aot.ops.record import OverHeads
+from autosp_aot.ops.table import OURS
 
 
 def split_query_rows(whole: Program, ranks: int) -> Program:
@@ -25,22 +22,21 @@ def split_query_rows(whole: Program, ranks: int) -> Program:
     values = whole.values()
     instrs: list[Instr] = []
     for instr in step.instrs:
-        kind = instr.op.removeprefix(HEADS)
-        if instr.op == HEADS + kind and kind in WHOLE and values[instr.refs()[WHOLE[kind][0] - 1]].shape[1] < ranks:
+        kind = OURS[instr.op].over_heads if instr.op in OURS else None
+        if kind is not None and values[instr.refs()[kind.query]].shape[1] < ranks:
             instrs += _rewritten(instr, kind, values)
         else:
             instrs.append(instr)
     return replace(whole, sections=(replace(step, instrs=tuple(instrs)),))
 
 
-def _rewritten(instr: Instr, kind: str, values: dict[str, Value]) -> list[Instr]:
+def _rewritten(instr: Instr, kind: OverHeads, values: dict[str, Value]) -> list[Instr]:
     """The call over rows: whatever has a dim of heads and a dim of query rows is reshaped."""
-    at_q = WHOLE[kind][0] - 1
-    heads, rows = values[instr.refs()[at_q]].shape[1:3]
-    first, before = instr.values()[0].name, []
+    heads, rows = values[instr.refs()[kind.query]].shape[1:3]
+    first, before, of_keys = instr.values()[0].name, [], (kind.query + 1, kind.query + 2)
 
     def flat(arg, at: int):
-        if not isinstance(arg, Ref) or at in WHOLE[kind] or values[arg.name].shape[1:3] != (heads, rows):
+        if not isinstance(arg, Ref) or at in of_keys or values[arg.name].shape[1:3] != (heads, rows):
             return arg
         value = _flat(values[arg.name], f"{first}.rows_{at}")
         before.append(Instr((value,), "aten.reshape.default", (arg, value.shape), (), instr.where))
@@ -52,13 +48,13 @@ def _rewritten(instr: Instr, kind: str, values: dict[str, Value]) -> list[Instr]
     seed, *which, group, _ = instr.args[vectors + 1 :]
     outs, after = [], []
     for at, out in enumerate(instr.outs):
-        if out is None or out.shape[1:3] != (heads, rows) or (kind == "_backward" and at > 0):
+        if out is None or out.shape[1:3] != (heads, rows) or at in kind.of_keys:
             outs.append(out)
             continue
         outs.append(_flat(out, f"{out.name}.rows"))
         after.append(Instr((out,), "aten.reshape.default", (Ref(outs[-1].name), out.shape), (), instr.where))
     args = (*tensors, given, seed, *which, group, rows, 0)
-    return [*before, Instr(tuple(outs), ROWS + kind, args, instr.kwargs, instr.where), *after]
+    return [*before, Instr(tuple(outs), kind.over_rows, args, instr.kwargs, instr.where), *after]
 
 
 def _flat(value: Value, name: str) -> Value:

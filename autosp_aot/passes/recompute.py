@@ -22,10 +22,9 @@ from dataclasses import replace
 from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.program import RECOMPUTED, Instr, Program, rename
 from autosp_aot.memory.costs import flops, heaviest
-from autosp_aot.passes.analysis.segments import QUADRATIC, numbered, segments
+from autosp_aot.ops.table import is_quadratic, is_quadratic_gradient
+from autosp_aot.passes.analysis.segments import numbered, segments
 
-COSTLY = (*COLLECTIVES, *QUADRATIC)
-GRADIENTS = tuple(f"{op}_backward" for op in QUADRATIC)
 # What is larger is not held over the gradient of an attention.
 LARGE_BYTES = 2**27
 
@@ -35,6 +34,11 @@ def recompute(program: Program, kept: Collection[str]) -> Program:
     return _Recomputation(program, kept).run()
 
 
+def is_costly(op: str) -> bool:
+    """Whether an instruction is not computed again as one among others, but for a choice of the plan."""
+    return op in COLLECTIVES or is_quadratic(op)
+
+
 class _Recomputation:
     def __init__(self, program: Program, kept: Collection[str]):
         self.program, self.kept = program, kept
@@ -42,7 +46,7 @@ class _Recomputation:
         self.made = {out.name: instr for instr in program.section("forward").instrs for out in instr.values()}
         self.segment = numbered(program, found)
         self.held = {name for segment in found for name in segment.boundary}
-        self.held |= {name for name, instr in self.made.items() if instr.op in COSTLY}
+        self.held |= {name for name, instr in self.made.items() if is_costly(instr.op)}
         values, rank = program.values(), heaviest(program)
         self.passing = {
             out.name for instr in self.made.values() for out in instr.values()
@@ -57,7 +61,7 @@ class _Recomputation:
         backward = self.program.section("backward")
         for instr in backward.instrs:
             self.instrs.append(rename(instr, {ref: self.present(ref, self.segment.get(ref)) for ref in instr.refs()}))
-            self.attentions += instr.op in GRADIENTS
+            self.attentions += is_quadratic_gradient(instr.op)
         gives = tuple((label, self.present(name, self.segment.get(name))) for label, name in backward.gives)
         read = {name for instr in self.instrs for name in instr.refs()} | {name for _, name in gives}
         takes = tuple(name for name in self.made if name in read)

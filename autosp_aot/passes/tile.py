@@ -30,11 +30,11 @@ from autosp_aot.ir.program import (
     with_refs,
 )
 from autosp_aot.memory.costs import costs
+from autosp_aot.ops.table import spec_of
 from autosp_aot.passes.analysis.labels import Labels, find_labels
 from autosp_aot.passes.release import release
 from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Spec, Strategy
-from autosp_aot.sharding.table import spec_of
 
 # What a region may hold beside what it reads and gives before `auto` slices it. As much as the summands it adds up may
 # always be held: smaller tiles would spend more time on adding up than they save room.

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.ir.operators import COPIES, FREE, MOVES, RESCALE, TILES
+from autosp_aot.ir.operators import COPIES, FREE, MOVES, TILES
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, disjoint, inside, joined_tiles, local_shape
 from autosp_aot.ir.program import (
     EARLY,
@@ -32,10 +32,11 @@ from autosp_aot.ir.program import (
     per_rank,
     stands_for,
 )
+from autosp_aot.ops.rescale import RESCALE
+from autosp_aot.ops.table import spec_of
 from autosp_aot.sharding.homogeneous import homogeneous
 from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Spec, Strategy
-from autosp_aot.sharding.table import spec_of
 
 
 def derive(program: Program, whole: Program, ranks: Iterable[int] | None = None) -> None:
@@ -80,7 +81,7 @@ class _Derivation:
             self.tiles(instr)
         elif instr.op in (*MOVES, *COPIES):
             self.move(instr)
-        elif instr.op == RESCALE:
+        elif instr.op == RESCALE.name:
             self.rescale(instr)
         elif instr.op != FREE:
             self.call(instr)

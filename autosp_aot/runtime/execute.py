@@ -4,7 +4,7 @@ A section runs as a generator. Where the ranks have to meet it yields an `Exchan
 so the same code runs over torch.distributed (`groups`) and in one process (`simulate`).
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,8 @@ from autosp_aot.ir.operators import DTYPES, wide
 from autosp_aot.ir.placement import PARTIAL
 from autosp_aot.ir.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
 from autosp_aot.ir.transfers import Move, Shard, join_into, narrowed, places_of_tile
-from autosp_aot.ops import kernels, random
+from autosp_aot.ops.table import OURS
 from autosp_aot.runtime.host_pool import Host
-
-OURS = kernels.OURS | {"autosp.uniform": random.uniform}
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,11 @@ class Executor:
     """One rank's program, ready to run on a device.
 
     `program` has every number filled in (`Program.for_rank`). Operators were checked when the artifact was loaded.
-    `ours` are the kernels of our own operators.
+    Where `traced`, what is called does not depend on values (`OwnOp.traced`).
     """
 
-    def __init__(self, program: Program, rank: int, device: torch.device, ours: Mapping[str, Callable] = OURS):
-        self.program, self.rank, self.device, self.ours = program, rank, device, ours
+    def __init__(self, program: Program, rank: int, device: torch.device, traced: bool = False):
+        self.program, self.rank, self.device, self.traced = program, rank, device, traced
         self.values = program.values()
         self.host = Host(program, device)
         self.steps = {section.name: self._prepare(section) for section in program.sections}
@@ -92,10 +90,11 @@ class Executor:
         return steps
 
     def _call(self, instr: Instr) -> Step:
-        function = self.ours.get(instr.op) or operators.overload(instr.op)
+        own = OURS.get(instr.op)
+        function = operators.overload(instr.op) if own is None else self.traced and own.traced or own.kernel
         constant = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
         args, kwargs = map_args(instr.args, constant), {k: map_args(v, constant) for k, v in instr.kwargs}
-        if instr.op in operators.MAKE:
+        if instr.op in operators.FACTORIES or (own is not None and own.makes_memory):
             kwargs["device"] = self.device
         slots = [(at, arg.name) for at, arg in enumerate(args) if isinstance(arg, Ref)]
         nested = [(at, arg) for at, arg in enumerate(args) if isinstance(arg, tuple) and _holds_ref(arg)]

@@ -139,3 +139,11 @@ def nll_loss_backward(call) -> Spec:
 def _row(scores) -> str:
     """The letter of the rows of scores [n, C]; none for the scores [C] of one."""
     return "n"[: len(scores.shape) - 1]
+
+
+def histc(call) -> Spec | None:
+    """Counts add up, where the bins do not depend on the data."""
+    if len(call.instr.args) < 4 or not call.instr.args[2] < call.instr.args[3]:
+        return None
+    shape = call.operands[0].shape
+    return from_notation(f"{LETTERS[: len(shape)]}->Z", [shape], [call.results[0].shape])

@@ -1,14 +1,11 @@
-"""Every sharding rule, one line an operator, sorted; whatever works element by element needs none."""
+"""The sharding rules of ATen's operators, one line each, sorted; what works element by element needs none.
 
-from dataclasses import dataclass
-from functools import lru_cache
+An operator of our own has its rule in its record (`ops/table.py`, where both are looked up).
+"""
 
-from autosp_aot.ir.program import Instr, Ref, Value, map_args
-from autosp_aot.sharding import attention, contractions, convolutions, experts, lookups, random, views
+from autosp_aot.sharding import contractions, convolutions, lookups, views
 from autosp_aot.sharding.contractions import notation, plus_product, reduction, whole_dim
-from autosp_aot.sharding.pointwise import pointwise
 from autosp_aot.sharding.scans import along, over_places
-from autosp_aot.sharding.spec import Spec
 
 RULES = {
     "aten._log_softmax.default": whole_dim(1, operands=1),
@@ -41,7 +38,7 @@ RULES = {
     "aten.flip.default": along(1, linear=True),
     "aten.full.default": views.factory(0),
     "aten.gather.default": lookups.gather,
-    "aten.histc.default": experts.histc,
+    "aten.histc.default": contractions.histc,
     "aten.index.Tensor": lookups.index,
     "aten.index_put.default": lookups.index_put,
     "aten.isin.Tensor_Tensor": lookups.among,
@@ -88,45 +85,4 @@ RULES = {
     "aten.triu.default": views.triangle,
     "aten.unfold.default": along(1, linear=True),
     "aten.zeros.default": views.factory(0),
-    "autosp.attention": attention.attention,
-    "autosp.attention_backward": attention.attention_backward,
-    "autosp.attention_rows": attention.attention,
-    "autosp.attention_rows_backward": attention.attention_backward,
-    "autosp.attention_rows_vector_gradient": attention.vector_gradient,
-    "autosp.attention_vector_gradient": attention.vector_gradient,
-    "autosp.expert_mm": experts.expert_mm,
-    "autosp.expert_mm_weight_grad": experts.expert_mm_weight_grad,
-    "autosp.uniform": random.uniform,
 }
-
-
-@dataclass(frozen=True)
-class Call:
-    """An instruction with the whole shapes of what it reads and writes, as a rule sees it."""
-
-    instr: Instr
-    operands: tuple[Value, ...]
-    results: tuple[Value, ...]
-    ranks: int
-
-    @property
-    def results_by_position(self) -> tuple[bool, ...]:
-        return tuple(out is not None for out in self.instr.outs)
-
-
-def spec_of(instr: Instr, operands: list[Value], ranks: int) -> Spec | None:
-    """The rule of a call over whole shapes; None for an operator that has none (it computes replicated)."""
-    anonymous = tuple(Value("", v.dtype, v.shape) for v in operands)
-    outs = tuple(out and Value("", out.dtype, out.shape) for out in instr.outs)
-    bare = Instr(outs, instr.op, map_args(instr.args, _blank), map_args(instr.kwargs, _blank))
-    return _spec(bare, anonymous, ranks)
-
-
-def _blank(leaf):
-    return Ref("") if isinstance(leaf, Ref) else leaf
-
-
-@lru_cache(maxsize=4096)
-def _spec(instr: Instr, operands: tuple[Value, ...], ranks: int) -> Spec | None:
-    call = Call(instr, operands, tuple(instr.values()), ranks)
-    return RULES.get(instr.op, pointwise)(call)

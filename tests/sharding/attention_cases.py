@@ -2,7 +2,7 @@
 
 import torch
 
-from autosp_aot.ops.kernels import OURS
+from autosp_aot.ops.table import OURS
 from tests.sharding.drawing import normal
 
 SCORES = (
@@ -27,7 +27,7 @@ def _attention(rng, kind: str, by_rows: bool):
     seed = torch.tensor(rng.randrange(99)) if rng.random() < 0.3 else None
     if seed is not None:
         scoring |= {"dropout": 0.3, "site": 1, "heads": heads}
-    out, lse = OURS["autosp.attention"](q, k, v, vectors, seed, group, 0, **scoring)
+    out, lse = OURS["autosp.attention"].kernel(q, k, v, vectors, seed, group, 0, **scoring)
     grad_lse = normal(rng, *lse.shape) if rng.random() < 0.3 else None
     tensors = [q, k, v] if kind == "forward" else [normal(rng, *out.shape), q, k, v, out, lse, grad_lse]
     tail = [group, rows, 0] if by_rows else [group, 0]

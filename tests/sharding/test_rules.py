@@ -5,13 +5,13 @@ import random
 import pytest
 import torch
 
-from autosp_aot.ir.operators import overload
+from autosp_aot.ir.operators import DTYPES, overload
 from autosp_aot.ir.placement import even_bounds
 from autosp_aot.ir.program import Dtype, Instr, Ref, Value, at_rank, map_args
-from autosp_aot.runtime.execute import DTYPES, OURS
+from autosp_aot.ops.table import ALL, OURS, spec_of
 from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Spec, Strategy
-from autosp_aot.sharding.table import RULES, spec_of
+from autosp_aot.sharding.table import RULES
 from tests.boxes import joined, parts
 from tests.sharding import attention_cases, convolution_cases, lookup_cases, routing_cases, scan_cases
 from tests.sharding.drawing import ids, normal, sizes
@@ -216,7 +216,7 @@ KWARGS["aten.sort.stable"] = (("dim", 1), ("stable", True))
 
 
 def test_every_rule_has_cases():
-    assert sorted(set(RULES) - set(ARGUMENTS)) == []
+    assert sorted({*RULES, *(op.name for op in ALL if op.rule)} - set(ARGUMENTS)) == []
 
 
 @pytest.mark.parametrize("op", sorted(ARGUMENTS))
@@ -286,7 +286,7 @@ def _compare(instr: Instr, spec: Spec, strategy: Strategy, placed, tensors, whol
 
 def _run(op: str, args, kwargs) -> tuple[torch.Tensor, ...]:
     plain = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
-    function = OURS.get(op) or overload(op)
+    function = OURS[op].kernel if op in OURS else overload(op)
     result = function(*map_args(args, plain), **{key: plain(value) for key, value in kwargs.items()})
     return result if isinstance(result, tuple) else (result,)
 

@@ -35,10 +35,11 @@ from autosp_aot.export.model_file import (
     read_model_file,
 )
 from autosp_aot.export.subject import Subject
-from autosp_aot.ir.operators import STRUCTURE, schema
+from autosp_aot.ir.operators import STRUCTURE
 from autosp_aot.ir.program import Program, Value
 from autosp_aot.ir.units import bytes_of
 from autosp_aot.memory.costs import costs
+from autosp_aot.ops.table import schema
 from autosp_aot.passes.decisions import written
 from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
 from autosp_aot.runtime.comm import present_target

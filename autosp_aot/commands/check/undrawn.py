@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosp_aot.ir.program import Instr, Program
 from autosp_aot.ops.random import UNDRAWN
+from autosp_aot.ops.table import OURS
 
 aten = torch.ops.aten
 
@@ -32,10 +33,10 @@ def undrawn(program: Program) -> Program:
 
     def again(instr: Instr) -> Instr:
         body = instr.body and replace(instr.body, instrs=tuple(map(again, instr.body.instrs)))
-        if instr.op == "autosp.uniform":
-            return replace(instr, args=(instr.args[0], UNDRAWN, *instr.args[2:]))
-        kwargs = tuple((name, UNDRAWN if name == "site" else value) for name, value in instr.kwargs)
-        return replace(instr, kwargs=kwargs, body=body)
+        site = OURS[instr.op].site if instr.op in OURS else None
+        args = tuple(UNDRAWN if at == site else value for at, value in enumerate(instr.args))
+        kwargs = tuple((name, UNDRAWN if name == site else value) for name, value in instr.kwargs)
+        return replace(instr, args=args, kwargs=kwargs, body=body)
 
     sections = (replace(section, instrs=tuple(map(again, section.instrs))) for section in program.sections)
     return replace(program, sections=tuple(sections))

@@ -9,8 +9,9 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from autosp_aot.ir.operators import DTYPES, OURS, overload
+from autosp_aot.ir.operators import DTYPES, overload
 from autosp_aot.ir.program import Dtype, Instr, Ref, Value
+from autosp_aot.ops.table import OURS
 
 OPSET = 24
 TYPES = {
@@ -81,7 +82,7 @@ def named(instr: Instr) -> dict[str, object]:
 @cache
 def _names(op: str) -> list[str]:
     if op in OURS:
-        return [said.partition("=")[0] for said in OURS[op].partition("(")[2].partition(")")[0].split(", ")]
+        return [said.partition("=")[0] for said in OURS[op].signature.partition("(")[2].partition(")")[0].split(", ")]
     return [argument.name for argument in overload(op)._schema.arguments]
 
 

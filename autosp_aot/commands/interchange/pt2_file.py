@@ -24,7 +24,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from autosp_aot.artifact.manifest import BUFFERS, Manifest
 from autosp_aot.artifact.read import read_tensors
 from autosp_aot.commands.interchange.output import write_whole
-from autosp_aot.commands.interchange.traceable import TRACEABLE
 from autosp_aot.ir.operators import COPIES, DTYPES, FREE
 from autosp_aot.ir.program import Instr, Program, rename
 from autosp_aot.runtime.comm import TARGETS, check_devices
@@ -96,7 +95,7 @@ def _traced(
     program: Program, rank: int, device: torch.device, inputs: Mapping[str, Tensor]
 ) -> tuple[GraphModule, list[str]]:
     """What the executor does to fake inputs, as a graph; and the labels of its results."""
-    executor, comm = Executor(program, rank, device, TRACEABLE), _Traced(rank, program.ranks)
+    executor, comm = Executor(program, rank, device, traced=True), _Traced(rank, program.ranks)
     labels = []
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
-import autosp_aot.ops.attention  # noqa: F401  (defines torch.ops.autosp)
+import autosp_aot.ops.attention.captured  # noqa: F401  (defines torch.ops.autosp)
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.attention.bands import band_of
 from autosp_aot.export.attention.products import Product, before_repetition, made, regroup, transposed

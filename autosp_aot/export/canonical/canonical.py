@@ -28,6 +28,7 @@ from autosp_aot.ir.operators import DTYPE_NAMES as DTYPES
 from autosp_aot.ir.operators import DTYPES as TORCH_DTYPES
 from autosp_aot.ir.operators import FACTORIES
 from autosp_aot.ir.program import Dtype, Input, Instr, Program, Ref, Section, Value, free_of_prefixes, map_args
+from autosp_aot.ops.table import OURS
 
 aten = torch.ops.aten
 
@@ -35,11 +36,6 @@ SAME = (
     aten.detach.default, aten.alias.default, aten.clone.default, aten.lift.default, aten.lift_fresh_copy.default,
     aten.contiguous.default,
 )  # fmt: skip
-# Our attention operators, and where among their arguments q is.
-ATTENTION = {
-    torch.ops.autosp.attention.default: 0, torch.ops.autosp.attention_backward.default: 1,
-    torch.ops.autosp.attention_vector_gradient.default: 1,
-}  # fmt: skip
 DROPPED_KWARGS = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 MEAN, SUM = 1, 2
 SEED = "seed"
@@ -141,8 +137,9 @@ class _Canonical:
             return shaped(node, self)
         if target in LOWERINGS:
             return lower(node, self)
-        if target in ATTENTION:
-            return self.attention(node, types)
+        own = OURS.get(_name(target))
+        if own is not None and own.over_heads is not None:
+            return self.attention(node, own.over_heads.query, types)
         if target in (aten._to_copy.default, aten.to.dtype):
             return (self.cast(node, Ref(self.names[args[0]]), types[0].dtype),)
         if target is aten.copy.default:
@@ -153,9 +150,8 @@ class _Canonical:
         if target is aten.nll_loss_forward.default and args[3] in (MEAN, SUM):
             return self.nll_loss(node, types)
         kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
-        name = str(target).removesuffix(".default") if target.namespace == "autosp" else str(target)
-        args, kwargs = self.without_default(node, name, self.arguments(args), kwargs, types[0])
-        return self.emit(node, name, args, kwargs, types)
+        args, kwargs = self.without_default(node, _name(target), self.arguments(args), kwargs, types[0])
+        return self.emit(node, _name(target), args, kwargs, types)
 
     def without_default(self, node: Node, op: str, args: tuple, kwargs: tuple, result: Tensor) -> tuple[tuple, tuple]:
         """The arguments such that the result's dtype does not follow from a default that is not the usual float32."""
@@ -187,11 +183,11 @@ class _Canonical:
         kwargs = (("dtype", Dtype(DTYPES[dtype])),)
         return self.emit(node, "aten._to_copy.default", (value,), kwargs, [self.meta(value).to(dtype)])[0]
 
-    def attention(self, node: Node, types: list[Tensor]) -> tuple[str, ...]:
+    def attention(self, node: Node, query: int, types: list[Tensor]) -> tuple[str, ...]:
         """The call with its scoring as keyword arguments, the group of its key/value heads, and its first head."""
         *args, scoring = node.args
-        q = ATTENTION[node.target]
-        group = args[q].meta["val"].shape[1] // args[q + 1].meta["val"].shape[1]
+        q, k = (args[at].meta["val"] for at in (query, query + 1))
+        group = q.shape[1] // k.shape[1]
         kwargs, seed = {name: map_args(value, lambda leaf: leaf) for name, value in json.loads(scoring).items()}, None
         if "dropout" in kwargs:
             if kwargs["site"] not in self.attention_sites:
@@ -199,7 +195,7 @@ class _Canonical:
             seed, kwargs["site"] = self.attention_sites[kwargs["site"]]
         at = next(at for at, arg in enumerate(args) if isinstance(arg, (list, tuple))) + 1
         args = (*self.arguments(args[:at]), seed, *args[at:], group, 0)
-        return self.emit(node, str(node.target).removesuffix(".default"), args, tuple(kwargs.items()), types)
+        return self.emit(node, _name(node.target), args, tuple(kwargs.items()), types)
 
     def site(self) -> tuple[Ref, int]:
         """The seed and the number of a new drawing operator; the step has a seed as soon as something draws."""
@@ -261,6 +257,11 @@ def unsupported(what: str, place: str) -> Problem:
     """Of a dtype that no value of a program has."""
     return Problem("dtype-unsupported", what, place, "programs have no such dtype",
                    "compute it in real floats or integers")  # fmt: skip
+
+
+def _name(target: torch._ops.OpOverload) -> str:
+    """The operator as programs call it: ours have no overloads."""
+    return str(target).removesuffix(".default") if target.namespace == "autosp" else str(target)
 
 
 def _dtypes(arg) -> list[torch.dtype]:

@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from autosp_aot.export.canonical.constants import CASTS, arguments
 from autosp_aot.export.experts.expert_ids import choices, given_dims, says_ends, shares, written
 from autosp_aot.export.regions import MARKS
-from autosp_aot.ops.expert_mm import PRODUCTS
+from autosp_aot.ops.experts.captured import PRODUCTS
 
 aten = torch.ops.aten
 SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)

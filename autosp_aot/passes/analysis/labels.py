@@ -11,8 +11,8 @@ from functools import lru_cache
 
 from autosp_aot.ir.placement import Bounds, Cut, Placement, even_bounds, scale
 from autosp_aot.ir.program import Program
+from autosp_aot.ops.table import spec_of
 from autosp_aot.sharding.spec import Dims, Spec
-from autosp_aot.sharding.table import spec_of
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -6,7 +6,7 @@
 """
 
 from autosp_aot.ir.program import Program
-from autosp_aot.sharding.table import spec_of
+from autosp_aot.ops.table import spec_of
 
 
 def summed_last(program: Program, ranks: int) -> set[str]:

@@ -15,8 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from autosp_aot.ir.program import Instr, Program
-
-QUADRATIC = ("autosp.attention", "autosp.attention_rows")
+from autosp_aot.ops.table import is_quadratic
 
 # Where there is no attention, a segment is what makes this many times more alive than its boundary.
 RISE = 4
@@ -37,7 +36,7 @@ def segments(program: Program) -> tuple[Segment, ...]:
     alive = alive_after(forward.instrs, flowing)
     values = program.values()
     size = [sum(values[name].nbytes() for name in names) for names in alive]
-    anchors = [at for at, instr in enumerate(forward.instrs) if instr.op in QUADRATIC] or _rises(size)
+    anchors = [at for at, instr in enumerate(forward.instrs) if is_quadratic(instr.op)] or _rises(size)
     rest = range(max(anchors, default=-1) + 1, len(size))
     anchors.append(max(rest, key=lambda at: size[at]))
     cuts = [0]

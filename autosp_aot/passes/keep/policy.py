@@ -14,7 +14,8 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.program import Program
 from autosp_aot.memory.costs import peak_bytes
-from autosp_aot.passes.analysis.segments import QUADRATIC, segments
+from autosp_aot.ops.table import is_quadratic
+from autosp_aot.passes.analysis.segments import segments
 from autosp_aot.passes.keep.budget_error import too_small
 from autosp_aot.passes.keep.knapsack import cheapest, tightest
 from autosp_aot.passes.keep.measure import measure
@@ -59,7 +60,7 @@ def reasons(program: Program) -> dict[str, str]:
     found = segments(program)
     why = {}
     for instr in program.section("forward").instrs:
-        reason = SENT if instr.op in COLLECTIVES else ATTENDED if instr.op in QUADRATIC else ROOM
+        reason = SENT if instr.op in COLLECTIVES else ATTENDED if is_quadratic(instr.op) else ROOM
         why.update((out.name, reason) for out in instr.values())
     why.update((out.name, LAST) for instr in found[-1].instrs for out in instr.values())
     why.update((name, CARRIES) for segment in found for name in segment.boundary)

@@ -20,9 +20,10 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.ir.operators import COLLECTIVES, makes_view
 from autosp_aot.ir.program import Instr, Program
 from autosp_aot.memory.costs import flops, heaviest, received_of
-from autosp_aot.passes.analysis.segments import QUADRATIC, numbered, segments
+from autosp_aot.ops.table import is_quadratic
+from autosp_aot.passes.analysis.segments import numbered, segments
 from autosp_aot.passes.keep.knapsack import Option
-from autosp_aot.passes.recompute import COSTLY
+from autosp_aot.passes.recompute import is_costly
 from autosp_aot.targets.devices import DEVICES
 
 RUNGS = ("all", "products", "sac", "moved", "attended", "full")
@@ -80,24 +81,24 @@ class Ladder:
 
     def dropped(self, instr: Instr) -> int:
         """The number of the first rung that does not keep what `instr` makes."""
-        if instr.op in QUADRATIC:
+        if is_quadratic(instr.op):
             return RUNGS.index("full")
         if instr.op in COLLECTIVES:
-            attended = all(self.made[name].op in QUADRATIC for name in instr.refs() if name in self.made)
+            attended = all(is_quadratic(self.made[name].op) for name in instr.refs() if name in self.made)
             return RUNGS.index("moved" if attended else "attended")
         return RUNGS.index("sac" if flops(instr, self.values, self.rank) else "products")
 
     def sendable(self, choice: Choice, run: range) -> bool:
         """Whether a run keeps only boundaries and what costs much to do again."""
         boundaries = {name for segment in self.segments for name in segment.boundary}
-        return all(self.made[n].op in COSTLY for at in run for n in self.rungs[at][choice.rung] - boundaries)
+        return all(is_costly(self.made[n].op) for at in run for n in self.rungs[at][choice.rung] - boundaries)
 
     def _part(self, at: int, kept: frozenset[str], inner: bool) -> "Part":
         """Segment `at` where it keeps `kept`; `inner` where a later segment of its run needs its boundary again."""
         boundary, way, used, held = self.segments[at].boundary, [], kept.intersection(self.segments[at].boundary), set()
         if inner:
             way, used = self.again(at, boundary, kept)
-            held = {name for instr in way for name in names([instr]) if instr.op in COSTLY or name in boundary}
+            held = {name for instr in way for name in names([instr]) if is_costly(instr.op) or name in boundary}
         rest, reached = self.again(at, self.read[at], kept | held)
         seconds = sum(map(self.seconds, (*way, *rest)))
         return Part(self.nbytes(used | (reached - held)), self.nbytes(held), seconds)

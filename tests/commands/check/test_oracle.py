@@ -13,7 +13,7 @@ from autosp_aot.commands.check.oracle import Built, compare
 from autosp_aot.errors import BuildError
 from autosp_aot.export import evaluation, joint
 from autosp_aot.export.state import _Steps
-from autosp_aot.ops import kernels
+from autosp_aot.ops.attention import kernels
 from tests.steps import half_labelled
 
 V, H, N = 64, 16, 4

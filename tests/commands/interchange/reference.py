@@ -19,7 +19,7 @@ from torch import Tensor
 
 from autosp_aot.ir.operators import DTYPES, overload, wide
 from autosp_aot.ir.transfers import join_into, narrowed
-from autosp_aot.runtime.execute import OURS
+from autosp_aot.ops.table import OURS
 
 WAIT_S = 60
 
@@ -107,7 +107,7 @@ def _call(op: str, tensors: list[Tensor], attributes: dict) -> list[Tensor]:
             continue
         items = arguments.setdefault(name, [])
         items.extend([None] * (int(at) - len(items)) + [tensor])
-    function, kinds = OURS.get(op) or overload(op), {}
+    function, kinds = OURS[op].kernel if op in OURS else overload(op), {}
     if op in OURS:
         given = inspect.signature(function).parameters.values()
         needed = [p.name for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -14,7 +14,7 @@ from autosp_aot.errors import BuildError
 from autosp_aot.export.attention.attention import canonical_attention
 from autosp_aot.export.regions import flat_regions
 from autosp_aot.ir.program import map_args
-from autosp_aot.ops.kernels import attention
+from autosp_aot.ops.attention.kernels import attention
 
 INF = math.inf
 LOWEST = torch.finfo(torch.float32).min

@@ -1,10 +1,10 @@
-"""What our own operators make in memory, by shapes, dtype and target: kernels obey it, cost.py counts it.
+"""What attention makes in memory, by shapes, dtype and target: kernels obey it, `memory/` counts it.
 
     attention    out like q, lse as `outputs` says        backward    gradients [B, S, N, D] in memory
     rows of q    all without gaps
 
-Attention copies what of q, k, v and out is not dense. Meanwhile they need what the runs of a call need one at a time: a
-run is one key/value head with its query heads (all heads at once where they are one to one), or the rows of one head.
+What of q, k, v and out is not dense is copied. Beside its results a call needs what its runs need one at a time: a run
+is one key/value head with its query heads (all heads at once where they are one to one), or the rows of one head.
 `_Run` says how much that is.
 
 Sources: FlashAttention-2's `mha_bwd` (Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp, as in
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autosp_aot.ir.operators import DTYPES, HALF, wide
+from autosp_aot.ir.operators import HALF, wide
 from autosp_aot.ir.score_expr import walk
 
 # Rows and keys of a block of blockwise attention: what caches hold, and on CUDA and ROCm what is worth a launch.
@@ -26,8 +26,7 @@ BLOCKS = {"cpu": 256, "cuda": 1024}
 # Tensors of a block's size that blockwise attention has at once: beside a score expression, for each part of it, for
 # the gradient of a part, and for dropout (64-bit positions and bits).
 SCORING, PART, PART_GRADIENT, DRAWING = 8, 1, 2, 12
-# Draws are made in blocks of so many positions, with so many 64-bit numbers for each; FEW bytes are single numbers.
-DRAWN, NUMBERS, FEW = 2**18, 4, 512
+FEW = 512  # bytes of single numbers
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -81,12 +80,7 @@ def head_runs(heads: int, group: int, first_head: int) -> list[tuple[slice, slic
     return runs
 
 
-def made(op: str, args: tuple, kwargs: dict, target: str) -> tuple[list[Tensor], int]:
-    """The results of one of our operators on meta tensors, and the bytes it needs beside them at most."""
-    return MADE[op](*args, target=target, **kwargs)
-
-
-def _attention(q, k, v, vectors, seed, group, first_head, target, **scoring):
+def attention(q, k, v, vectors, seed, group, first_head, target, **scoring):
     (q, k, v), copied_bytes = _densed(q, k, v)
     results = outputs(q, v.shape[3], target)
     if q.numel() == 0:
@@ -96,7 +90,7 @@ def _attention(q, k, v, vectors, seed, group, first_head, target, **scoring):
     return results, copied_bytes + run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
 
 
-def _attention_backward(grad_out, q, k, v, out, lse, grad_lse, vectors, seed, group, first_head, target, **scoring):
+def attention_backward(grad_out, q, k, v, out, lse, grad_lse, vectors, seed, group, first_head, target, **scoring):
     results = gradient(q), gradient(k), gradient(v)
     if q.numel() == 0:
         return results, 0
@@ -111,7 +105,7 @@ def _attention_backward(grad_out, q, k, v, out, lse, grad_lse, vectors, seed, gr
     return results, copied_bytes + (own if len(runs) > 1 else own - sums - q.numel() * q.itemsize)
 
 
-def _attention_vector_gradient(
+def attention_vector_gradient(
     grad_out, q, k, v, out, lse, grad_lse, vectors, seed, which, group, first_head, target, **scoring
 ):
     most = _most_heads(head_runs(q.shape[1], group, first_head))
@@ -119,7 +113,7 @@ def _attention_vector_gradient(
     return _summed([vectors[which]], lse.dtype, run.vector_gradient_bytes(which) if q.numel() else 0)
 
 
-def _attention_rows(q, k, v, vectors, seed, group, rows, start, target, **scoring):
+def attention_rows(q, k, v, vectors, seed, group, rows, start, target, **scoring):
     results = q.new_empty((*q.shape[:2], v.shape[3])), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
     if q.numel() == 0:
         return results, 0
@@ -129,7 +123,7 @@ def _attention_rows(q, k, v, vectors, seed, group, rows, start, target, **scorin
     return results, copied_bytes + 8 * run.output_bytes(wide(q.dtype)) + run.forward_bytes()
 
 
-def _attention_rows_backward(
+def attention_rows_backward(
     grad_out, q, k, v, out, lse, grad_lse, vectors, seed, group, rows, start, target, **scoring
 ):
     if q.numel() == 0:
@@ -140,34 +134,11 @@ def _attention_rows_backward(
     return _summed([q, k, v], lse.dtype, beside)
 
 
-def _attention_rows_vector_gradient(
+def attention_rows_vector_gradient(
     grad_out, q, k, v, out, lse, grad_lse, vectors, seed, which, group, rows, start, target, **scoring
 ):
     run = _Run(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
     return _summed([vectors[which]], lse.dtype, run.vector_gradient_bytes(which) if q.numel() else 0)
-
-
-def _expert_mm(ids, x, weight, target):
-    rows, width, out_width = ids.shape[0], x.shape[1], weight.shape[2]
-    return [x.new_empty(rows, out_width)], _sorted_bytes(ids, weight.shape[0]) + rows * (width + out_width) * x.itemsize
-
-
-def _expert_mm_weight_grad(ids, x, grad, experts, target):
-    result = x.new_empty(experts, x.shape[1], grad.shape[1])
-    rows = ids.shape[0] * (x.shape[1] + grad.shape[1]) * x.itemsize
-    return [result], _sorted_bytes(ids, experts) + rows + result.numel() // experts * x.itemsize
-
-
-def _rescale(x, tangent, guess, target):
-    return [x * (tangent / guess)], tangent.itemsize
-
-
-def _uniform(seed, site, shape, box, dtype, target):
-    if box:
-        dim, outer, start, stop = box
-        shape = (*shape[:dim], outer * (stop - start), *shape[dim + 1 :])
-    result = torch.empty(shape, dtype=DTYPES[dtype.name], device="meta")
-    return [result], NUMBERS * 8 * min(result.numel(), DRAWN) + FEW
 
 
 @dataclass(frozen=True)
@@ -259,22 +230,3 @@ def _summed(operands: list[Tensor], dtype: torch.dtype, beside: int) -> tuple[li
     """Gradients without gaps that are added up in `dtype`."""
     totals = sum(t.numel() * dtype.itemsize for t in operands if t.dtype != dtype)
     return [t.new_empty(t.shape) for t in operands], totals + beside
-
-
-def _sorted_bytes(ids: Tensor, experts: int) -> int:
-    """Ids in order, where they were, and what is known of them, twice each."""
-    return 8 * 8 * (ids.shape[0] + experts) + FEW
-
-
-MADE = {
-    "autosp.attention": _attention,
-    "autosp.attention_backward": _attention_backward,
-    "autosp.attention_rows": _attention_rows,
-    "autosp.attention_rows_backward": _attention_rows_backward,
-    "autosp.attention_rows_vector_gradient": _attention_rows_vector_gradient,
-    "autosp.attention_vector_gradient": _attention_vector_gradient,
-    "autosp.expert_mm": _expert_mm,
-    "autosp.expert_mm_weight_grad": _expert_mm_weight_grad,
-    "autosp.rescale": _rescale,
-    "autosp.uniform": _uniform,
-}

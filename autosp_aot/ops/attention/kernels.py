@@ -18,9 +18,14 @@ import torch
 from torch import Tensor
 
 from autosp_aot.ir.operators import wide
-from autosp_aot.ops import sorted_experts
-from autosp_aot.ops.blockwise import Dropout, Scoring, blockwise, blockwise_backward, blockwise_vector_gradient
-from autosp_aot.ops.workspace import dense, gradient, has_kernel, head_runs, outputs
+from autosp_aot.ops.attention.blockwise import (
+    Dropout,
+    Scoring,
+    blockwise,
+    blockwise_backward,
+    blockwise_vector_gradient,
+)
+from autosp_aot.ops.attention.workspace import dense, gradient, has_kernel, head_runs, outputs
 
 aten = torch.ops.aten
 
@@ -269,20 +274,3 @@ def _cuda_flash_backward(grad_out, q, k, v, out, lse, scale, causal):
         grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, state[:1],
         scale=scale,
     )  # fmt: skip
-
-
-def rescale(x: Tensor, tangent: Tensor, guess: Tensor) -> Tensor:
-    """`x`, computed with a guess of the loss's tangent, times tangent / guess."""
-    return x * (tangent / guess)
-
-
-OURS = {
-    "autosp.attention": attention,
-    "autosp.attention_backward": attention_backward,
-    "autosp.attention_rows": attention_rows,
-    "autosp.attention_rows_backward": attention_rows_backward,
-    "autosp.attention_rows_vector_gradient": attention_rows_vector_gradient,
-    "autosp.attention_vector_gradient": attention_vector_gradient,
-    "autosp.rescale": rescale,
-    **sorted_experts.OURS,
-}

@@ -18,9 +18,9 @@ from torch import Tensor
 from autosp_aot.ir.intervals import HIDDEN, INF
 from autosp_aot.ir.operators import wide
 from autosp_aot.ir.score_expr import evaluate
-from autosp_aot.ops.block_bounds import blocks_of, ends_of
+from autosp_aot.ops.attention.block_bounds import blocks_of, ends_of
+from autosp_aot.ops.attention.workspace import BLOCKS, gradient, outputs
 from autosp_aot.ops.random import keep
-from autosp_aot.ops.workspace import BLOCKS, gradient, outputs
 
 # An lse beyond this has lost digits of the weights: they are divided by their sum.
 ROUNDED = 100.0

@@ -1,4 +1,4 @@
-"""The attention operators as they are captured: shapes and autograd only, no kernel (that is `runtime/kernels.py`).
+"""The attention operators as they are captured: shapes and autograd only, no kernel (those are in `kernels.py`).
 
     attention(q, k, v, vectors; scoring) -> out, lse
     attention_backward(grad_out, q, k, v, out, lse, grad_lse, vectors; scoring) -> grad_q, grad_k, grad_v
@@ -7,7 +7,7 @@
     q: [B, N, S, D]   k: [B, Nkv, T, D]   v: [B, Nkv, T, Dv]   out: [B, N, S, Dv]   lse: [B, N, S]
 
 Query head n reads key/value head n // (N / Nkv). `lse` is fp32 for bf16 and fp16, else the dtype of q. `scoring` is the
-JSON of what `runtime.blockwise.Scoring` holds: from the products of queries and keys to weights.
+JSON of what `blockwise.Scoring` holds: from the products of queries and keys to weights.
 """
 
 import torch

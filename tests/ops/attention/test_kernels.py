@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosp_aot.ops import blockwise, kernels
+from autosp_aot.ops.attention import blockwise, kernels
 
 SCALE = 0.7
 

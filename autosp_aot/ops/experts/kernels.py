@@ -66,6 +66,3 @@ def _rows(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
         if start < end:
             yield expert, order[start:end]
         start = end
-
-
-OURS = {"autosp.expert_mm": expert_mm, "autosp.expert_mm_weight_grad": expert_mm_weight_grad}

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from autosp_aot.ops.sorted_experts import expert_mm, expert_mm_weight_grad
+from autosp_aot.ops.experts.kernels import expert_mm, expert_mm_weight_grad
 
 WIDTH, OUT = 16, 8
 CASES = 40

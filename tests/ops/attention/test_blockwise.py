@@ -8,9 +8,9 @@ import torch
 
 from autosp_aot.ir.intervals import HIDDEN
 from autosp_aot.ir.score_expr import evaluate
-from autosp_aot.ops import blockwise
-from autosp_aot.ops.block_bounds import blocks_of, ends_of
-from autosp_aot.ops.blockwise import (
+from autosp_aot.ops.attention import blockwise
+from autosp_aot.ops.attention.block_bounds import blocks_of, ends_of
+from autosp_aot.ops.attention.blockwise import (
     Dropout,
     Scoring,
     blockwise_backward,

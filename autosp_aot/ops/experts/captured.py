@@ -5,7 +5,7 @@
 
     ids: [T] int64   x: [T, K]   weight: [E, K, N]   y, grad: [T, N]   grad_weight: [E, K, N]
 
-Rows come in any order; sorting them by expert is the kernel's matter (`runtime/experts.py`).
+Rows come in any order; sorting them by expert is the kernel's matter (`kernels.py`).
 """
 
 import torch

@@ -1,0 +1,62 @@
+"""What is known of an operator of our own: one record, which everything that treats operators reads.
+
+    OwnOp("autosp.expert_mm", "autosp.expert_mm(ids, x, weight) -> y", expert_mm, workspace, rule, flops, traced)
+
+ATen's operators have their schemas in torch and a line in `sharding/table.py`; `ops/table.py` answers for both.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from autosp_aot.sharding.call import Call
+from autosp_aot.sharding.spec import Spec
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OverHeads:
+    """An attention over heads. Its last two arguments are the query heads of a key/value head, and its first head.
+
+    Operand `query` is q, k and v follow. `over_rows` is the same over heads and query rows as one dim, for more ranks
+    than heads; `of_keys` are the results that have no dim of query rows.
+    """
+
+    query: int
+    over_rows: str
+    of_keys: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OwnOp:
+    """An operator of our own.
+
+    name           as programs call it, `autosp.<name>`
+    signature      the arguments as programs give them; artifacts record it and are refused where it has changed
+    kernel         its results on tensors of any device
+    workspace      (arguments on meta tensors, target=) -> results with the strides that the kernel makes, and the bytes
+                   that it needs beside them at most
+    rule           its sharding rule; None where `derive` knows the operator itself
+    flops          (shapes of its tensor operands, keyword arguments) -> FLOPs of its products; None where it does none
+    traced         the kernel in ATen's operators whatever the values, as torch.export needs it; None: the kernel itself
+    quadratic      whether its work grows with the square of the sequence: the forward pass is cut between these
+    gradient       of a quadratic operator, the one that makes the gradients of its operands
+    over_heads     of an attention over heads, what else is known of it
+    site           where the number of a drawing operator's stream is: the place or the name of the argument
+    makes_memory   whether it makes a tensor of none, so has to be told the device
+    """
+
+    name: str
+    signature: str
+    kernel: Callable
+    workspace: Callable[..., tuple[list[Tensor], int]]
+    rule: Callable[[Call], Spec] | None
+    flops: Callable[[list[Shape], Mapping], int] | None = None
+    traced: Callable | None = None
+    quadratic: bool = False
+    gradient: str = ""
+    over_heads: OverHeads | None = None
+    site: int | str | None = None
+    makes_memory: bool = False

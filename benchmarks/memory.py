@@ -88,7 +88,7 @@ def step(args: argparse.Namespace, sp: int, measure: Callable, more_bytes: int) 
             mp.spawn(worker, (args, sp, folder, measure), sp)
             ((_, program),) = read_bodies(path)
             for rank in range(sp):
-                planned = max(moment.peak_bytes for moment in curve(program, rank))
+                planned = max(moment.peak_bytes for moment in curve(program, rank, "cpu"))
                 more = int(Path(folder, str(rank)).read_text()) - planned
                 print(f"{dtype:9}{recompute:5}{tile:>6} {rank:2} of {sp} {planned:12} {planned + more:12} {more:9}  "
                       f"{measure.__name__}")  # fmt: skip

@@ -11,7 +11,8 @@ from autosp_aot.commands.build.builder import Captured, capture_model, model_val
 from autosp_aot.export.evaluation import capture_evaluation
 from autosp_aot.export.subject import Subject
 from autosp_aot.ir.program import Program
-from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
+from autosp_aot.passes.pipeline import Watch, compile_evaluation, compile_program, unwatched
+from autosp_aot.passes.step import Step
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
 from tests.exactness import difference, eager
@@ -32,7 +33,7 @@ def equal_to_eager(
     limit: float = 1e-12,
     dims: dict[str, int] | None = None,
     **options,
-) -> Compiled:
+) -> Step:
     """Build for `ranks` ranks; loss and every gradient of every rank are eager's, infinities and nan included.
 
     `options` are BuildConfig's.
@@ -55,7 +56,7 @@ def sharded(
     dims: dict[str, int] | None = None,
     step: Captured | None = None,
     **options,
-) -> tuple[Compiled, list[dict[str, Tensor]]]:
+) -> tuple[Step, list[dict[str, Tensor]]]:
     """What a model is built to, and every rank's results.
 
     `dims` are the inputs' sequence dims, by default 1 of all; `step` is what was captured before; `options` are
@@ -74,7 +75,7 @@ def built(
     watch: Watch = unwatched,
     step: Captured | None = None,
     **options,
-) -> tuple[Compiled, dict[str, Tensor]]:
+) -> tuple[Step, dict[str, Tensor]]:
     """What a model is built to, and all inputs of its programs, tangents of one among them."""
     step = step or capture_model(Subject(model, batch, "cpu"))
     compiled = compile_program(step.whole, dims or _dims(batch), BuildConfig(ranks, **options), watch=watch)
@@ -85,7 +86,7 @@ def built(
 
 def evaluation(
     model: nn.Module, batch: dict[str, Tensor], ranks: int, step: Captured | None = None, **options
-) -> tuple[Compiled, dict[str, Tensor]]:
+) -> tuple[Step, dict[str, Tensor]]:
     """What a model's eval mode is built to, and all inputs of its programs."""
     step, known = step or capture_model(Subject(model, batch, "cpu")), _values(model)
     whole, constants = capture_evaluation(Subject(model, batch, "cpu"), step.joint, step.whole, known | step.constants)
@@ -93,7 +94,7 @@ def evaluation(
     return compiled, known | step.constants | constants | batch
 
 
-def losses(compiled: Compiled, inputs: dict[str, Tensor]) -> list[Tensor]:
+def losses(compiled: Step, inputs: dict[str, Tensor]) -> list[Tensor]:
     """The loss that an evaluation gives on every rank."""
     programs = [compiled.program.for_rank(rank) for rank in range(compiled.program.ranks)]
     return [result["loss"] for result in simulate(programs, inputs, torch.ones(()))]

@@ -158,7 +158,7 @@ def test_nothing_is_kept_and_tiles_hold_slices():
         compiled, inputs = evaluation(model, BATCH, ranks, step, tile=tile)
         assert any(instr.body is not None and instr.body.tiles == tile for instr in compiled.program.instrs())
         assert [section.name for section in compiled.program.sections] == ["evaluate"]
-        assert costs(compiled.program).kept_bytes == 0
+        assert costs(compiled.program, "cpu").kept_bytes == 0
         assert all((loss - wanted).abs() <= 1e-12 * wanted for loss in losses(compiled, inputs))
 
 
@@ -170,7 +170,7 @@ def test_the_measured_peak_is_the_planned_one_and_below_the_step_s(ranks, tile, 
     heard = answers(compiled.program, inputs)
     assert not compare(compiled.program, ranks - 1, inputs, heard[ranks - 1])
     training, _ = built(model, BATCH, ranks, step=step, tile=tile)
-    assert costs(compiled.program).peak_bytes < costs(training.program).peak_bytes
+    assert costs(compiled.program, "cpu").peak_bytes < costs(training.program, "cpu").peak_bytes
 
 
 def test_a_model_without_a_loss_in_eval_mode_is_refused_unless_no_evaluation_is_asked_for(tmp_path):

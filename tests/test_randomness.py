@@ -18,7 +18,8 @@ from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
 from autosp_aot.ir.program import PerRank
 from autosp_aot.ops.random import step_seed
-from autosp_aot.passes.pipeline import Compiled, compile_program
+from autosp_aot.passes.pipeline import compile_program
+from autosp_aot.passes.step import Step
 from autosp_aot.proof.derive import derive
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
@@ -100,7 +101,7 @@ def model_of(name: str) -> nn.Module:
     return MODELS[name]().double().train()
 
 
-def compiled(model: nn.Module, ranks: int, recompute: str = "sac") -> tuple[Compiled, dict[str, torch.Tensor]]:
+def compiled(model: nn.Module, ranks: int, recompute: str = "sac") -> tuple[Step, dict[str, torch.Tensor]]:
     """The programs, and values of the graph's constants."""
     whole, constants = canonical_program(capture(Subject(model, BATCH, "cpu")))
     return compile_program(whole, dict.fromkeys(BATCH, 1), BuildConfig(ranks, recompute=recompute)), constants

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autosp_aot.memory.costs import moved
-from autosp_aot.passes.pipeline import Compiled
+from autosp_aot.passes.step import Step
 from examples import plain
 from tests.steps import equal_to_eager, gathers
 
@@ -34,12 +34,12 @@ class Body(nn.Module):
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten()[: logits[..., 0].numel()])
 
 
-def built(mix, length: int = 13, ranks: int = 3, batch: dict | None = None, **more) -> Compiled:
+def built(mix, length: int = 13, ranks: int = 3, batch: dict | None = None, **more) -> Step:
     torch.manual_seed(0)
     return equal_to_eager(Body(mix).double(), batch or tokens(B, length), ranks, **more)
 
 
-def largest_moved(compiled: Compiled) -> Counter:
+def largest_moved(compiled: Step) -> Counter:
     """Elements of the largest value of each kind of collective in the forward pass."""
     values, found = compiled.program.values(), Counter()
     for instr in compiled.program.section("forward").instrs:

@@ -61,7 +61,7 @@ class Costs:
     host_moved_bytes: int
 
 
-def costs(program: Program, target: str = "cpu") -> Costs:
+def costs(program: Program, target: str) -> Costs:
     """The costs of a program of all ranks on a target (cpu, cuda, rocm)."""
     rank, moments = highest(program, target)
     worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
@@ -91,18 +91,18 @@ def heaviest(program: Program) -> int:
     return max(range(program.ranks), key=lambda rank: sum(value.nbytes(rank) * count for value, count in kinds))
 
 
-def highest(program: Program, target: str = "cpu") -> tuple[int, list[Moment]]:
+def highest(program: Program, target: str) -> tuple[int, list[Moment]]:
     """The rank with the highest peak, and its curve."""
     curves = ((rank, curve(program, rank, target)) for rank in unlike_ranks(program))
     return max(curves, key=lambda entry: max((moment.peak_bytes for moment in entry[1]), default=0))
 
 
-def peak_bytes(program: Program, target: str = "cpu") -> int:
+def peak_bytes(program: Program, target: str) -> int:
     """The highest peak of any rank, beside inputs."""
     return max((moment.peak_bytes for moment in highest(program, target)[1]), default=0)
 
 
-def curve(program: Program, rank: int, target: str = "cpu") -> list[Moment]:
+def curve(program: Program, rank: int, target: str) -> list[Moment]:
     """The memory of rank `rank` at each instruction, in order."""
     storages = Storages(program, rank, target)
     return [storages.step(instr, section.name) for section in program.sections for instr in section.instrs]
@@ -117,7 +117,7 @@ class Lifetime:
     moments: range
 
 
-def lifetimes(program: Program, rank: int, target: str = "cpu") -> list[Lifetime]:
+def lifetimes(program: Program, rank: int, target: str) -> list[Lifetime]:
     """Every storage of rank `rank` in the order they are made; values that share one are in it once. No inputs."""
     storages, born, found = Storages(program, rank, target), {}, {}
     at = 0
@@ -137,16 +137,16 @@ def lifetimes(program: Program, rank: int, target: str = "cpu") -> list[Lifetime
     return list(found.values())
 
 
-def storages(program: Program, rank: int) -> dict[str, str]:
+def storages(program: Program, rank: int, target: str) -> dict[str, str]:
     """By name, the value that each value's storage was made for; "" for inputs'. `program` has no `free` yet."""
-    found = Storages(program, rank, "cpu")
+    found = Storages(program, rank, target)
     for section in program.sections:
         for instr in section.instrs:
             found.step(instr, section.name)
     return found.owner
 
 
-def alive(program: Program, rank: int, at: int, target: str = "cpu") -> list[tuple[Value, int]]:
+def alive(program: Program, rank: int, at: int, target: str) -> list[tuple[Value, int]]:
     """The values alive after instruction `at` of rank `rank` and the bytes of their storages, the largest first.
 
     Values that share a storage are one entry, the first of them. Inputs are not in it.

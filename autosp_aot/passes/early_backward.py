@@ -15,14 +15,16 @@ to be homogeneous in it. Method: fused loss (Arctic Long Sequence Training, arXi
 arXiv:2410.10989).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from autosp_aot.ir.program import EARLY, Input, Instr, Program, Ref, Value, rename, values_of
 from autosp_aot.ops.rescale import RESCALE
 from autosp_aot.ops.table import is_quadratic, spec_of
-from autosp_aot.passes.analysis.labels import find_labels
+from autosp_aot.passes.analysis.labels import Labels
 from autosp_aot.passes.analysis.segments import alive_after
+from autosp_aot.passes.step import Step
 from autosp_aot.passes.tile import LIMIT_BYTES, Region, Rules, runs
 from autosp_aot.sharding.homogeneous import homogeneous
 
@@ -30,7 +32,19 @@ from autosp_aot.sharding.homogeneous import homogeneous
 MIX = ("all_to_all", "all_gather", "reduce_scatter")
 
 
-def compute_early(program: Program, whole: Program, sequence_dims: Mapping[str, int], tiles: str | int) -> Program:
+@dataclass(frozen=True)
+class EarlyBackward:
+    """Begins backward early for `tiles` slices: a number, `auto` or `off`; `target` is whose memory `auto` counts."""
+
+    tiles: str | int
+    target: str
+    name: ClassVar[str] = "early"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(compute_early(step.program, step.whole, step.labels, self.tiles, self.target))
+
+
+def compute_early(program: Program, whole: Program, labels: Labels, tiles: str | int, target: str) -> Program:
     """Move the beginning of backward to the end of forward, where tiles of the loss can then do both.
 
     Nothing is moved where `tiles` is off, where it would save little (with `auto`), where tiles cannot do both, or
@@ -39,14 +53,13 @@ def compute_early(program: Program, whole: Program, sequence_dims: Mapping[str, 
     tangent = next((entry.value for entry in program.inputs if entry.kind == "tangent"), None)
     if tiles == "off" or tangent is None:
         return program
-    labels = find_labels(whole, dict(sequence_dims), program.ranks)
-    rules = Rules(program, whole, labels)
+    rules = Rules(program, whole, labels, target)
     first, heavy = _beginning(program, rules, tangent.name, LIMIT_BYTES if tiles == "auto" else 1)
     names = _scaled(first, whole, tangent.name)
     if not first or names is None:
         return program
     early = _moved(program, first, names, tangent)
-    regions = runs(early.section("forward"), Rules(early, whole, labels), tiles == "auto")
+    regions = runs(early.section("forward"), Rules(early, whole, labels, target), tiles == "auto")
     return early if _done_together(regions, heavy) else program
 
 

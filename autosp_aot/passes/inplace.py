@@ -10,8 +10,9 @@ dtype and layout in memory, all of it, and nobody reads it again by any name.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,6 +20,18 @@ from autosp_aot.ir.aliasing import Aliases
 from autosp_aot.ir.operators import FREE, writer
 from autosp_aot.ir.program import Instr, Program, values_of
 from autosp_aot.memory.costs import Storages, heaviest
+from autosp_aot.passes.step import Step
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Writes results into operands, by the layouts that kernels of `target` make."""
+
+    target: str
+    name: ClassVar[str] = "reuse"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(reuse(step.program, self.target))
 
 
 def reuse(program: Program, target: str) -> Program:

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import ClassVar
 
 from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.ir.program import RECOMPUTED, Instr, Program, Ref, Value, rename
@@ -27,6 +28,7 @@ from autosp_aot.memory.costs import flops, heaviest, peak_bytes, storages
 from autosp_aot.passes.inplace import reuse
 from autosp_aot.passes.keep.budget_error import too_small
 from autosp_aot.passes.release import release
+from autosp_aot.passes.step import Step
 
 # What a device computes while a byte goes over its link to the host: about half its peak in bf16 over 25 (PCIe 4) or 50
 # GB/s (PCIe 5), from the data sheets of A100, H100 and MI300X. Only the distances follow from it, never a number.
@@ -65,20 +67,31 @@ class _Copy:
     nbytes: int
 
 
-def offload(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int]) -> Program:
-    """Apply `host`, all that is worth it; `auto`, the first of that with which the budget is kept, or all; or `off`.
+@dataclass(frozen=True)
+class Offload:
+    """Moves `host`, all that is worth it; `auto`, the first of that with which the budget is kept, or all; or `off`.
 
-    Raises BudgetTooSmall where all is not enough and `recompute` is not `auto`, which has its own say.
+    Raises BudgetTooSmall where all is not enough and `recompute` is not `auto`, which handles the budget itself.
     """
+
+    config: BuildConfig
+    name: ClassVar[str] = "offload"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(offload(step.program, self.config, step.sequence_dims))
+
+
+def offload(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int]) -> Program:
+    """The program with what `config` says in host memory."""
     if config.offload == "off":
         return program
-    names = worth_it(program)
+    names = worth_it(program, config.target)
     if config.offload == "host":
-        return stowed(program, names)
+        return stowed(program, names, config.target)
     inputs = sum(entry.value.nbytes() for entry in program.inputs)
 
     def made(count: int) -> Program:
-        return reuse(release(stowed(program, names[:count])), config.target)
+        return reuse(release(stowed(program, names[:count], config.target)), config.target)
 
     def fits(count: int) -> bool:
         return inputs + peak_bytes(made(count), config.target) <= config.memory_budget_bytes
@@ -86,10 +99,10 @@ def offload(program: Program, config: BuildConfig, sequence_dims: Mapping[str, i
     count = bisect_left(range(len(names)), True, key=fits)
     if config.recompute != "auto" and not fits(count):
         raise too_small(made(count), config, sequence_dims)
-    return stowed(program, names[:count])
+    return stowed(program, names[:count], config.target)
 
 
-def stowed(program: Program, names: Collection[str]) -> Program:
+def stowed(program: Program, names: Collection[str], target: str) -> Program:
     """The program with the storages of kept values (`takes` of backward) in host memory while nobody reads them.
 
     `program` has no `free` yet. What is given to the caller or read by a later section, and what lies in the storage of
@@ -102,7 +115,7 @@ def stowed(program: Program, names: Collection[str]) -> Program:
     hosts: dict[str, str] = {}
     backs: dict[str, str] = {}
     at = 0
-    for stay in _stays(program):
+    for stay in _stays(program, target):
         if set(names).isdisjoint(stay.crossing):
             continue
         name, nbytes = stay.value.name, max(stay.value.nbytes(rank) for rank in range(program.ranks))
@@ -123,9 +136,9 @@ def stowed(program: Program, names: Collection[str]) -> Program:
     return program.with_section(replace(backward, takes=takes, instrs=tuple(_once(reading))))
 
 
-def worth_it(program: Program) -> list[str]:
+def worth_it(program: Program, target: str) -> list[str]:
     """The kept values of `--offload host`, those that wait longest first: small ones and short waits are left out."""
-    stays, rank = _stays(program), heaviest(program)
+    stays, rank = _stays(program, target), heaviest(program)
     done = {name: [0, *accumulate(work)] for name, work in _work(program).items()}
     step = done["forward"][-1] + done["backward"][-1]
     between = lambda stay: done["forward"][-1] - done["forward"][stay.after + 1] + done["backward"][stay.before]  # noqa: E731
@@ -141,10 +154,10 @@ def _work(program: Program) -> dict[str, list[int]]:
     return {section.name: [flops(instr, values, rank) for instr in section.instrs] for section in program.sections}
 
 
-def _stays(program: Program) -> list[_Stay]:
+def _stays(program: Program, target: str) -> list[_Stay]:
     """The storages that cross from forward to backward and are not needed beyond, as forward is done with them."""
     forward, backward, *later = (program.section(name) for name in ("forward", "backward", "sum_gradients"))
-    owner = storages(program, heaviest(program))
+    owner = storages(program, heaviest(program), target)
     made = {out.name: instr for instr in forward.instrs for out in instr.values()}
     values = {out.name: out for instr in forward.instrs for out in instr.values()}
     last = {owner[name]: at for at, instr in enumerate(forward.instrs) for name in _names(instr)}

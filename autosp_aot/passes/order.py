@@ -15,11 +15,13 @@ Method: list scheduling by what an instruction leaves alive (Sethi and Ullman 19
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from autosp_aot.ir.operators import TILES
 from autosp_aot.ir.program import Instr, Program, values_of
 from autosp_aot.memory.costs import Storages, heaviest
 from autosp_aot.passes.inplace import writable
+from autosp_aot.passes.step import Step
 
 # How far an instruction is moved at once, in instructions: several layers' parts between two collectives.
 REACH = 200
@@ -40,6 +42,17 @@ class Node:
     after: tuple[int, ...] = ()
     work_bytes: int = 0
     fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """Reorders every section, with the memory that kernels of `target` need."""
+
+    target: str
+    name: ClassVar[str] = "order"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(order(step.program, self.target))
 
 
 def order(program: Program, target: str) -> Program:

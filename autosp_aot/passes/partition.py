@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
+from typing import ClassVar
 
+from autosp_aot.errors import BuildError, Problem
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, covers, local_shape
 from autosp_aot.ir.program import ITEMSIZE, Input, Instr, Program, Ref, Value, with_refs
 from autosp_aot.ir.transfers import received_bytes
@@ -22,6 +24,7 @@ from autosp_aot.ops.table import spec_of
 from autosp_aot.passes.analysis.labels import Labels, find_labels
 from autosp_aot.passes.analysis.partial_ok import summed_last
 from autosp_aot.passes.decisions import decision_wrong
+from autosp_aot.passes.step import Fallback, Step
 from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Spec, Strategy, even_split
 
@@ -31,15 +34,6 @@ LOCAL_BYTE = 1 / 16
 FLOP = 1 / 1024
 
 FLOATS = ("f64", "f32", "bf16", "f16")
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """An operator that computes replicated: on every rank, over the whole."""
-
-    op: str
-    source: str
-    gathered_bytes: int
 
 
 @dataclass(frozen=True)
@@ -64,25 +58,37 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Partitioned:
-    """The program of all ranks, the strategy of each call by its first result, and what fell back.
+class Partition:
+    """Partitions the step for `ranks` ranks; `decisions`, of an earlier build of it, are taken instead of choosing.
 
-    A call that is not in `decisions` computes the whole on every rank.
+    Raises ArtifactError (`decision-wrong`) for decisions that the step does not allow, and BuildError where it is
+    `strict` and an operator has no rule.
     """
 
-    program: Program
-    decisions: dict[str, Strategy]
-    fallbacks: tuple[Fallback, ...]
+    ranks: int
+    decisions: Mapping[str, Strategy] | None = None
+    strict: bool = False
+    name: ClassVar[str] = "partition"
+
+    def __call__(self, step: Step) -> Step:
+        labels = find_labels(step.whole, step.sequence_dims, self.ranks)
+        found = _Partition(step.whole, labels, self.ranks, self.decisions)
+        program = found.run()
+        if self.strict and found.fallbacks:
+            raise BuildError(*dict.fromkeys(map(_refused, found.fallbacks)))
+        return replace(
+            step, program=program, labels=labels, decisions=found.decisions, fallbacks=tuple(found.fallbacks)
+        )
 
 
-def partition(
-    program: Program, sequence_dims: Mapping[str, int], ranks: int, decisions: Mapping[str, Strategy] | None = None
-) -> Partitioned:
-    """Partition a whole program (one section `step`) for `ranks` ranks; `decisions` are taken instead of choosing.
-
-    Raises ArtifactError (`decision-wrong`) for decisions that this program does not allow.
-    """
-    return _Partition(program, find_labels(program, sequence_dims, ranks), ranks, decisions).run()
+def _refused(fallback: Fallback) -> Problem:
+    return Problem(
+        "operator-without-rule",
+        f"{fallback.op} would be computed on every rank, gathering {fallback.gathered_bytes} bytes",
+        fallback.source,
+        "it has no sharding rule, and --strict was given",
+        "use another operator, or build without --strict",
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class _Partition:
         self.summed_last = summed_last(program, ranks)
         self.small = 2 * max((prod(e.value.shape) for e in program.inputs if e.kind == "batch"), default=0)
 
-    def run(self) -> Partitioned:
+    def run(self) -> Program:
         (step,) = self.program.sections
         for instr in step.instrs:
             self.place(instr)
@@ -135,8 +141,7 @@ class _Partition:
             raise decision_wrong(wrong[0], "no call of the step records that")
         gives = tuple((label, self.given(label, name)) for label, name in step.gives)
         inputs = tuple(Input(entry.kind, entry.value) for entry in self.program.inputs)
-        program = Program(self.ranks, inputs, (replace(step, instrs=tuple(self.instrs), gives=gives),))
-        return Partitioned(program, self.decisions, tuple(self.fallbacks))
+        return Program(self.ranks, inputs, (replace(step, instrs=tuple(self.instrs), gives=gives),))
 
     def given(self, label: str, name: str) -> str:
         """A result of the step: whole on every rank, or (gradients, summed later) a summand."""

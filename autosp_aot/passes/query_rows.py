@@ -9,11 +9,25 @@
 A vector of the score with a dim of heads and a dim of rows is reshaped likewise, others stay as they are.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from autosp_aot.ir.program import Instr, Program, Ref, Value
 from autosp_aot.ops.record import OverHeads
 from autosp_aot.ops.table import OURS
+from autosp_aot.passes.step import Step
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Rewrites attention with fewer query heads than `ranks`, before the step is partitioned."""
+
+    ranks: int
+    name: ClassVar[str] = "query-rows"
+
+    def __call__(self, step: Step) -> Step:
+        whole = split_query_rows(step.whole, self.ranks)
+        return replace(step, whole=whole, program=whole)
 
 
 def split_query_rows(whole: Program, ranks: int) -> Program:

@@ -16,22 +16,34 @@ Method: checkpointing (Chen et al. 2016, arXiv:1604.06174) selective by operator
 arXiv:2205.05198; AutoSP, ICLR 2026).
 """
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.program import RECOMPUTED, Instr, Program, rename
 from autosp_aot.memory.costs import flops, heaviest
 from autosp_aot.ops.table import is_quadratic, is_quadratic_gradient
-from autosp_aot.passes.analysis.segments import numbered, segments
+from autosp_aot.passes.analysis.segments import Segment, numbered
+from autosp_aot.passes.step import Step
 
 # What is larger is not held over the gradient of an attention.
 LARGE_BYTES = 2**27
 
 
-def recompute(program: Program, kept: Collection[str]) -> Program:
+@dataclass(frozen=True)
+class Recompute:
+    """Recomputes in backward what forward does not keep."""
+
+    name: ClassVar[str] = "recompute"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(recompute(step.program, step.segments, step.kept))
+
+
+def recompute(program: Program, segments: Sequence[Segment], kept: Collection[str]) -> Program:
     """Keep of the values of forward those in `kept` for backward, and compute the others again there."""
-    return _Recomputation(program, kept).run()
+    return _Recomputation(program, segments, kept).run()
 
 
 def is_costly(op: str) -> bool:
@@ -40,12 +52,11 @@ def is_costly(op: str) -> bool:
 
 
 class _Recomputation:
-    def __init__(self, program: Program, kept: Collection[str]):
+    def __init__(self, program: Program, segments: Sequence[Segment], kept: Collection[str]):
         self.program, self.kept = program, kept
-        found = segments(program)
         self.made = {out.name: instr for instr in program.section("forward").instrs for out in instr.values()}
-        self.segment = numbered(program, found)
-        self.held = {name for segment in found for name in segment.boundary}
+        self.segment = numbered(program, segments)
+        self.held = {name for segment in segments for name in segment.boundary}
         self.held |= {name for name, instr in self.made.items() if is_costly(instr.op)}
         values, rank = program.values(), heaviest(program)
         self.passing = {

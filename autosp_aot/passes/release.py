@@ -4,9 +4,21 @@
     %c = g(%b)     ->     free %a  ...
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from autosp_aot.ir.program import Instr, Program, Ref, Section
+from autosp_aot.passes.step import Step
+
+
+@dataclass(frozen=True)
+class Release:
+    """Releases values after their last use, in every section and body."""
+
+    name: ClassVar[str] = "release"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(release(step.program))
 
 
 def release(program: Program) -> Program:

@@ -5,11 +5,33 @@
                           sum_gradients  all_reduce(g1, g2, ...) in buckets
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from autosp_aot.ir.program import Instr, Program, Ref, Section, Value
+from autosp_aot.passes.step import Step
 
 BUCKET_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Splits a step with gradients."""
+
+    name: ClassVar[str] = "sections"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(split_sections(step.program))
+
+
+@dataclass(frozen=True)
+class OnlySection:
+    """Names the section of a program that gives the loss alone."""
+
+    name: ClassVar[str] = "section"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(only_section(step.program))
 
 
 def only_section(program: Program) -> Program:

@@ -14,6 +14,7 @@ loss (Arctic Long Sequence Training, arXiv:2506.13996), found by the rules for w
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import ClassVar
 
 from autosp_aot.ir.operators import DTYPES, STRUCTURE, TILES, wide
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, inside, joined_tiles
@@ -29,10 +30,11 @@ from autosp_aot.ir.program import (
     stands_for,
     with_refs,
 )
-from autosp_aot.memory.costs import costs
+from autosp_aot.memory.costs import peak_bytes
 from autosp_aot.ops.table import spec_of
-from autosp_aot.passes.analysis.labels import Labels, find_labels
+from autosp_aot.passes.analysis.labels import Labels
 from autosp_aot.passes.release import release
+from autosp_aot.passes.step import Step
 from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Spec, Strategy
 
@@ -43,11 +45,23 @@ LIMIT_BYTES = 2**30
 SMALL = 8
 
 
-def tile(program: Program, whole: Program, sequence_dims: Mapping[str, int], tiles: str | int) -> Program:
+@dataclass(frozen=True)
+class Tile:
+    """Makes `tiles` slices: a number, `auto` (where much is held) or `off`; `target` is whose memory `auto` counts."""
+
+    tiles: str | int
+    target: str
+    name: ClassVar[str] = "tile"
+
+    def __call__(self, step: Step) -> Step:
+        return step.with_program(tile(step.program, step.whole, step.labels, self.tiles, self.target))
+
+
+def tile(program: Program, whole: Program, labels: Labels, tiles: str | int, target: str) -> Program:
     """Slice regions of every section: each into `tiles` slices, or (`auto`) those that hold too much."""
     if tiles == "off":
         return program
-    rules = Rules(program, whole, find_labels(whole, dict(sequence_dims), program.ranks))
+    rules = Rules(program, whole, labels, target)
     for section in program.sections:
         lasting = {n for other in program.sections for n in other.takes} | {n for _, n in section.gives}
         regions = runs(section, rules, tiles == "auto")
@@ -72,8 +86,8 @@ class _Placed:
 class Rules:
     """Which calls can be done in tiles, and how."""
 
-    def __init__(self, program: Program, whole: Program, labels: Labels):
-        self.ranks, self.labels, self.values = program.ranks, labels, program.values()
+    def __init__(self, program: Program, whole: Program, labels: Labels, target: str):
+        self.ranks, self.labels, self.values, self.target = program.ranks, labels, program.values(), target
         self.whole = whole.values()
         self.calls = {out.name: instr for instr in whole.instrs() for out in instr.values()}
         self.means = {entry.value.name: entry.value.name for entry in program.inputs}
@@ -239,7 +253,7 @@ class Region:
         if key not in rules.held:
             section = Section("step", (), tuple(self.members), tuple(("", out.name) for out in outs))
             program = Program(rules.ranks, tuple(Input("batch", value) for value in inputs), (section,))
-            rules.held[key] = costs(release(program)).peak_bytes - sum(out.nbytes() for out in outs)
+            rules.held[key] = peak_bytes(release(program), rules.target) - sum(out.nbytes() for out in outs)
         return rules.held[key]
 
     def longest(self, rules: Rules) -> int:

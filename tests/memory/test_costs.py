@@ -30,12 +30,12 @@ def test_the_peak_is_reached_where_most_is_alive():
         free(%a)
         %c: f32[4] @ Replicate = aten.sum.dim_IntList(%b, [0])
         free(%b)
-    """))
+    """), "cpu")
     assert (found.peak_bytes, found.peak_at) == (64 + 64, "forward: b")
 
 
 def test_inputs_are_not_counted_nor_are_views_of_them():
-    found = costs(program("%v: f32[4, 4] @ Replicate = aten.permute.default(%w, [1, 0])\nfree(%v)"))
+    found = costs(program("%v: f32[4, 4] @ Replicate = aten.permute.default(%w, [1, 0])\nfree(%v)"), "cpu")
     assert (found.peak_bytes, found.kept_bytes) == (0, 0)
 
 
@@ -47,7 +47,7 @@ def test_a_view_keeps_its_storage_alive_until_its_last_name_is_released():
         %b: f32[4, 4] @ Replicate = aten.neg.default(%x)
         free(%v)
         %c: f32[4, 4] @ Replicate = aten.neg.default(%x)
-    """))
+    """), "cpu")
     assert found.peak_bytes == 2 * 64
     assert found.peak_at == "forward: b"
 
@@ -57,7 +57,7 @@ def test_a_reshape_that_copies_has_a_storage_of_its_own():
         %a: f32[4, 4] @ Replicate = aten.neg.default(%x)
         %t: f32[4, 4] @ Replicate = aten.permute.default(%a, [1, 0])
         %r: f32[16] @ Replicate = aten.reshape.default(%t, [16])
-    """))
+    """), "cpu")
     assert found.peak_bytes == 2 * 64
 
 
@@ -67,7 +67,7 @@ def test_kept_is_what_crosses_from_forward_to_backward_the_storage_of_a_view_who
         %v: f32[1, 4] @ Replicate = aten.slice.Tensor(%a, 0, 0, 1)
         %h: bf16[4] @ Replicate = aten.sum.dim_IntList(%a, [0], dtype=dtype:bf16)
         free(%a)
-    """, takes="%v, %h"))  # fmt: skip
+    """, takes="%v, %h"), "cpu")  # fmt: skip
     assert found.kept_bytes == 64 + 8
 
 
@@ -76,7 +76,7 @@ def test_the_rank_with_the_largest_boxes_is_counted():
         "autosp program 1\nranks 2\nlayout cut5 = 0:3 3:5\nconstants $0\nbatch %x: f32[5] @ Replicate\n"
         "section step takes ()\n  %a: f32[$0] @ Shard(0, cut5) = shard(%x)\n"
         "  %b: f32[$0] @ Shard(0, cut5) = aten.neg.default(%a)\ngives ()\n", {"$0": (3, 2)},
-    ))  # fmt: skip
+    ), "cpu")  # fmt: skip
     assert found.peak_bytes == 12
 
 
@@ -88,7 +88,7 @@ def test_the_peak_is_that_of_the_rank_where_most_is_alive_at_once_not_of_the_one
         "  free(%a)\n  free(%b)\n  %c: f32[$0] @ Shard(0, left) = shard(%x)\n  free(%c)\n"
         "  %d: f32[$1] @ Shard(0, right) = shard(%y)\n  %e: f32[$1] @ Shard(0, right) = aten.neg.default(%d)\n"
         "gives ()\n", {"$0": (4, 1), "$1": (1, 5)},
-    ))  # fmt: skip
+    ), "cpu")  # fmt: skip
     assert (found.peak_bytes, found.peak_at) == (20, "step: e")
 
 
@@ -106,7 +106,7 @@ EXPERTS = "%e: f32[1, 4, 4] @ Replicate = aten.reshape.default(%w, [1, 4, 4])\n"
     ("%a: f32[4, 4] @ Replicate = aten.mul.Tensor(%x, %w)", 0),
 ])  # fmt: skip
 def test_the_flops_of_products(line, flops):
-    assert costs(program(line)).flops == flops
+    assert costs(program(line), "cpu").flops == flops
 
 
 QKV = """
@@ -119,8 +119,8 @@ PAIRS = 2 * 8 * 8  # heads x queries x keys
 @pytest.mark.parametrize("causal, share", [(False, 1), (True, 2)])
 def test_the_flops_of_attention_are_two_products_half_of_them_when_causal(causal, share):
     out = "%o: f32[1, 2, 8, 4] @ Replicate; _"
-    found = costs(program(f"{QKV}{out} = autosp.attention(%q, %k, %k, [], None, 2, 0, scale=0.5, causal={causal})"))
-    assert found.flops == 2 * (2 * PAIRS * 4) // share
+    call = f"autosp.attention(%q, %k, %k, [], None, 2, 0, scale=0.5, causal={causal})"
+    assert costs(program(f"{QKV}{out} = {call}"), "cpu").flops == 2 * (2 * PAIRS * 4) // share
 
 
 def test_attention_backward_does_five_products():
@@ -128,12 +128,13 @@ def test_attention_backward_does_five_products():
     forward = f"{QKV}{outs} = autosp.attention(%q, %k, %k, [], None, 2, 0, scale=0.5)"
     grads = "%g: f32[1, 2, 8, 4] @ Replicate; _; _"
     backward = f"{grads} = autosp.attention_backward(%q, %q, %k, %k, %o, %l, None, [], None, 2, 0, scale=0.5)"
-    assert costs(program(f"{forward}\n{backward}")).flops - costs(program(forward)).flops == 5 * (2 * PAIRS * 4)
+    both, one = (costs(program(text), "cpu").flops for text in (f"{forward}\n{backward}", forward))
+    assert both - one == 5 * (2 * PAIRS * 4)
 
 
 def test_what_is_computed_again_is_counted_apart_and_in_the_sum():
     line = "%{}: f32[4, 4] @ Replicate = aten.mm.default(%x, %w)"
-    found = costs(program(line.format("a"), line.format("recompute.a")))
+    found = costs(program(line.format("a"), line.format("recompute.a")), "cpu")
     assert (found.flops, found.recomputed_flops) == (256, 128)
 
 

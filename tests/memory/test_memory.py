@@ -81,7 +81,7 @@ def measured(program: Program, rank: int, inputs: dict[str, Tensor], heard: list
 def compare(program: Program, rank: int, inputs: dict[str, Tensor], heard: list[Tensor]) -> list[str]:
     """The instructions whose measured bytes are not the planned ones; blocks of our own kernels are planned at most."""
     instrs = [instr for section in program.sections for instr in section.instrs]
-    moments, found = curve(program, rank), measured(program, rank, inputs, heard)
+    moments, found = curve(program, rank, "cpu"), measured(program, rank, inputs, heard)
     wrong = []
     for instr, moment, (alive_bytes, peak_bytes) in zip(instrs, moments, found, strict=True):
         fits = peak_bytes <= moment.peak_bytes if in_blocks(instr) else peak_bytes == moment.peak_bytes
@@ -185,12 +185,12 @@ def test_the_peak_is_the_highest_of_all_ranks(name, ranks, length, options):
     compiled, inputs = built(ARCHITECTURES[name].build(), half_labelled(length), ranks, **options)
     program, heard = compiled.program, answers(compiled.program, inputs)
     peaks = [max(peak for _, peak in measured(program, rank, inputs, heard[rank])) for rank in range(ranks)]
-    assert costs(program).peak_bytes == max(peaks) > peaks[heaviest(program)]
+    assert costs(program, "cpu").peak_bytes == max(peaks) > peaks[heaviest(program)]
 
 
 def test_a_release_that_comes_later_is_measured(build_llama):
     compiled, inputs = built(build_llama("float32"), half_labelled(13), 1)
-    forward, planned = compiled.program.section("forward"), curve(compiled.program, 0)
+    forward, planned = compiled.program.section("forward"), curve(compiled.program, 0, "cpu")
     at = next(at for at in range(1, len(planned)) if planned[at].alive_bytes < planned[at - 1].alive_bytes)
     instrs = [*forward.instrs[:at], forward.instrs[at + 1], forward.instrs[at], *forward.instrs[at + 2 :]]
     late = compiled.program.with_section(replace(forward, instrs=tuple(instrs)))

@@ -9,8 +9,9 @@ from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.errors import ArtifactError
 from autosp_aot.ir.text import print_program
 from autosp_aot.passes.decisions import read, written
-from autosp_aot.passes.partition import partition
+from autosp_aot.passes.partition import Partition
 from autosp_aot.passes.pipeline import compile_program
+from autosp_aot.passes.step import Step
 from autosp_aot.sharding.spec import Strategy
 from examples import llama, plain
 from tests.conftest import TINY
@@ -75,7 +76,7 @@ def test_replay_gives_the_same_program_byte_for_byte(name, ranks):
 
 def test_a_decision_is_taken_although_another_would_be_chosen(tiny2):
     """Without decisions all is computed whole, on every rank."""
-    program = partition(tiny2.whole, DIMS, 2, {}).program
+    program = Partition(2, {})(Step(tiny2.whole, tiny2.whole, DIMS)).program
     assert all(value.placement.replicated for value in program.values().values())
 
 
@@ -88,5 +89,5 @@ def test_a_decision_is_taken_although_another_would_be_chosen(tiny2):
 ])  # fmt: skip
 def test_a_decision_that_does_not_fit_is_refused(tiny2, name, strategy):
     with pytest.raises(ArtifactError) as caught:
-        partition(tiny2.whole, DIMS, 2, {name: strategy})
+        Partition(2, {name: strategy})(Step(tiny2.whole, tiny2.whole, DIMS))
     assert f"error[decision-wrong]: the recorded decision of {name} cannot be taken again" in str(caught.value)

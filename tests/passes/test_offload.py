@@ -72,7 +72,7 @@ BACKWARD = f"""
 
 
 def test_a_copy_begins_after_the_last_use_and_takes_as_long_as_the_work_beside_it(fast_link):
-    found = stowed(program(FORWARD, BACKWARD, "%a"), ["a"])
+    found = stowed(program(FORWARD, BACKWARD, "%a"), ["a"], "cpu")
     assert section(found, "forward") == lines(f"""
         {product("a", "x")}
         {product("b", "a")}
@@ -92,17 +92,18 @@ def test_a_copy_begins_after_the_last_use_and_takes_as_long_as_the_work_beside_i
 
 
 def test_the_device_s_memory_counts_until_the_wait_and_from_the_fetch(fast_link):
-    kept, gone = (release(stowed(program(FORWARD, BACKWARD, "%a"), names)) for names in ([], ["a"]))
-    assert (costs(kept).kept_bytes, costs(kept).host_bytes) == (64, 0)
-    assert (costs(gone).kept_bytes, costs(gone).host_bytes, costs(gone).host_moved_bytes) == (0, 64, 128)
-    alive = [(moment.name, moment.alive_bytes // 64) for moment in curve(gone, 0)]
+    kept, gone = (release(stowed(program(FORWARD, BACKWARD, "%a"), names, "cpu")) for names in ([], ["a"]))
+    stays, goes = costs(kept, "cpu"), costs(gone, "cpu")
+    assert (stays.kept_bytes, stays.host_bytes) == (64, 0)
+    assert (goes.kept_bytes, goes.host_bytes, goes.host_moved_bytes) == (0, 64, 128)
+    alive = [(moment.name, moment.alive_bytes // 64) for moment in curve(gone, 0, "cpu")]
     assert alive[2:7] == [("a.offload", 2), ("c", 3), ("free", 2), ("a.host", 2), ("free", 1)]
     assert alive[9:15] == [("e", 1), ("a.fetch", 2), ("f", 3), ("free", 1), ("a.back", 1), ("free", 1)]
 
 
 def test_a_view_that_backward_reads_is_made_again_of_what_came_back():
     forward = f"{product('a', 'x')}\n%t: f32[4, 4] @ Replicate = aten.permute.default(%a, [1, 0])\n{product('b', 't')}"
-    found = stowed(program(forward, f"{product('c', 't')}\n{product('d', 'a')}", "%a, %t"), ["t"])
+    found = stowed(program(forward, f"{product('c', 't')}\n{product('d', 'a')}", "%a, %t"), ["t"], "cpu")
     assert section(found, "backward") == lines(f"""
         %a.fetch: f32[4, 4] @ Replicate = fetch(%a.host)
         %a.back: f32[4, 4] @ Replicate = wait(%a.fetch, %a.host)
@@ -115,14 +116,14 @@ def test_a_view_that_backward_reads_is_made_again_of_what_came_back():
 def test_what_lies_in_an_input_or_is_given_to_the_caller_stays():
     forward = f"{product('a', 'x')}\n%t: f32[4, 4] @ Replicate = aten.permute.default(%w, [1, 0])"
     before = program(forward, product("c", "t"), "%a, %t", "grad.w=%a")
-    assert stowed(before, ["a", "t"]) == before
+    assert stowed(before, ["a", "t"], "cpu") == before
 
 
 def test_at_most_so_many_copies_are_under_way_however_slow_the_link_is():
     names = [f"v{at}" for at in range(IN_FLIGHT + 2)]
     forward = "\n".join(product(name, "x") for name in names)
     backward = "\n".join(product(f"{name}.g", name) for name in names)
-    found = stowed(program(forward, backward, ", ".join("%" + name for name in names)), names)
+    found = stowed(program(forward, backward, ", ".join("%" + name for name in names)), names, "cpu")
     for name in ("forward", "backward"):
         under_way, most = 0, 0
         for instr in found.section(name).instrs:
@@ -136,7 +137,7 @@ def test_small_values_and_those_read_again_soon_are_not_worth_it():
     forward = "\n".join([small, product("a0", "x"), *(product(f"a{n}", f"a{n - 1}") for n in range(1, 20))])
     reads_it = "%n: b8[] @ Replicate = aten.bitwise_not.default(%s)"
     backward = "\n".join([product("b", "a19"), product("c", "a0"), reads_it])
-    assert worth_it(program(forward, backward, "%a0, %a19, %s")) == ["a0"]
+    assert worth_it(program(forward, backward, "%a0, %a19, %s"), "cpu") == ["a0"]
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def test_offload_gives_the_bits_of_none_and_keeps_less(name, ranks, recompute, t
     )
     for mine, other in zip(expected, results):
         assert set(mine) == set(other) and all(torch.equal(mine[name], other[name]) for name in mine)
-    kept, stays = costs(off.program), costs(host.program)
+    kept, stays = costs(off.program, "cpu"), costs(host.program, "cpu")
     assert stays.kept_bytes < kept.kept_bytes and stays.peak_bytes <= kept.peak_bytes
     assert stays.host_moved_bytes > 0 == kept.host_moved_bytes
 
@@ -182,7 +183,7 @@ def test_auto_keeps_every_budget_that_host_keeps():
     torch.manual_seed(0)
     model, batch = Stretched(), half_labelled(64)
     program = built(model, batch, 1, recompute="none", tile="off", offload="host")[0].program
-    budget = costs(program).peak_bytes + sum(entry.value.nbytes() for entry in program.inputs)
+    budget = costs(program, "cpu").peak_bytes + sum(entry.value.nbytes() for entry in program.inputs)
     built(model, batch, 1, recompute="none", tile="off", offload="auto", memory_budget_bytes=budget)
 
 
@@ -194,10 +195,10 @@ def test_auto_sends_what_the_budget_needs_and_no_more():
         return built(model, batch, 1, recompute="none", offload=offload, memory_budget_bytes=budget)[0].program
 
     inputs = sum(entry.value.nbytes() for entry in program("off").inputs)
-    least, most = (inputs + costs(program(offload)).peak_bytes for offload in ("host", "off"))
+    least, most = (inputs + costs(program(offload), "cpu").peak_bytes for offload in ("host", "off"))
     moved = []
     for budget in (least, (least + most) // 2, most):
-        found = costs(program("auto", budget))
+        found = costs(program("auto", budget), "cpu")
         assert inputs + found.peak_bytes <= budget
         moved.append(found.host_moved_bytes)
     assert moved[0] > moved[1] > moved[2] == 0
@@ -207,14 +208,14 @@ def test_auto_sends_what_the_budget_needs_and_no_more():
     assert problem.code == "budget-too-small"
     assert problem.what == f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(least - 1)}"
     assert problem.fix.startswith(f"give {bytes_text(least)}, more ranks, --recompute auto, or a sequence of about 12 ")
-    assert inputs + costs(caught.value.least).peak_bytes == least
+    assert inputs + costs(caught.value.least, "cpu").peak_bytes == least
 
 
 @pytest.mark.parametrize("ranks, recompute", [(1, "none"), (3, "sac")])
 def test_measured_bytes_are_the_planned_ones(ranks, recompute):
     torch.manual_seed(0)
     compiled, inputs = built(MODELS["llama"](), half_labelled(13), ranks, recompute=recompute, offload="host")
-    assert costs(compiled.program).host_bytes > 0
+    assert costs(compiled.program, "cpu").host_bytes > 0
     assert not compare(compiled.program, 0, inputs, answers(compiled.program, inputs)[0])
 
 

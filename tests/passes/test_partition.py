@@ -14,7 +14,8 @@ from autosp_aot.errors import BuildError
 from autosp_aot.export.fake import weightless
 from autosp_aot.ir.program import Input, Instr, Program, Ref, Section, Value
 from autosp_aot.ir.text import print_program
-from autosp_aot.passes.partition import partition
+from autosp_aot.passes.partition import Partition
+from autosp_aot.passes.step import Step
 from examples import llama, plain
 
 BEFORE = Program(
@@ -55,7 +56,7 @@ gives (loss=%loss.all_reduce, grad.w=%g)
 
 
 def test_a_product_and_its_gradient_over_two_ranks():
-    assert print_program(partition(BEFORE, {"x": 1}, 2).program) == (AFTER, {"$0": (3, 2), "$1": (6, 4)})
+    assert print_program(Partition(2)(Step(BEFORE, BEFORE, {"x": 1})).program) == (AFTER, {"$0": (3, 2), "$1": (6, 4)})
 
 
 def test_chunks_are_cut_at_the_edges_nearest_to_home():
@@ -67,7 +68,7 @@ def test_chunks_are_cut_at_the_edges_nearest_to_home():
         Instr((loss,), "aten.sum.default", (Ref("total"),)),
     )
     program = Program(1, (Input("batch", x),), (Section("step", (), instrs, (("loss", "loss"),)),))
-    found = partition(program, {"x": 1}, 3)
+    found = Partition(3)(Step(program, program, {"x": 1}))
     bounds = {name: strategy.bounds for name, strategy in found.decisions.items()}
     assert bounds == dict.fromkeys(("chunks", "total", "loss"), ((0, 2), (2, 3), (3, 4)))
 
@@ -86,7 +87,7 @@ def test_what_is_read_as_a_sum_is_not_made_as_summands_where_a_cut_along_another
     )
     inputs = tuple(Input("batch", value) for value in (decay, states))
     program = Program(1, inputs, (Section("step", (), instrs, (("loss", "loss"),)),))
-    found = partition(program, {"decay": 2, "states": 1}, 2).decisions
+    found = Partition(2)(Step(program, program, {"decay": 2, "states": 1})).decisions
     assert [found[name].factor for name in ("decayed", "scanned", "negated", "mixed")] == [2, 0, 1, 0]
 
 

@@ -1,6 +1,7 @@
 """Recomputation: the same bits with less kept; what costs much is done again only where that is asked for."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from autosp_aot.ir.program import RECOMPUTED, Program
 from autosp_aot.ir.verify import verify
 from autosp_aot.passes.analysis.segments import segments
 from autosp_aot.passes.keep.policy import by_policy
-from autosp_aot.passes.partition import partition
+from autosp_aot.passes.partition import Partition
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.passes.recompute import recompute
 from autosp_aot.passes.release import release
-from autosp_aot.passes.sections import split_sections
+from autosp_aot.passes.sections import Sections
+from autosp_aot.passes.step import Step
 from autosp_aot.proof.derive import derive
 from autosp_aot.runtime.simulate import simulate
 from examples import llama
@@ -29,7 +31,7 @@ DIMS = {"input_ids": 1, "labels": 1}
 ATTENTION = "autosp.attention"
 
 
-class Step:
+class Small:
     """A small llama's step, whole and of every rank with nothing scheduled yet, and what to run it on."""
 
     def __init__(self):
@@ -42,10 +44,11 @@ class Step:
         ids = torch.randint(256, (2, 13))
         batch = {"input_ids": ids, "labels": ids}
         self.inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
-        self.split = split_sections(partition(self.whole, DIMS, RANKS, None).program)
+        step = Sections()(Partition(RANKS)(Step(self.whole, self.whole, DIMS)))
+        self.split = replace(step, segments=segments(step.program))
 
     def keeping(self, kept) -> Program:
-        program = release(recompute(self.split, kept))
+        program = release(recompute(self.split.program, self.split.segments, kept))
         verify(program)
         derive(program, self.whole)
         return program
@@ -56,7 +59,7 @@ class Step:
 
 @pytest.fixture(scope="module")
 def step():
-    return Step()
+    return Small()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_one_layer_is_computed_again_at_a_time(step):
 def test_without_the_boundary_of_a_layer_the_one_before_is_run_to_it_and_its_own_values_made_once_more(
     step, expected, policy
 ):
-    boundary = segments(step.split)[1].boundary
+    boundary = step.split.segments[1].boundary
     assert boundary == ("model.layers.0.add.1",)
     program = step.keeping(set(by_policy(step.split, policy)) - set(boundary))
     assert same_bits(step.results(program), expected)

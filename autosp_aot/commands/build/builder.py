@@ -41,7 +41,8 @@ from autosp_aot.ir.units import bytes_of
 from autosp_aot.memory.costs import costs
 from autosp_aot.ops.table import schema
 from autosp_aot.passes.decisions import written
-from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
+from autosp_aot.passes.pipeline import Watch, compile_evaluation, compile_program, unwatched
+from autosp_aot.passes.step import Step
 from autosp_aot.runtime.comm import present_target
 
 
@@ -217,7 +218,7 @@ def capture_model(subject: Subject) -> Captured:
 
 def _evaluation(
     subject: Subject, step: Captured, known, sequence_dims: dict[str, int], config: BuildConfig, watch: Watch
-) -> tuple[Compiled, dict[str, Tensor]]:
+) -> tuple[Step, dict[str, Tensor]]:
     """The program that gives the loss in eval mode, and the constants that it has beside the step's."""
     with in_eval_mode():
         whole, constants = capture_evaluation(subject, step.joint, step.whole, known)
@@ -226,7 +227,7 @@ def _evaluation(
         return compile_evaluation(whole, sequence_dims, config, shown), constants
 
 
-def _taken(compiled: Compiled, config: BuildConfig) -> dict:
+def _taken(compiled: Step, config: BuildConfig) -> dict:
     """What a manifest says of a program: what it costs, how its calls were placed, what is computed on every rank."""
     cuts, decisions = written(compiled.decisions)
     fallbacks = tuple(asdict(fallback) for fallback in compiled.fallbacks)

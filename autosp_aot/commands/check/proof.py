@@ -11,7 +11,8 @@ from autosp_aot.ir.program import Program, Value
 from autosp_aot.ir.verify import verify
 from autosp_aot.memory.costs import costs
 from autosp_aot.passes import decisions
-from autosp_aot.passes.partition import partition
+from autosp_aot.passes.partition import Partition
+from autosp_aot.passes.step import Step
 from autosp_aot.proof.collectives import check_collectives, collectives_by_rank
 from autosp_aot.proof.derive import derive
 from autosp_aot.runtime.execute import DTYPES
@@ -121,7 +122,7 @@ def _check_decisions(manifest: Manifest, kind: str, whole: Program, programs: li
     """The decisions, taken again, place every value as the programs do (tiles' own left out), and fall back alike."""
     said = manifest.of(kind)
     taken = decisions.read(said.cuts, said.decisions)
-    replayed = partition(whole, manifest.sequence_dims, manifest.ranks, taken)
+    replayed = Partition(manifest.ranks, taken)(Step(whole, whole, manifest.sequence_dims))
     fallbacks = [asdict(fallback) for fallback in replayed.fallbacks]
     if fallbacks != list(said.fallbacks):
         raise _wrong("fallbacks", list(said.fallbacks), fallbacks)

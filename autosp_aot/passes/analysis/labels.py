@@ -6,6 +6,7 @@
 A label is a place inside a dim: the dim has `outer * extent * inner` positions, `extent` of them along the sequence.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -65,7 +66,7 @@ def _cut_again(bounds: Bounds, tiles: int) -> Bounds:
     return tuple((lo + a, lo + b) for lo, hi in bounds for a, b in even_bounds(hi - lo, tiles))
 
 
-def find_labels(program: Program, sequence_dims: dict[str, int], ranks: int) -> Labels:
+def find_labels(program: Program, sequence_dims: Mapping[str, int], ranks: int) -> Labels:
     """Follow `sequence_dims` (input name -> dim) through a whole program until nothing changes."""
     values = program.values()
     found: dict[str, set[Label]] = {name: set() for name in values}

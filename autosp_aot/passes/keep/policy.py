@@ -8,7 +8,9 @@
 The last segment is always kept: backward begins there, and would compute it again while all else is alive.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.ir.operators import COLLECTIVES
@@ -20,6 +22,7 @@ from autosp_aot.passes.keep.budget_error import too_small
 from autosp_aot.passes.keep.knapsack import cheapest, tightest
 from autosp_aot.passes.keep.measure import measure
 from autosp_aot.passes.keep.rungs import TIERS, Choice, Ladder, Schedule, choices
+from autosp_aot.passes.step import Pass, Step
 
 # Why a value is kept.
 CARRIES = "the forward pass goes on from it: what follows, up to the next such place, is computed again from it"
@@ -38,38 +41,57 @@ KEEPS = {
 ATTEMPTS = 4
 
 
-def plan(program: Program, config: BuildConfig, sequence_dims: Mapping[str, int], schedule: Schedule) -> dict[str, str]:
-    """The values of forward that are kept, and why; some of them backward may not need.
+@dataclass(frozen=True)
+class Keep:
+    """Chooses which values of forward are kept; some of them backward may not need.
 
-    What counts is what the program takes that `schedule` makes. Raises
-    BudgetTooSmall where the budget cannot be met.
+    What counts of a choice is the memory of the program that `schedule`, the passes for an `offload`, makes of it.
+    Raises BudgetTooSmall where the budget cannot be met.
     """
-    if config.recompute == "auto" and config.memory_budget_bytes is not None:
-        kept = _within(program, config, sequence_dims, schedule)
-        return {name: why for name, why in reasons(program).items() if name in kept}
-    return by_policy(program, "sac" if config.recompute == "auto" else config.recompute)
+
+    config: BuildConfig
+    schedule: Callable[[str], tuple[Pass, ...]]
+    name: ClassVar[str] = "plan"
+
+    def __call__(self, step: Step) -> Step:
+        step = replace(step, segments=segments(step.program))
+        policy = self.config.recompute
+        if policy == "auto" and self.config.memory_budget_bytes is not None:
+            kept = _within(step, self.config, self.scheduled(step))
+            return replace(step, kept={name: why for name, why in reasons(step).items() if name in kept})
+        return replace(step, kept=by_policy(step, "sac" if policy == "auto" else policy))
+
+    def scheduled(self, step: Step) -> Schedule:
+        """Makes the program that keeps given values, with a policy of what waits in host memory."""
+
+        def program(kept: Collection[str], offload: str) -> Program:
+            trial = replace(step, kept=dict.fromkeys(kept, ""))
+            for run in self.schedule(offload):
+                trial = run(trial)
+            return trial.program
+
+        return program
 
 
-def by_policy(program: Program, policy: str) -> dict[str, str]:
+def by_policy(step: Step, policy: str) -> dict[str, str]:
     """The values of forward that `none`, `sac` or `full` keeps, and why."""
-    return {name: why for name, why in reasons(program).items() if why in KEEPS[policy]}
+    return {name: why for name, why in reasons(step).items() if why in KEEPS[policy]}
 
 
-def reasons(program: Program) -> dict[str, str]:
+def reasons(step: Step) -> dict[str, str]:
     """Why each value of forward would be kept, if it were."""
-    found = segments(program)
     why = {}
-    for instr in program.section("forward").instrs:
+    for instr in step.program.section("forward").instrs:
         reason = SENT if instr.op in COLLECTIVES else ATTENDED if is_quadratic(instr.op) else ROOM
         why.update((out.name, reason) for out in instr.values())
-    why.update((out.name, LAST) for instr in found[-1].instrs for out in instr.values())
-    why.update((name, CARRIES) for segment in found for name in segment.boundary)
+    why.update((out.name, LAST) for instr in step.segments[-1].instrs for out in instr.values())
+    why.update((name, CARRIES) for segment in step.segments for name in segment.boundary)
     return why
 
 
-def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], schedule: Schedule) -> frozenset[str]:
+def _within(step: Step, config: BuildConfig, schedule: Schedule) -> frozenset[str]:
     """The values to keep for the fastest step that fits the budget."""
-    ladder = Ladder(program, config)
+    program, ladder = step.program, Ladder(step.program, step.segments, config)
     options = choices(ladder, measure(ladder, schedule), config.offload)
     room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
     wanted = room
@@ -82,11 +104,11 @@ def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], sche
         if over <= 0:
             return _kept(found)
         wanted -= over
-    last = (_kept(tightest(options)), frozenset(by_policy(program, "full")))
+    last = (_kept(tightest(options)), frozenset(by_policy(step, "full")))
     tried = [(kept, schedule(kept, config.offload)) for kept in last]
     kept, least = min(tried, key=lambda one: peak_bytes(one[1], config.target))
     if peak_bytes(least, config.target) > room:
-        raise too_small(least, config, dims)
+        raise too_small(least, config, step.sequence_dims)
     return kept
 
 

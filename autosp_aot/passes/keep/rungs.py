@@ -21,7 +21,7 @@ from autosp_aot.ir.operators import COLLECTIVES, makes_view
 from autosp_aot.ir.program import Instr, Program
 from autosp_aot.memory.costs import flops, heaviest, received_of
 from autosp_aot.ops.table import is_quadratic
-from autosp_aot.passes.analysis.segments import numbered, segments
+from autosp_aot.passes.analysis.segments import Segment, numbered
 from autosp_aot.passes.keep.knapsack import Option
 from autosp_aot.passes.recompute import is_costly
 from autosp_aot.targets.devices import DEVICES
@@ -58,10 +58,10 @@ class Part:
 class Ladder:
     """The segments of a program that has sections and is not scheduled yet, and what each keeps on every rung."""
 
-    def __init__(self, program: Program, config: BuildConfig):
+    def __init__(self, program: Program, segments: tuple[Segment, ...], config: BuildConfig):
         self.ranks, self.rank, self.target = program.ranks, heaviest(program), config.target
         self.device = config.device or next(d for d in DEVICES.values() if d.kind == config.target)
-        self.segments, self.values = segments(program), program.for_rank(self.rank).values()
+        self.segments, self.values = segments, program.for_rank(self.rank).values()
         self.last = len(self.segments) - 1
         self.made = {name: i for i in program.section("forward").instrs for name in names([i])}
         self.number = numbered(program, self.segments)

@@ -8,12 +8,12 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.commands.build.builder import build_file
 from autosp_aot.errors import AutospError
 from autosp_aot.ir.text import parse_program
-from autosp_aot.passes import pipeline
+from autosp_aot.passes.pipeline import evaluation_pipeline, pipeline
 from examples import plain
 from tests.conftest import TINY
 
-STEP = ["capture", *(name for name, _ in pipeline.PIPELINE)]
-EVALUATION = [f"evaluate.{name}" for name in ("capture", *(name for name, _ in pipeline.EVALUATION))]
+STEP = ["capture", *(one.name for one in pipeline(BuildConfig(2)))]
+EVALUATION = [f"evaluate.{name}" for name in ("capture", *(one.name for one in evaluation_pipeline(BuildConfig(2))))]
 NAMES = [*STEP, *EVALUATION]
 
 

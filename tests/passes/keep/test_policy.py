@@ -46,7 +46,7 @@ class Model:
         return compile_program(self.whole, DIMS, config).program
 
     def taken(self, program: Program) -> int:
-        return sum(entry.value.nbytes() for entry in program.inputs) + costs(program).peak_bytes
+        return sum(entry.value.nbytes() for entry in program.inputs) + costs(program, "cpu").peak_bytes
 
     def refused(self, budget_bytes: int) -> BudgetTooSmall:
         with pytest.raises(BudgetTooSmall) as caught:
@@ -89,7 +89,7 @@ def test_every_plan_gives_the_bits_of_none(deep, planned):
 
 def test_less_room_means_less_kept_and_more_done_again(planned):
     """From end to end; in between FLOPs may fall as collectives are done again, and the other way round."""
-    ample, least = (costs(program) for _, program in (planned[0], planned[-1]))
+    ample, least = (costs(program, "cpu") for _, program in (planned[0], planned[-1]))
     assert ample.kept_bytes > least.kept_bytes and ample.recomputed_flops < least.recomputed_flops
 
 
@@ -111,7 +111,7 @@ def test_what_has_no_room_waits_on_the_host_before_attention_is_done_twice(deep,
     assert deep.taken(program) <= budget
     ops = Counter(instr.op for instr in program.instrs())
     assert ops["offload"] == ops["fetch"] > 0
-    assert costs(program).recomputed_flops < costs(deep.build("auto", budget)).recomputed_flops
+    assert costs(program, "cpu").recomputed_flops < costs(deep.build("auto", budget), "cpu").recomputed_flops
     for found, wanted in zip(deep.results(program), deep.results(deep.build("none"))):
         assert all(torch.equal(found[label], wanted[label]) for label in wanted)
 
@@ -131,7 +131,7 @@ def test_choices_are_priced_at_the_rates_of_the_device_asked_for(deep, planned):
     cpu = DEVICES["cpu"]
     fast, slow = (replace(cpu, flops_per_s=flops, memory_bytes_per_s=rate) for flops, rate in ((1e30, 1), (1, 1e30)))
     assert deep.build("auto", budget, device=cpu) == program
-    dear, cheap = (costs(deep.build("auto", budget, device=device)).recomputed_flops for device in (slow, fast))
+    dear, cheap = (costs(deep.build("auto", budget, device=device), "cpu").recomputed_flops for device in (slow, fast))
     assert dear < cheap
 
 

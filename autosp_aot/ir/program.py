@@ -41,9 +41,10 @@ class PerRank:
 
 
 Int = int | PerRank
-# An argument of a call: a Ref, Dtype, PerRank, number, string or None, or a tuple of arguments. Which of them one is, its
+# An argument of a call: a Ref, Dtype, PerRank, number, string or None, or a tuple of arguments. Which of them it is, an
 # operator's schema says, which no type checker reads.
 Arg = Any
+Args = tuple[Arg, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Instr:
 
     outs: tuple[Value | None, ...]
     op: str
-    args: tuple[Arg, ...] = ()
+    args: Args = ()
     kwargs: tuple[tuple[str, Arg], ...] = ()
     where: Where = Where()
     body: "Body | None" = None

@@ -32,7 +32,22 @@ from dataclasses import replace
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.operators import TILES
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Bounds, Cut, Placement
-from autosp_aot.ir.program import ITEMSIZE, Arg, Body, Dtype, Input, Instr, Int, PerRank, Program, Ref, Section, Value, Where
+from autosp_aot.ir.program import (
+    ITEMSIZE,
+    Arg,
+    Args,
+    Body,
+    Dtype,
+    Input,
+    Instr,
+    Int,
+    PerRank,
+    Program,
+    Ref,
+    Section,
+    Value,
+    Where,
+)
 
 HEADER = "autosp program 1"
 KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")
@@ -286,7 +301,7 @@ class _Parser:
             self.placements[text] = Placement(cut, bool(match[4]))
         return self.placements[text]
 
-    def args(self, text: str) -> tuple[tuple[Arg, ...], list[tuple[str, Arg]]]:
+    def args(self, text: str) -> tuple[Args, list[tuple[str, Arg]]]:
         tokens = list(self.tokens(text))
         args: list[Arg] = []
         kwargs: list[tuple[str, Arg]] = []

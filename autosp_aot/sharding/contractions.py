@@ -141,7 +141,7 @@ def _row(scores: Whole) -> str:
     return "n"[: len(scores.shape) - 1]
 
 
-def histc(call) -> Spec | None:
+def histc(call: Call) -> Spec | None:
     """Counts add up, where the bins do not depend on the data."""
     if len(call.instr.args) < 4 or not call.instr.args[2] < call.instr.args[3]:
         return None

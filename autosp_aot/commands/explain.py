@@ -127,7 +127,7 @@ class _Place:
                 if instr.op != FREE:
                     readers.setdefault(name, []).append(instr)
         made_by = {out.name: instr for instr in instrs for out in instr.values()}
-        return cls(outer | values_of(instrs), made_by, readers, instrs)
+        return cls({**outer, **values_of(instrs)}, made_by, readers, instrs)
 
 
 class _Explainer:
@@ -143,17 +143,17 @@ class _Explainer:
 
     def inside(self, name: str) -> Iterator[tuple[str, list[str]]]:
         """Of a value that only the tiles of one instruction know: the first that makes it."""
-        tiles = next(i for i in self.place.instrs if i.body and name in values_of(i.body.instrs))
-        place, means = _Place.of(tiles.body.instrs, self.values), stands_for(name)
+        tiles, body = next((i, i.body) for i in self.place.instrs if i.body and name in values_of(i.body.instrs))
+        place, means = _Place.of(body.instrs, self.values), stands_for(name)
         instr, value = place.made_by[name], place.values[name]
         yield from self.maker(instr, value, place.values)
-        yield "tiles", [f"{tiles.body.tiles} a rank, one after the other, for {_some([*values_of([tiles])])}"]
+        yield "tiles", [f"{body.tiles} a rank, one after the other, for {_some([*values_of([tiles])])}"]
         yield "placed", [placement_text(value.placement, "tile")]
         yield "stands for", [f"a tile's {'summand' if value.placement.partial else 'part'} of {means}"]
         if instr.op not in MOVES and means in self.whole.values():
             yield from self.choice(means, None)
         yield "read by", [_some([_first(reader) for reader in place.readers.get(name, [])])]
-        yield "gives", [out.name for out, inner in zip(tiles.values(), tiles.body.gives) if inner == name]
+        yield "gives", [out.name for out, inner in zip(tiles.values(), body.gives) if inner == name]
         after = _last_before_release(place.instrs, name)
         yield "released", [f"in each tile after {after}"] if after else []
 

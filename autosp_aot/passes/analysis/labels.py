@@ -6,6 +6,7 @@
 A label is a place inside a dim: the dim has `outer * extent * inner` positions, `extent` of them along the sequence.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -65,13 +66,13 @@ def _cut_again(bounds: Bounds, tiles: int) -> Bounds:
     return tuple((lo + a, lo + b) for lo, hi in bounds for a, b in even_bounds(hi - lo, tiles))
 
 
-def find_labels(program: Program, sequence_dims: dict[str, int], ranks: int) -> Labels:
+def find_labels(program: Program, sequence_dims: Mapping[str, int], ranks: int) -> Labels:
     """Follow `sequence_dims` (input name -> dim) through a whole program until nothing changes."""
     values = program.values()
     found: dict[str, set[Label]] = {name: set() for name in values}
-    lengths = {values[name].shape[dim] for name, dim in sequence_dims.items()}
+    lengths = {values[name].sizes[dim] for name, dim in sequence_dims.items()}
     for name, dim in sequence_dims.items():
-        found[name].add(Label(dim, 1, values[name].shape[dim], 1))
+        found[name].add(Label(dim, 1, values[name].sizes[dim], 1))
     calls = []
     for instr in program.instrs():
         spec = spec_of(instr, [values[name] for name in instr.refs()], ranks)

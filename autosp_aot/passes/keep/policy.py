@@ -58,7 +58,7 @@ def by_policy(program: Program, policy: str) -> dict[str, str]:
 def reasons(program: Program) -> dict[str, str]:
     """Why each value of forward would be kept, if it were."""
     found = segments(program)
-    why = {}
+    why: dict[str, str] = {}
     for instr in program.section("forward").instrs:
         reason = SENT if instr.op in COLLECTIVES else ATTENDED if is_quadratic(instr.op) else ROOM
         why.update((out.name, reason) for out in instr.values())
@@ -71,7 +71,7 @@ def _within(program: Program, config: BuildConfig, dims: Mapping[str, int], sche
     """The values to keep for the fastest step that fits the budget."""
     ladder = Ladder(program, config)
     options = choices(ladder, measure(ladder, schedule), config.offload)
-    room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
+    room = config.budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
     wanted = room
     for _ in range(ATTEMPTS):
         within = (cheapest(_tier(options, *tier), wanted) for tier in TIERS)

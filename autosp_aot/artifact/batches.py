@@ -9,6 +9,7 @@ holds for them alone.
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -17,9 +18,10 @@ CONSTANTS = (type(None), bool, int, float, str)
 DICTS = (dict, OrderedDict)
 
 
-def flat(batch: Mapping) -> dict[str, Tensor | Constant]:
+def flat(batch: Mapping[Any, Any]) -> dict[str, Tensor | Constant]:
     """A batch by names with dots. Raises ValueError for what is no part of a batch, naming all of it, a line each."""
-    found, wrong = {}, []
+    found: dict[str, Tensor | Constant] = {}
+    wrong: list[str] = []
     for name, value in batch.items():
         if not isinstance(name, str) or "." in name or not name:
             wrong.append(f"the name {name!r} is no text without dots")
@@ -39,9 +41,9 @@ def flat(batch: Mapping) -> dict[str, Tensor | Constant]:
     return found
 
 
-def nested(batch: Mapping[str, Tensor | Constant]) -> dict:
+def nested(batch: Mapping[str, Tensor | Constant]) -> dict[str, Any]:
     """The batch of which `flat` made this one."""
-    found: dict = {}
+    found: dict[str, Any] = {}
     for name, value in batch.items():
         *path, last = name.split(".")
         inner = found

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
-from autosp_aot.artifact.manifest import TensorSpec
+from autosp_aot.artifact.manifest import Json, TensorSpec
 
 CONFIGS = ("config.json", "generation_config.json")
 
@@ -66,7 +67,7 @@ class Recipe:
     tensors    of the checkpoint, but those that are the model's own under their own names
     """
 
-    configs: Mapping[str, dict] = field(default_factory=dict)
+    configs: Mapping[str, Json] = field(default_factory=dict)
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     refused: str = ""
@@ -117,36 +118,36 @@ def parse_recipe(text: str, parameters: Iterable[TensorSpec]) -> Recipe:
 
 def check_recipe(recipe: Recipe, parameters: Iterable[TensorSpec]) -> None:
     """Raise ValueError unless each tensor, of checkpoint and model, is made up of pieces, all inside of both."""
-    parameters = {spec.name: spec for spec in parameters}
-    left = {name: prod(spec.shape) for name, spec in parameters.items()}
+    specs = {spec.name: spec for spec in parameters}
+    left = {name: prod(spec.shape) for name, spec in specs.items()}
     for stored in recipe.tensors:
         for piece in stored.pieces:
-            if piece.name not in parameters:
+            if piece.name not in specs:
                 raise ValueError(f"{stored.name} is a part of {piece.name}, which the model has not")
-            shapes = (parameters[piece.name].shape, piece.here), (stored.shape, piece.there)
+            shapes = (specs[piece.name].shape, piece.here), (stored.shape, piece.there)
             if not all(place.end(piece.sizes) <= prod(shape) for shape, place in shapes):
                 raise ValueError(f"{stored.name} reaches beyond {piece.name}")
             left[piece.name] -= prod(piece.sizes)
         if sum(prod(piece.sizes) for piece in stored.pieces) != prod(stored.shape):
             raise ValueError(f"{stored.name} is not made up of its pieces")
-        if len({parameters[piece.name].dtype for piece in stored.pieces}) != 1:
+        if len({specs[piece.name].dtype for piece in stored.pieces}) != 1:
             raise ValueError(f"{stored.name} has more than one dtype")
     moved = {piece.name for stored in recipe.tensors for piece in stored.pieces}
     if any(left[name] for name in moved):
         raise ValueError("a tensor of the model is not made up of pieces")
-    names = [stored.name for stored in recipe.tensors] + [name for name in parameters if name not in moved]
+    names = [stored.name for stored in recipe.tensors] + [name for name in specs if name not in moved]
     if len(set(names)) != len(names):
         raise ValueError("two tensors of the checkpoint have one name")
 
 
-def _stored(entry: dict) -> Stored:
+def _stored(entry: Json) -> Stored:
     stored = Stored(**entry | {"shape": _numbers(entry["shape"]), "pieces": tuple(map(_piece, entry["pieces"]))})
     if type(stored.name) is not str or not stored.pieces:
         raise ValueError(f"{stored.name} is no tensor")
     return stored
 
 
-def _piece(entry: dict) -> Piece:
+def _piece(entry: Json) -> Piece:
     places = {side: _place(entry[side]) for side in ("here", "there")}
     piece = Piece(**entry | {"sizes": _numbers(entry["sizes"])} | places)
     if 0 in piece.sizes:
@@ -156,11 +157,11 @@ def _piece(entry: dict) -> Piece:
     return piece
 
 
-def _place(entry: dict) -> Place:
+def _place(entry: Json) -> Place:
     return Place(**entry | {"strides": _numbers(entry["strides"]), "offset": _numbers([entry["offset"]])[0]})
 
 
-def _numbers(numbers: list) -> tuple[int, ...]:
+def _numbers(numbers: list[Any]) -> tuple[int, ...]:
     if not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("a size, stride or offset is no whole number")
     return tuple(numbers)

@@ -36,6 +36,12 @@ class BuildConfig:
     device: Device | None = None
     evaluation: bool = True
 
+    @property
+    def budget_bytes(self) -> int:
+        """The memory budget of a build that has one."""
+        assert self.memory_budget_bytes is not None
+        return self.memory_budget_bytes
+
 
 def checked_config(
     ranks: int,

@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autosp_aot.artifact.batches import Constant
 from autosp_aot.errors import Problem
@@ -36,6 +37,8 @@ BODY = re.compile(r"body\.\d+\.program")
 # What the names of a program's files begin with: of the step's, and of the evaluation's.
 STEP, EVALUATE = "", "evaluate."
 
+Json = dict[str, Any]  # an object of a JSON file
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -51,8 +54,8 @@ class TensorSpec:
 class Evaluation:
     """What a manifest says of the evaluation program; the fields are those that `Manifest` has of the step."""
 
-    costs: dict
-    fallbacks: tuple[dict, ...]
+    costs: Json
+    fallbacks: tuple[Json, ...]
     cuts: dict[str, str]
     decisions: dict[str, str]
 
@@ -91,8 +94,8 @@ class Manifest:
     aliases: dict[str, str]
     trainable: tuple[str, ...]
     operators: dict[str, str]
-    costs: dict
-    fallbacks: tuple[dict, ...]
+    costs: Json
+    fallbacks: tuple[Json, ...]
     cuts: dict[str, str]
     decisions: dict[str, str]
     evaluation: Evaluation | None
@@ -109,7 +112,10 @@ class Manifest:
 
     def of(self, kind: str) -> "Manifest | Evaluation":
         """What is said of one of the programs: costs, fallbacks, cuts and decisions."""
-        return self if kind == STEP else self.evaluation
+        if kind == STEP:
+            return self
+        assert self.evaluation is not None, "one of `kinds`"
+        return self.evaluation
 
     @property
     def vocabulary(self) -> int | None:
@@ -120,7 +126,7 @@ class Manifest:
 def specs(values: list[Value], vocabularies: Mapping[str, int] | None = None) -> tuple[TensorSpec, ...]:
     """Tensor specs of whole values."""
     known = vocabularies or {}
-    return tuple(TensorSpec(v.name, v.dtype, v.shape, known.get(v.name)) for v in values)
+    return tuple(TensorSpec(v.name, v.dtype, v.whole_shape, known.get(v.name)) for v in values)
 
 
 def no_evaluation(where: str) -> Problem:
@@ -129,13 +135,13 @@ def no_evaluation(where: str) -> Problem:
     return Problem("no-evaluation", "the artifact has no evaluation program", where, why, fix)
 
 
-def sealed(manifest: dict) -> str:
+def sealed(manifest: Json) -> str:
     """The text of manifest.json: the manifest and its own hash."""
     whole = {"sha256": _hash(manifest), "manifest": manifest}
     return json.dumps(whole, indent=1, sort_keys=True) + "\n"
 
 
-def _hash(manifest: dict) -> str:
+def _hash(manifest: Json) -> str:
     return hashlib.sha256(json.dumps(manifest, indent=1, sort_keys=True).encode()).hexdigest()
 
 

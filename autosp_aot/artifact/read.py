@@ -24,6 +24,7 @@ from autosp_aot.artifact.manifest import (
     WEIGHTS,
     WHOLE,
     Evaluation,
+    Json,
     Manifest,
     TensorSpec,
     no_evaluation,
@@ -64,7 +65,7 @@ def read_manifest(path: str | Path) -> Manifest:
     return manifest
 
 
-def _manifest(found: dict) -> Manifest:
+def _manifest(found: Json) -> Manifest:
     names = {field.name for field in fields(Manifest)}
     if set(found) != names:
         raise ValueError(f"unexpected or missing keys: {sorted(set(found) ^ names)}")
@@ -97,12 +98,12 @@ def _manifest(found: dict) -> Manifest:
     return Manifest(**found)
 
 
-def _evaluation(found: dict) -> Evaluation:
+def _evaluation(found: Json) -> Evaluation:
     found["costs"]["moved"] = tuple(found["costs"]["moved"])
     return Evaluation(**found | {"fallbacks": tuple(found["fallbacks"])})
 
 
-def _tensor_spec(entry: dict) -> TensorSpec:
+def _tensor_spec(entry: Json) -> TensorSpec:
     spec = TensorSpec(**{**entry, "shape": tuple(entry["shape"])})
     if spec.dtype not in ITEMSIZE or not all(isinstance(n, int) and n >= 0 for n in spec.shape):
         raise ValueError(f"{spec.name} has no valid type")
@@ -111,8 +112,8 @@ def _tensor_spec(entry: dict) -> TensorSpec:
 
 def _check_files(path: Path, manifest: Manifest) -> None:
     required = {CHECKPOINT, BUFFERS, REPORT} | {kind + name for kind in manifest.kinds for name in (WHOLE, RANKS)}
-    allowed = lambda name: name in required | {WEIGHTS} or any(_is_body(kind, name) for kind in manifest.kinds)  # noqa: E731
-    strange = sorted(name for name in manifest.files if not allowed(name))
+    bodies = {name for name in manifest.files for kind in manifest.kinds if _is_body(kind, name)}
+    strange = sorted(set(manifest.files) - required - bodies - {WEIGHTS})
     if strange:
         raise _damaged("artifact-files", f"{path} lists {', '.join(strange)}", "no artifact has a file of that name")
     there = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
@@ -205,9 +206,9 @@ def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
         raise _damaged("tensors-unreadable", f"{Path(path) / name} cannot be read", str(error)) from error
 
 
-def _ranks(path: Path, kind: str) -> list[dict]:
+def _ranks(path: Path, kind: str) -> list[Json]:
     try:
-        entries = json.loads(_text(path / (kind + RANKS)))
+        entries: list[Json] = json.loads(_text(path / (kind + RANKS)))
         if not isinstance(entries, list):
             raise ValueError("it is no list of ranks")
         for entry in entries:
@@ -223,13 +224,14 @@ def _ranks(path: Path, kind: str) -> list[dict]:
 
 def _number(number: object) -> int | tuple[int, ...]:
     """A constant as it is read: a number, or one for each tile."""
-    numbers = number if isinstance(number, list) else [number]
-    if not numbers or not all(type(n) is int for n in numbers):
+    if type(number) is int:
+        return number
+    if not isinstance(number, list) or not number or not all(type(n) is int for n in number):
         raise ValueError("a constant is a whole number, or one for each tile")
-    return tuple(numbers) if isinstance(number, list) else number
+    return tuple(number)
 
 
-def _parsed(path: Path, constants: Mapping, ranks: int) -> Program:
+def _parsed(path: Path, constants: Mapping[str, int | tuple[int, ...]], ranks: int) -> Program:
     try:
         text = _text(path)
     except UnicodeDecodeError as error:

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from autosp_aot.artifact.manifest import Manifest
+from autosp_aot.artifact.manifest import Json, Manifest
 from autosp_aot.ir.program import ITEMSIZE
 from autosp_aot.ir.units import bytes_text
 
@@ -38,13 +38,13 @@ def _evaluation_peak(manifest: Manifest) -> str:
     return f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"
 
 
-def fallbacks(manifest: Manifest) -> tuple[dict, ...]:
+def fallbacks(manifest: Manifest) -> tuple[Json, ...]:
     """What falls back in the step, and what does so in the evaluation alone."""
     others = () if manifest.evaluation is None else manifest.evaluation.fallbacks
     return *manifest.fallbacks, *(fallback for fallback in others if fallback not in manifest.fallbacks)
 
 
-def _on_host(costs: dict) -> str:
+def _on_host(costs: Json) -> str:
     if not costs["host_bytes"]:
         return ""
     return f", {bytes_text(costs['host_bytes'])} of host memory, {bytes_text(costs['host_moved_bytes'])} there and back"

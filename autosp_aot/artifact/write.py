@@ -22,6 +22,7 @@ from autosp_aot.artifact.manifest import (
     STEP,
     WEIGHTS,
     WHOLE,
+    Json,
     Manifest,
     sealed,
     sha256_of,
@@ -103,8 +104,8 @@ def _write_files(artifact: Artifact, path: Path) -> None:
 def _texts(kind: str, whole: Program, program: Program) -> dict[str, str]:
     """The files of one program, whole and of all ranks."""
     (text, _), (body, constants) = print_program(whole), print_program(program)
-    own = lambda rank: {name: _own(values, rank, program.ranks) for name, values in constants.items()}  # noqa: E731
-    entries = [{"body": f"{kind}body.0.program", "constants": own(rank)} for rank in range(program.ranks)]
+    own = [{name: _own(n, rank, program.ranks) for name, n in constants.items()} for rank in range(program.ranks)]
+    entries = [{"body": f"{kind}body.0.program", "constants": numbers} for numbers in own]
     return {kind + WHOLE: text, f"{kind}body.0.program": body, kind + RANKS: _ranks_text(entries)}
 
 
@@ -120,6 +121,6 @@ def _own(values: tuple[int, ...], rank: int, ranks: int) -> int | tuple[int, ...
     return values[rank] if tiles == 1 else values[rank * tiles : (rank + 1) * tiles]
 
 
-def _ranks_text(ranks: list[dict]) -> str:
+def _ranks_text(ranks: list[Json]) -> str:
     """One line a rank, so that a changed constant is a changed line."""
     return "[\n" + ",\n".join(json.dumps(rank) for rank in ranks) + "\n]\n"

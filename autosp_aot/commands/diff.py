@@ -183,8 +183,8 @@ def _text_diff(path_a: Path, path_b: Path, a: Manifest, b: Manifest, kinds: Sequ
     lines: list[str] = []
     for first, second in dict.fromkeys([*pairs, *zip(tables, tables), (CHECKPOINT, CHECKPOINT)]):
         if a.files[first] != b.files[second]:
-            texts = [(path / name).read_text().splitlines() for path, name in ((path_a, first), (path_b, second))]
-            diff = difflib.unified_diff(*texts, f"a/{first}", f"b/{second}", lineterm="", n=CONTEXT_LINES)
+            before, after = (path_a / first).read_text().splitlines(), (path_b / second).read_text().splitlines()
+            diff = difflib.unified_diff(before, after, f"a/{first}", f"b/{second}", lineterm="", n=CONTEXT_LINES)
             lines += _folded(list(diff))
     if len(lines) > TEXT_LINES:
         return [*lines[:TEXT_LINES], f"... and {len(lines) - TEXT_LINES} lines more"]

@@ -6,7 +6,7 @@ again over `whole.program`, up to the call in question.
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from autosp_aot.artifact.manifest import Manifest
@@ -33,10 +33,12 @@ from autosp_aot.ir.units import bytes_text
 from autosp_aot.memory.costs import flops, heaviest
 from autosp_aot.ops.table import is_quadratic
 from autosp_aot.passes import decisions
-from autosp_aot.passes.early_backward import compute_early
+from autosp_aot.passes.analysis.segments import segments
+from autosp_aot.passes.early_backward import EarlyBackward
 from autosp_aot.passes.keep.policy import reasons
-from autosp_aot.passes.partition import Choice, Weighed, partition, weigh
-from autosp_aot.passes.sections import split_sections
+from autosp_aot.passes.partition import Choice, Partition, Weighed, weigh
+from autosp_aot.passes.sections import Sections
+from autosp_aot.passes.step import Step
 from autosp_aot.sharding.describe import (
     call_text,
     factors_text,
@@ -127,7 +129,7 @@ class _Place:
                 if instr.op != FREE:
                     readers.setdefault(name, []).append(instr)
         made_by = {out.name: instr for instr in instrs for out in instr.values()}
-        return cls(outer | values_of(instrs), made_by, readers, instrs)
+        return cls({**outer, **values_of(instrs)}, made_by, readers, instrs)
 
 
 class _Explainer:
@@ -143,17 +145,17 @@ class _Explainer:
 
     def inside(self, name: str) -> Iterator[tuple[str, list[str]]]:
         """Of a value that only the tiles of one instruction know: the first that makes it."""
-        tiles = next(i for i in self.place.instrs if i.body and name in values_of(i.body.instrs))
-        place, means = _Place.of(tiles.body.instrs, self.values), stands_for(name)
+        tiles, body = next((i, i.body) for i in self.place.instrs if i.body and name in values_of(i.body.instrs))
+        place, means = _Place.of(body.instrs, self.values), stands_for(name)
         instr, value = place.made_by[name], place.values[name]
         yield from self.maker(instr, value, place.values)
-        yield "tiles", [f"{tiles.body.tiles} a rank, one after the other, for {_some([*values_of([tiles])])}"]
+        yield "tiles", [f"{body.tiles} a rank, one after the other, for {_some([*values_of([tiles])])}"]
         yield "placed", [placement_text(value.placement, "tile")]
         yield "stands for", [f"a tile's {'summand' if value.placement.partial else 'part'} of {means}"]
         if instr.op not in MOVES and means in self.whole.values():
             yield from self.choice(means, None)
         yield "read by", [_some([_first(reader) for reader in place.readers.get(name, [])])]
-        yield "gives", [out.name for out, inner in zip(tiles.values(), tiles.body.gives) if inner == name]
+        yield "gives", [out.name for out, inner in zip(tiles.values(), body.gives) if inner == name]
         after = _last_before_release(place.instrs, name)
         yield "released", [f"in each tile after {after}"] if after else []
 
@@ -265,9 +267,11 @@ class _Explainer:
 
     def kept(self) -> dict[str, str]:
         taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
-        dims = self.manifest.sequence_dims
-        placed = partition(self.whole, dims, self.manifest.ranks, taken)
-        return reasons(compute_early(split_sections(placed.program), self.whole, dims, self.manifest.tile))
+        step = Step(self.whole, self.whole, self.manifest.sequence_dims)
+        early = EarlyBackward(self.manifest.tile, self.manifest.target)
+        for run in (Partition(self.manifest.ranks, taken), Sections(), early):
+            step = run(step)
+        return reasons(replace(step, segments=segments(step.program)))
 
     def released(self, name: str) -> str:
         for section in self.program.sections:

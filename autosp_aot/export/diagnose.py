@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def sparse_problem(target: object, place: str) -> Problem:
     )
 
 
-def _known(target: object) -> bool:
+def _known(target: Callable) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace in NAMESPACES and str(target) not in PRODUCTS
     return target in MARKS or getattr(operator, target.__name__, None) is target
@@ -173,7 +173,8 @@ def _unknown(name: str, place: str) -> Problem:
 
 def _leaves(loss: Tensor) -> set[int]:
     """The ids of the tensors in which the autograd graph of the loss ends."""
-    return {id(step.variable) for step in backward_of(loss) if step.name() == "torch::autograd::AccumulateGrad"}
+    ends = (step for step in backward_of(loss) if step.name() == "torch::autograd::AccumulateGrad")
+    return {id(step.variable) for step in ends}  # type: ignore[attr-defined]  # what torch declares is any step
 
 
 def backward_of(loss: Tensor) -> Iterator[Node]:

@@ -136,7 +136,7 @@ class Trace(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and (self.answers or asserts(sys._getframe())):
             return ANSWERS[args[0].dtype.is_floating_point, args[0].dtype is torch.bool]
         operands: list[Expression] = []
-        key = func, self.encoded((args, kwargs), operands), torch.is_grad_enabled()
+        key: tuple = func, self.encoded((args, kwargs), operands), torch.is_grad_enabled()
         try:
             result = func(*args, **kwargs)
         except DATA_DEPENDENT:  # which forward may catch, and go on
@@ -156,8 +156,9 @@ class Trace(TorchDispatchMode):
         for at, tensor in enumerate(made):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.stored:
-                source = args[0].untyped_storage()._cdata if func in LIFTS else None
-                self.stored[storage._cdata] = self.stored.get(source, self.number(("result", call, at), (call,), False))
+                source = (args[0] if func in LIFTS else tensor).untyped_storage()._cdata
+                own = self.number(("result", call, at), (call,), False)
+                self.stored[storage._cdata] = self.stored.get(source, own)
                 self.alive.append(storage)
         return result
 

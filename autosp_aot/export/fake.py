@@ -6,7 +6,7 @@ import functools
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # (NotImplementedError, RuntimeError), an object that computes its attributes and has none that copying asks for
 # (AttributeError; LookupError where they are elements of a dict).
 UNCOPYABLE = (TypeError, NotImplementedError, RuntimeError, AttributeError, LookupError)
+# How copy.deepcopy copies what is of a kind.
+WAYS: dict[type, Callable] = copy._deepcopy_dispatch  # type: ignore[attr-defined]  # typeshed leaves it out
 
 
 class Weightless:
@@ -53,11 +55,8 @@ def weightless() -> Iterator[Weightless]:
             parameter = made[parameter]
         register(self, name, parameter)
 
-    nn.Module.register_parameter = register_meta
-    try:
+    with _registering(register_meta):
         yield counted
-    finally:
-        nn.Module.register_parameter = register
 
 
 class TooLarge(Exception):
@@ -78,11 +77,19 @@ def at_most(nbytes: int) -> Iterator[None]:
             raise TooLarge
         register(self, name, parameter)
 
-    nn.Module.register_parameter = register_counted
+    with _registering(register_counted):
+        yield
+
+
+@contextlib.contextmanager
+def _registering(way: Callable[[nn.Module, str, nn.Parameter | None], None]) -> Iterator[None]:
+    """While it holds, parameters are registered so on any module."""
+    before = nn.Module.register_parameter
+    setattr(nn.Module, "register_parameter", way)
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        setattr(nn.Module, "register_parameter", before)
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -96,8 +103,8 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     memo = {id(parameter): _fake(parameter, mode) for parameter in module.parameters()}
     parts = {id(part) for part in module.modules()}
     copied = COPIED | {weakref.ref: functools.partial(_reference, parts)}
-    before = {kind: copy._deepcopy_dispatch.get(kind) for kind in copied}
-    copy._deepcopy_dispatch.update(copied)
+    before = {kind: WAYS.get(kind) for kind in copied}
+    WAYS.update(copied)
     try:
         return copy.deepcopy(module, dict(memo))
     except UNCOPYABLE:  # a lock or a generator: copy and model share it
@@ -106,7 +113,7 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
         return copy.deepcopy(module, shared | memo)
     finally:
         for kind, way in before.items():
-            copy._deepcopy_dispatch.pop(kind) if way is None else copy._deepcopy_dispatch.update({kind: way})
+            WAYS.pop(kind) if way is None else WAYS.update({kind: way})
 
 
 def _fake(parameter: nn.Parameter, mode: FakeTensorMode) -> nn.Parameter:

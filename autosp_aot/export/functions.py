@@ -36,7 +36,7 @@ def _(tensors, call, result):
 
 
 MARK = torch.ops.autosp.mark.default
-APPLY = torch.autograd.Function.apply.__func__
+APPLY = vars(torch.autograd.Function)["apply"].__func__
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def marked_functions() -> Iterator[list[Call]]:
             raise BuildError(call.problem("is given a tensor inside of an argument"))
         calls.append(call)
         taken = iter(mark(_tensors(args), number, False))
-        args = [next(taken) if isinstance(arg, Tensor) else arg for arg in args]
+        args = tuple(next(taken) if isinstance(arg, Tensor) else arg for arg in args)
         versions = [tensor._version for tensor in _tensors(args)]
         results = torchs(function, *args, **kwargs)
         if versions != [tensor._version for tensor in _tensors(args)]:

@@ -40,7 +40,8 @@ def recipe_of(model: nn.Module, parameters: tuple[TensorSpec, ...], aliases: Map
     if len(outer) != 1:
         return Recipe()
     path, inner = outer[0]
-    refused, tensors = "", ()
+    refused = ""
+    tensors: tuple[Stored, ...] = ()
     try:
         tensors = _tensors(inner, f"{path}.".removeprefix("."), {spec.name: spec for spec in parameters}, aliases)
         check_recipe(Recipe(tensors=tensors), parameters)
@@ -117,9 +118,9 @@ class Moves(TorchDispatchMode):
         at = _storage(tensor)
         if at in self.sources and tensor.dtype == self.sources[at][0].dtype:
             sizes = tuple(tensor.shape)
-            here = Place(tuple(tensor.stride()), tensor.storage_offset())
+            here = Place(tuple(tensor.stride()), int(tensor.storage_offset()))
             return (Piece(self.sources[at][1], sizes, here, Place(contiguous(sizes))),)
-        joined, pieces = self.made.get(at, (None, ()))
+        joined, pieces = self.made.get(at, (tensor, ()))
         if pieces and tensor.is_contiguous() and (tensor.numel(), tensor.dtype) == (joined.numel(), joined.dtype):
             return pieces
         raise NotMoved("a tensor of its checkpoint is not just moved from the model's")

@@ -141,7 +141,9 @@ def capture_exported(forward: Forward) -> Joint:
     forward.mode.allow_non_fake_inputs = True  # constants that the backward of a user's Function reads
     with diagnosed(place), silence(), forward.mode, contextlib.ExitStack() as stack:
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
-        joint = aot_autograd.aot_export_joint_with_descriptors(stack, step, (), batch, decompositions=DECOMPOSITIONS)
+        joint = aot_autograd.aot_export_joint_with_descriptors(
+            stack, step, (), dict(batch), decompositions=DECOMPOSITIONS
+        )
     _drop_assertions(joint.graph_module.graph)
     inputs, outputs = _described(joint.graph_module, step, list(batch), place)
     refuse_random(joint.graph_module.graph)
@@ -156,7 +158,8 @@ class Step(nn.Module):
         self.exported = [exported]
         signature = exported.graph_signature
         self.slots: dict[str, tuple[str, int]] = {}
-        self.parameter_names, self.buffer_names = [], []
+        self.parameter_names: list[str] = []
+        self.buffer_names: list[str] = []
         own = {id(p): name for name, p in wrapped.named_parameters()}
         by_name = dict(wrapped.named_parameters(remove_duplicate=False))
         parameters: dict[str, nn.Parameter] = {name: p for name, p in wrapped.named_parameters()}

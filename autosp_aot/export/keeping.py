@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from autosp_aot.export.user_code import OURS, STDLIB, TORCH
 CLOSED = ("torch._", "torch.nn", "torch.fx", "torch.distributed", "torch.utils", "logging", "threading", "importlib")
 # What torch keeps in modules: tensors and modules have names of their own, the rest is no state of forward.
 TORCHS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+INDEXED = (list, tuple, deque, dict)
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Slot:
     """A place with something in it: its path, and the namespace, sequence, object or cell that holds it."""
 
     path: str
-    owner: object
-    key: object
+    owner: Any
+    key: Any
 
     @property
     def value(self):
@@ -46,14 +48,14 @@ class Slot:
             return self.owner.cell_contents
         if isinstance(self.owner, type):
             return vars(self.owner)[self.key]
-        return self.owner[self.key] if isinstance(self.owner, CONTAINERS) else getattr(self.owner, self.key)
+        return self.owner[self.key] if isinstance(self.owner, INDEXED) else getattr(self.owner, self.key)
 
     def put(self, value) -> None:
         if isinstance(self.owner, types.CellType):
             self.owner.cell_contents = value
         elif isinstance(self.owner, (list, deque, dict)):
             self.owner[self.key] = value
-        elif not isinstance(self.owner, CONTAINERS):
+        elif not isinstance(self.owner, tuple):
             setattr(self.owner, self.key, value)
 
 
@@ -100,7 +102,7 @@ def global_slots(model: nn.Module) -> Iterator[Slot]:
         yield from _inside(Slot(kind.__qualname__, (kind,), 0), seen)
     for file in own_files(model):
         for name in [name for name in vars(file) if not name.startswith("__")]:
-            yield from _inside(Slot(f"{os.path.basename(file.__file__)}: {name}", vars(file), name), seen)
+            yield from _inside(Slot(f"{os.path.basename(_path(file))}: {name}", vars(file), name), seen)
 
 
 def own_files(model: nn.Module) -> list[types.ModuleType]:
@@ -111,7 +113,7 @@ def own_files(model: nn.Module) -> list[types.ModuleType]:
         named = (sys.modules.get(name) for code in codes_of(file) for name in code.co_names)
         imported = [value for value in vars(file).values() if isinstance(value, types.ModuleType)]
         for home in (*imported, *modules, *named):
-            if _is_own(home) and home.__name__ not in files:
+            if home is not None and _is_own(home) and home.__name__ not in files:
                 todo.append(files.setdefault(home.__name__, home))
     return todo
 
@@ -206,10 +208,11 @@ def _slotted(kind: type) -> list[str]:
             for name in names if name not in ("__dict__", "__weakref__")]  # fmt: skip
 
 
-def random_states() -> dict[str, tuple]:
+def random_states() -> dict[str, object]:
     """The states of random modules that are not torch's."""
-    kind, keys, *more = np.random.get_state()
-    return {"Python's": random.getstate(), "numpy's": (kind, keys.tobytes(), *more)}
+    numpy = np.random.get_state()
+    of_numpy = (numpy[0], numpy[1].tobytes(), *numpy[2:]) if isinstance(numpy, tuple) else repr(numpy)
+    return {"Python's": random.getstate(), "numpy's": of_numpy}
 
 
 @contextlib.contextmanager
@@ -239,10 +242,14 @@ def left_alone(model: nn.Module) -> Iterator[None]:
 def _is_own(owner: type | types.ModuleType | None) -> bool:
     """Whether a module, or the one of a class, is a file of the user's own: of no installed package."""
     module = sys.modules.get(owner.__module__) if isinstance(owner, type) else owner
-    return _is_users(module) and f"{os.sep}site-packages{os.sep}" not in module.__file__
+    return _is_users(module) and f"{os.sep}site-packages{os.sep}" not in _path(module)
 
 
 def _is_users(module: types.ModuleType | None) -> bool:
-    path = getattr(module, "__file__", None) or ""
+    path = _path(module)
     library = f"{os.sep}site-packages{os.sep}" in path
     return bool(path) and not path.startswith((TORCH, OURS)) and (library or not path.startswith(STDLIB))
+
+
+def _path(module: types.ModuleType | None) -> str:
+    return getattr(module, "__file__", None) or ""

@@ -11,9 +11,11 @@ import hashlib
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from numbers import Number
 from types import GeneratorType
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -46,8 +48,10 @@ def mark(value) -> object:
         return Same(value)
     if isinstance(value, random.Random):
         return value.getstate()
-    if isinstance(value, RANDOM):
-        return repr(value.get_state() if hasattr(value, "get_state") else value.bit_generator.state)
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return repr(value.get_state())
     if isinstance(value, GeneratorType):
         names = {} if value.gi_frame is None else value.gi_frame.f_locals
         at = -1 if value.gi_frame is None else value.gi_frame.f_lasti
@@ -68,10 +72,11 @@ def _place(iterator) -> object:
 
 def counting(value, number: float):
     """The value of the kind of `value` that counts `number`: that number, or so long. TypeError where there is none."""
+    kind = type(value)
     if isinstance(value, np.ndarray):
         return np.full_like(value, number)
     if isinstance(value, Number):
-        return type(value)(number)
+        return kind(number)
     length = int(min(max(number, 0), LONGEST))
     if isinstance(value, SEQUENCES) and value:
         longer = islice(cycle(value), length) if isinstance(value, deque) else (value * length)[:length]
@@ -88,14 +93,11 @@ def counting(value, number: float):
 def keeper(value) -> Callable[[], None]:
     """What gives a value back the contents that it has now."""
     if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        state = value.getstate()
-        return lambda: value.setstate(state)
+        return partial(value.setstate, value.getstate())
     if isinstance(value, np.random.RandomState):
-        state = value.get_state()
-        return lambda: value.set_state(state)
+        return partial(value.set_state, value.get_state())
     if isinstance(value, np.random.Generator):
-        state = value.bit_generator.state
-        return lambda: setattr(value.bit_generator, "state", state)
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, np.ndarray):
         before = value.copy() if value.nbytes <= LARGEST_BYTES else value
         return lambda: np.copyto(value, before) if value.flags.writeable else None
@@ -112,7 +114,7 @@ def fill(value, contents) -> None:
     kind.extend(value, contents) if hasattr(kind, "extend") else kind.update(value, contents)
 
 
-def _kind(value) -> type:
+def _kind(value) -> type[Any]:
     return next(kind for kind in (OrderedDict, *FILLED) if isinstance(value, kind))
 
 

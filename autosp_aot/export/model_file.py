@@ -128,7 +128,7 @@ def make_model(
         return _checked_module(empty, place)
     if counted.nbytes <= WEIGHTS_LIMIT_BYTES and weights is False:
         return make_model(model_file.again(), options, seed)
-    if reading or "meta" in str(failure):
+    if failure is None or "meta" in str(failure):
         raise BuildError(_needs_weights(reading, failure, place)) from failure
     raise BuildError(_build_failed(failure, place)) from failure
 
@@ -205,10 +205,11 @@ def make_batch(
     if any(type(longer[name]) is not type(value) or longer[name] != value for name, value in constants.items()):
         raise BuildError(_changes(f"one of the constants {sorted(constants)} changes", place))
     for name, tensor in tensors_of(batch).items():
-        before, after = tensor.shape, longer[name].shape
-        if tensor.dtype != longer[name].dtype or len(before) != len(after):
+        other = longer[name]
+        if not isinstance(other, Tensor) or tensor.dtype != other.dtype or tensor.dim() != other.dim():
             problems.append(_changes(f"input {name!r} changes its dtype or its number of dims", place))
             continue
+        before, after = tensor.shape, other.shape
         changed = [dim for dim in range(len(before)) if before[dim] != after[dim]]
         if len(changed) > 1:
             problems.append(
@@ -294,7 +295,9 @@ class _Text(ExecutionLoader):
 
 def _run(path: Path, source: bytes, name: str) -> ModuleType:
     loader = _Text(path, source)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None, "there is a loader"
+    module = importlib.util.module_from_spec(spec)
     folder = str(path.resolve().parent)
     sys.modules[name] = module
     if folder not in sys.path:

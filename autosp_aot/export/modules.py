@@ -2,7 +2,7 @@
 
 from torch import nn
 from torch.jit import ScriptModule
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.user_code import made_at
@@ -22,7 +22,7 @@ def refuse_modules(model: nn.Module) -> None:
         if isinstance(module, ScriptModule):
             problems.append(_scripted(said, made_at(model, name)))
             continue
-        lazy = [key for key, value in module._parameters.items() if isinstance(value, UninitializedTensorMixin)]
+        lazy = [key for key, value in module._parameters.items() if is_lazy(value)]
         problems += [_lazy(f"parameter {key!r} of {said}", made_at(model, name)) for key in lazy]
         problems += [_overriding(f"parameter {key!r} of {said}", value, made_at(model, name))
                      for key, value in module._parameters.items() if _overrides(value)]  # fmt: skip

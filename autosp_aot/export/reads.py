@@ -42,7 +42,7 @@ MAKES_TENSOR = re.compile(r"(\.|^)(tensor|as_tensor)$")
 ASSERTIONS = re.compile(r"(\.|^)_(check|assert)\w*$")
 READERS = re.compile(r"(\.|^)(item|tolist|bool|int|float|all|any)$")
 # Operators whose results are as large as values say.
-SIZES = {
+SIZES: dict[object, str] = {
     **dict.fromkeys((aten.nonzero, aten.masked_select, aten.index, aten.index_put_), "boolean index"),
     aten.bincount: "count", aten.repeat_interleave: "repeats",
 }  # fmt: skip
@@ -178,9 +178,8 @@ def _kind_of_branch(node: ast.If | ast.While | ast.IfExp) -> str:
 def _kind_of_name(name: str, chain: list[ast.AST], assignments: tuple[ast.AST, ...]) -> str:
     """What a name is used for that a value is assigned to: the first use that says so."""
     function = next((node for node in chain if isinstance(node, (ast.FunctionDef, ast.Lambda))), assignments[-1])
-    paths = (path[::-1] for path in _paths(function) if isinstance(path[-1], ast.Name) and path[-1].id == name)
-    uses = (path for path in paths if isinstance(path[0].ctx, ast.Load) and not set(assignments) & set(path))
-    kinds = [_kind_of(list(path), assignments) for path in uses]
+    paths = (path[::-1] for path in _paths(function) if _reads(path[-1], name))
+    kinds = [_kind_of(list(path), assignments) for path in paths if not set(assignments) & set(path)]
     return next((kind for kind in kinds if kind not in ("number", "log")), kinds[0] if kinds else "number")
 
 
@@ -191,6 +190,10 @@ def _paths(node: ast.AST, outer: tuple[ast.AST, ...] = ()) -> Iterator[tuple[ast
         yield from _paths(inner, (*outer, node))
 
 
+def _reads(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+
+
 def _chain(code: CodeType, instruction: int) -> list[ast.AST]:
     """The expression that an instruction of a function belongs to and what is around it, the innermost first."""
     line, last, column, end = list(code.co_positions())[instruction // 2]
@@ -198,9 +201,9 @@ def _chain(code: CodeType, instruction: int) -> list[ast.AST]:
         return []
     chain: list[ast.AST] = []
     for node in ast.walk(_parsed(code.co_filename)):
-        if hasattr(node, "lineno") and (node.lineno, node.col_offset) <= (line, column):
-            if (last, end) <= (node.end_lineno, node.end_col_offset):
-                chain.insert(0, node)
+        at = [getattr(node, name, None) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset")]
+        if None not in at and at[:2] <= [line, column] and [last, end] <= at[2:]:
+            chain.insert(0, node)
     return chain
 
 

@@ -11,10 +11,11 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 
 @contextlib.contextmanager
-def replaced_code(replacements: Mapping[types.FunctionType, Callable]) -> Iterator[None]:
+def replaced_code(replacements: Mapping[Callable, Callable]) -> Iterator[None]:
     """While it holds, calling a function calls its replacement, which gets the function as it was as first argument."""
     codes = {function: function.__code__ for function in replacements}
     for function, replacement in replacements.items():
@@ -28,13 +29,13 @@ def replaced_code(replacements: Mapping[types.FunctionType, Callable]) -> Iterat
 
 def caller() -> types.FrameType | None:
     """The frame that has called what is replaced, be it through another function that is."""
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name == "__replaced__":
         frame = frame.f_back
     return frame
 
 
-def _calling(function: types.FunctionType, replacement: Callable) -> types.CodeType:
+def _calling(function: Callable, replacement: Callable) -> types.CodeType:
     """Code for `function` that calls its replacement, over as many closed-over names (one: the class, for super())."""
     before = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
@@ -48,14 +49,14 @@ def _calling(function: types.FunctionType, replacement: Callable) -> types.CodeT
 
 
 def _of_none(*args, **kwargs):
-    replacement = "replacement"
+    replacement: Any = "replacement"
     return replacement(*args, **kwargs)
 
 
 def _of_one(cell):
     def call(*args, **kwargs):
         cell
-        replacement = "replacement"
+        replacement: Any = "replacement"
         return replacement(*args, **kwargs)
 
     return call

@@ -18,6 +18,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from traceback import StackSummary
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def _settled() -> Iterator[tuple[object, str, object]]:
     """What attributes are while forward runs."""
     yield from ((torch, name, _of_shapes(getattr(torch, name), at)) for name, at in ASSERTIONS.items())
     yield torch.inference_mode, "__enter__", _without_gradients
-    yield torch.inference_mode, "__exit__", lambda region, *_: region.before.__exit__(None, None, None)
+    yield torch.inference_mode, "__exit__", lambda region, *_: _entered[region].__exit__(None, None, None)
     yield FakeTensor, "__format__", _formatted
     yield FakeTensor, "numpy", _array
     yield FakeTensor, "__array__", _array
@@ -74,8 +75,12 @@ def _before(owner: object, name: str) -> tuple:
     return (owner, name, vars(owner)[name]) if name in vars(owner) else (owner, name)
 
 
+# What was done at the beginning of each region, which its end undoes.
+_entered: WeakKeyDictionary[torch.inference_mode, torch.set_grad_enabled] = WeakKeyDictionary()
+
+
 def _without_gradients(region: torch.inference_mode) -> None:
-    region.before = torch.set_grad_enabled(not region.mode)
+    _entered[region] = torch.set_grad_enabled(not region.mode)
 
 
 def _formatted(tensor: Tensor, spec: str) -> str:
@@ -98,13 +103,14 @@ def _moved(module: nn.Module, *args, **kwargs) -> nn.Module:
 
 def _grouped_mm(mode, func, x: Tensor, weight: Tensor, offs: Tensor | None = None, bias=None, out_dtype=None):
     """Shapes of torch._meta_registrations._create_grouped_mm_output_tensor."""
-    rows, columns = x.shape[:-1], weight.shape[-1:]
+    rows: tuple[int, ...] = x.shape[:-1]
     if x.dim() == weight.dim() == 2:
+        assert offs is not None, "of matrices"
         rows = (offs.shape[0], *rows)
     elif x.dim() == 3 and weight.dim() == 2:
         rows = rows[1:]
     with mode:
-        return torch.empty((*rows, *columns), dtype=out_dtype or x.dtype)
+        return torch.empty((*rows, weight.shape[-1]), dtype=out_dtype or x.dtype)
 
 
 # How torch's fake tensors are told of an operator: whether it is this one, and what it makes.

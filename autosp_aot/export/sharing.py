@@ -5,7 +5,7 @@
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def refuse_shared(model: nn.Module) -> None:
         raise BuildError(*problems)
 
 
-def _one(a: str, b: str, parameters: dict[str, Tensor]) -> str:
+def _one(a: str, b: str, parameters: Mapping[str, Tensor]) -> str:
     """How to make one parameter of two that share memory."""
     place = lambda t: (t.shape, t.stride(), t.storage_offset(), t.dtype)  # noqa: E731
     if parameters[a].requires_grad != parameters[b].requires_grad:
@@ -71,7 +71,7 @@ def _overlapping(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
     dense = {name: tensor for name, tensor in tensors.items() if tensor.layout is torch.strided and tensor.numel()}
     extents = {name: _extent(tensor) for name, tensor in dense.items()}
     near: list[str] = []  # those before, by where they begin, that reach so far
-    for name in sorted(dense, key=extents.get):
+    for name in sorted(dense, key=extents.__getitem__):
         space, first, _ = extents[name]
         near = [other for other in near if extents[other][0] == space and extents[other][2] > first]
         yield from ((other, name) for other in near if _overlap(dense[other], dense[name], first - extents[other][1]))
@@ -86,7 +86,7 @@ def _overlap(a: Tensor, b: Tensor, between: int) -> bool:
             np.ndarray((*t.shape, t.itemsize), np.uint8, nothing, at, (*(s * t.itemsize for s in t.stride()), 1))
             for t, at in ((a, 0), (b, between))
         ]
-        found = np.shares_memory(*laid)
+        found = np.shares_memory(laid[0], laid[1])
         laid.clear()
     return found
 
@@ -100,6 +100,6 @@ def _extent(tensor: Tensor) -> tuple[str, int, int]:
     """A memory, the byte of it where a tensor begins, and where it ends; each storage of meta tensors is one."""
     storage, steps = tensor.untyped_storage(), zip(tensor.shape, tensor.stride())
     start = 0 if tensor.is_meta else storage.data_ptr()
-    first = start + tensor.storage_offset() * tensor.itemsize
+    first = start + int(tensor.storage_offset()) * tensor.itemsize
     space = f"meta {storage._cdata}" if tensor.is_meta else str(tensor.device)
     return space, first, first + (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.itemsize

@@ -9,6 +9,7 @@ torch.export puts attributes back when it is done, and so captures the first ste
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 
 from torch import Tensor, nn
@@ -177,14 +178,14 @@ def _kept(subject: Subject, paths: list[str]) -> BuildError:
     return BuildError(*(
         Problem(
             "state-kept", f"forward keeps {attribute} from one step to the next",
-            _changed_at(subject, lambda model, at=attribute: _look(model, at)) or subject.place, why,
+            _changed_at(subject, partial(_look, attribute)) or subject.place, why,
             "take it as an input of forward: a count as a scalar tensor of the batch, a memory as a tensor",
         )
         for attribute in attributes
     ))  # fmt: skip
 
 
-def _look(model: nn.Module, attribute: str) -> Callable[[], object]:
+def _look(attribute: str, model: nn.Module) -> Callable[[], object]:
     """A look at what a model keeps there, or will."""
     module, _, name = f"model.{attribute}".rpartition(".")
     every = lambda: [slot for slot in chain(slots(model), global_slots(model)) if _attribute(slot.path) == attribute]  # noqa: E731

@@ -85,7 +85,8 @@ def made_at(model: nn.Module, name: str = "") -> str:
 
 def changed_at(run: Callable[[], object], state: Callable[[], object]) -> str:
     """The first of the user's lines that leaves `state()` other than it found it while `run()` runs; "" for none."""
-    found, lines, last = "", [], state()
+    lines: list[str] = []
+    found, last = "", state()
 
     def look() -> None:
         nonlocal found, last
@@ -137,7 +138,7 @@ def said(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
-def innermost(frames: Iterable[tuple[str, int | str]]) -> str:
+def innermost(frames: Iterable[tuple[str, int | str | None]]) -> str:
     """The last of the user's frames, given the outermost first as (path, line)."""
     frames = list(frames)
     at = _innermost([path for path, _ in frames])

@@ -13,7 +13,7 @@ import contextlib
 import linecache
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType, FunctionType
+from types import FrameType, FunctionType, ModuleType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -70,7 +70,7 @@ def _autocast_made(region: torch.autocast, device_type: str, dtype=None, enabled
 
 
 @contextlib.contextmanager
-def _seeing(*watching: tuple[type, str, Callable[..., None]]) -> Iterator[None]:
+def _seeing(*watching: tuple[type | ModuleType, str, Callable[..., None]]) -> Iterator[None]:
     """While it holds, methods (of an owner, by name) tell a function of every call first."""
     with contextlib.ExitStack() as undo:
         for owner, name, see in watching:
@@ -205,10 +205,12 @@ def _asked_by_decorator(frame: FrameType | None) -> bool | None:
         return None
     code = function.__code__
     for node in ast.walk(ast.parse("".join(linecache.getlines(code.co_filename)))):
-        decorators = getattr(node, "decorator_list", [])
-        if decorators and decorators[0].lineno == code.co_firstlineno and node.name == code.co_name:
-            calls = [call for call in decorators if isinstance(call, ast.Call) and "autocast" in ast.unparse(call.func)]
-            return _enabled(calls[0]) if len(calls) == 1 else None
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or not node.decorator_list:
+            continue
+        if node.decorator_list[0].lineno == code.co_firstlineno and node.name == code.co_name:
+            calls = [call for call in node.decorator_list if isinstance(call, ast.Call)]
+            regions = [call for call in calls if "autocast" in ast.unparse(call.func)]
+            return _enabled(regions[0]) if len(regions) == 1 else None
     return None
 
 

@@ -10,7 +10,7 @@ def folded(names: Iterable[str]) -> list[str]:
     """The names, those that differ in the numbers of one place only as one; in order of the first of each."""
     parts = [NUMBER.split(name) for name in dict.fromkeys(names)]
     for place in reversed(range(1, max(map(len, parts), default=0), 2)):
-        alike: dict[tuple, list[str]] = {}
+        alike: dict[tuple[str, ...], list[str]] = {}
         for part in parts:
             alike.setdefault((*part[:place], *part[place + 1 :]), []).extend(part[place : place + 1])
         parts = [[*key[:place], *_range(numbers), *key[place:]] for key, numbers in alike.items()]

@@ -82,7 +82,7 @@ def _pure(found: torch._ops.OpOverload) -> bool:
     return not found._schema.is_mutable and returns_tensors and torch.Tag.nondeterministic_seeded not in found.tags
 
 
-def _said(arguments: Iterable) -> list[tuple[str, str]]:
+def _said(arguments: Iterable[torch._C.Argument]) -> list[tuple[str, str]]:
     return [(argument.name, str(argument.type)) for argument in arguments]
 
 

@@ -55,7 +55,10 @@ def even_bounds(extent: int, ranks: int) -> Bounds:
 
 def window(bounds: Bounds, offset: int, size: int) -> Bounds:
     """The same intervals seen from a tensor that holds positions `offset .. offset + size` of the factor."""
-    clamp = lambda at: min(max(at - offset, 0), size)  # noqa: E731
+
+    def clamp(at: int) -> int:
+        return min(max(at - offset, 0), size)
+
     return tuple((clamp(lo), clamp(hi)) for lo, hi in bounds)
 
 

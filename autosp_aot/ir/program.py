@@ -7,6 +7,7 @@ A program describes all ranks at once. Where the ranks differ (a local size, a s
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any, TypeGuard
 
 from autosp_aot.ir.placement import REPLICATE, Placement
 
@@ -40,6 +41,10 @@ class PerRank:
 
 
 Int = int | PerRank
+# An argument of a call: a Ref, Dtype, PerRank, number, string or None, or a tuple of arguments. Which of them it is, an
+# operator's schema says, which no type checker reads.
+Arg = Any
+Args = tuple[Arg, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +73,17 @@ class Value:
     @property
     def whole_shape(self) -> tuple[int, ...]:
         """The shape of the whole of which a rank holds a box."""
-        cut = self.placement.cut
+        cut, sizes = self.placement.cut, tuple(at_rank(n, 0) for n in self.shape)
         if cut is None:
-            return self.shape
+            return sizes
         extent = max(hi for _, hi in cut.bounds)
-        return (*self.shape[: cut.dim], cut.outer * extent, *self.shape[cut.dim + 1 :])
+        return (*sizes[: cut.dim], cut.outer * extent, *sizes[cut.dim + 1 :])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape in a program whose ranks do not differ: an unsharded one, or one rank's."""
+        assert _numbers(self.shape), self.name
+        return self.shape
 
     def nbytes(self, rank: int = 0) -> int:
         """Bytes of rank `rank`'s box."""
@@ -97,8 +108,8 @@ class Instr:
 
     outs: tuple[Value | None, ...]
     op: str
-    args: tuple = ()
-    kwargs: tuple[tuple[str, object], ...] = ()
+    args: Args = ()
+    kwargs: tuple[tuple[str, Arg], ...] = ()
     where: Where = Where()
     body: "Body | None" = None
     into: int | None = None
@@ -106,10 +117,12 @@ class Instr:
 
     def refs(self) -> list[str]:
         """Names of the tensor operands in the order they appear, repeats included."""
-        if self._refs is None:  # found once: passes ask over and over
+        refs = self._refs
+        if refs is None:  # found once: passes ask over and over
             leaves = flatten((self.args, tuple(value for _, value in self.kwargs)))
-            object.__setattr__(self, "_refs", tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref)))
-        return list(self._refs)
+            refs = tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))
+            object.__setattr__(self, "_refs", refs)
+        return list(refs)
 
     def values(self) -> list[Value]:
         return [out for out in self.outs if out is not None]
@@ -195,6 +208,11 @@ def instrs_of(sections: Iterable[Section]) -> Iterator[Instr]:
                 yield from instr.body.instrs
 
 
+def followed(instrs: tuple[Instr, ...]) -> Iterator[tuple[Instr, Instr | None]]:
+    """Every instruction with the one after it; None after the last."""
+    return zip(instrs, (*instrs[1:], None))
+
+
 def values_of(instrs: Iterable[Instr]) -> dict[str, Value]:
     """The values that instructions make, by name."""
     return {out.name: out for instr in instrs for out in instr.values()}
@@ -217,7 +235,11 @@ def per_rank(values: tuple[int, ...]) -> Int:
     return values[0] if len(set(values)) == 1 else PerRank(values)
 
 
-def flatten(arg) -> Iterator:
+def _numbers(shape: tuple[Int, ...]) -> TypeGuard[tuple[int, ...]]:
+    return not any(isinstance(n, PerRank) for n in shape)
+
+
+def flatten(arg: Arg) -> Iterator[Arg]:
     """The leaves of nested argument tuples and lists, in order."""
     if isinstance(arg, (tuple, list)):
         for item in arg:
@@ -226,7 +248,7 @@ def flatten(arg) -> Iterator:
         yield arg
 
 
-def map_args(arg, change: Callable):
+def map_args(arg: Arg, change: Callable[[Arg], Arg]) -> Arg:
     """The same nesting with `change` applied to every leaf."""
     if isinstance(arg, (tuple, list)):
         return tuple(map_args(item, change) for item in arg)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autosp_aot.ir import operators
 from autosp_aot.ir.operators import DTYPES
+from autosp_aot.ir.program import Arg
 
 NODES = 256  # of one expression
 # Elementwise operators that torch does not tag so.
@@ -23,18 +24,19 @@ UNTAGGED = ("aten.__and__.Tensor", "aten.__or__.Tensor", "aten.where.Scalar", "a
             "aten.where.ScalarOther")  # fmt: skip
 
 
-def evaluate(score, leaves: Mapping[str, Tensor]) -> Tensor:
+def evaluate(score: Arg, leaves: Mapping[str, Tensor]) -> Tensor:
     """The value of an expression over leaves that broadcast to [B, N, rows, keys]."""
     if isinstance(score, str):
         return leaves[score]
-    if not isinstance(score, tuple):
-        return score
     head, *rest = score
     if head == "constant":
         return leaves["s"].new_full((1, 1, 1, 1), rest[1], dtype=DTYPES[rest[0]])
     if head == "cast":
         return evaluate(rest[1], leaves).to(DTYPES[rest[0]])
-    return operators.overload(head)(*(evaluate(operand, leaves) for operand in rest))
+    operator = operators.overload(head)
+    assert operator is not None, "as checked"
+    value: Tensor = operator(*(evaluate(x, leaves) if isinstance(x, (str, tuple)) else x for x in rest))
+    return value
 
 
 def elementwise(name: str) -> bool:
@@ -43,7 +45,7 @@ def elementwise(name: str) -> bool:
     return overload is not None and (torch.Tag.pointwise in overload.tags or name in UNTAGGED)
 
 
-def check(score, vectors: int) -> None:
+def check(score: Arg, vectors: int) -> None:
     """ValueError unless `score` is an expression over `vectors` vectors, of allowed operators."""
     known = {"s", "q", "k", *(f"v{at}" for at in range(vectors))}
     for count, part in enumerate(walk(score)):
@@ -56,12 +58,12 @@ def check(score, vectors: int) -> None:
         elif isinstance(part, tuple) and part[:1] == ("cast",):
             fits = len(part) == 3 and part[1] in DTYPES
         else:
-            fits = not isinstance(part, tuple) or (part and isinstance(part[0], str) and elementwise(part[0]))
+            fits = not isinstance(part, tuple) or (part != () and isinstance(part[0], str) and elementwise(part[0]))
         if not fits:
             raise ValueError(f"{part[:1]} is no part of a score expression")
 
 
-def walk(score) -> Iterator:
+def walk(score: Arg) -> Iterator[Arg]:
     """An expression and all its parts, operands after what they are operands of."""
     yield score
     if isinstance(score, tuple):

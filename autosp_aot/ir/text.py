@@ -26,13 +26,28 @@ Names are those of modules, whatever they are called: what would end a name is w
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.operators import TILES
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Bounds, Cut, Placement
-from autosp_aot.ir.program import ITEMSIZE, Body, Dtype, Input, Instr, Int, PerRank, Program, Ref, Section, Value, Where
+from autosp_aot.ir.program import (
+    ITEMSIZE,
+    Arg,
+    Args,
+    Body,
+    Dtype,
+    Input,
+    Instr,
+    Int,
+    PerRank,
+    Program,
+    Ref,
+    Section,
+    Value,
+    Where,
+)
 
 HEADER = "autosp program 1"
 KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")
@@ -89,10 +104,10 @@ class _Printer:
         return (f"{outs} = {call}" if outs else call) + ("" if note == "-" else f"  # {note}")
 
     def value(self, value: Value) -> str:
-        shape = ", ".join(self.int(n) for n in value.shape)
+        shape = ", ".join(self.number(n) for n in value.shape)
         return f"%{escaped(value.name)}: {value.dtype}[{shape}] @ {self.placement(value.placement)}"
 
-    def int(self, n: Int) -> str:
+    def number(self, n: Int) -> str:
         if isinstance(n, PerRank):
             return self.constants.setdefault(n, f"${len(self.constants)}")
         return str(n)
@@ -113,7 +128,7 @@ class _Printer:
             self.layouts[bounds] = name
         return self.layouts[bounds]
 
-    def arg(self, arg) -> str:
+    def arg(self, arg: Arg) -> str:
         if isinstance(arg, Ref):
             return "%" + escaped(arg.name)
         if isinstance(arg, Dtype):
@@ -123,16 +138,16 @@ class _Printer:
         if isinstance(arg, tuple):
             return "[" + ", ".join(self.arg(a) for a in arg) + "]"
         if isinstance(arg, PerRank):
-            return self.int(arg)
+            return self.number(arg)
         return repr(arg)
 
 
-def escaped(text: str, characters: re.Pattern = ESCAPED) -> str:
+def escaped(text: str, characters: re.Pattern[str] = ESCAPED) -> str:
     """A name as the text has it."""
     return characters.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def unescaped(text: str, characters: re.Pattern = ESCAPED) -> str:
+def unescaped(text: str, characters: re.Pattern[str] = ESCAPED) -> str:
     """The name that `escaped` has made a text of. Raises ValueError for a text that it does not make."""
     name = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
     if escaped(name, characters) != text:
@@ -154,6 +169,7 @@ _TOKEN = re.compile(
     r"|(?P<word>[A-Za-z_]\w*)|(?P<mark>[\[\],=]))"
 )
 _WORDS = {"True": True, "False": False, "None": None, "inf": float("inf"), "nan": float("nan")}
+Token = tuple[str, str]  # its group in _TOKEN, and its text
 
 
 def parse_program(text: str, constants: Mapping[str, tuple[int, ...] | int]) -> Program:
@@ -207,7 +223,7 @@ class _Parser:
         self.at += 1
         return self.lines[self.at - 1]
 
-    def take(self, pattern) -> re.Match | None:
+    def take(self, pattern: str | re.Pattern[str]) -> re.Match[str] | None:
         if self.at >= len(self.lines):
             return None
         match = re.fullmatch(pattern, self.lines[self.at])
@@ -215,7 +231,7 @@ class _Parser:
             self.at += 1
         return match
 
-    def expect(self, pattern) -> re.Match:
+    def expect(self, pattern: str | re.Pattern[str]) -> re.Match[str]:
         match = re.fullmatch(pattern, self.next())
         if not match:
             raise ValueError("unexpected line")
@@ -229,8 +245,9 @@ class _Parser:
             if instrs[-1].body is not None:
                 instrs[-1] = replace(instrs[-1], body=self.body(instrs[-1].body.tiles))
         gives = self.expect(r"gives \((.*)\)")[1]
-        pairs = (map(unescaped, pair.split("=%")) for pair in gives.split(", ")) if gives else ()
-        return Section(head[1], self.names(head[2]), tuple(instrs), tuple(map(tuple, pairs)))
+        pairs = (pair.split("=%") for pair in gives.split(", ")) if gives else ()
+        labels = tuple((unescaped(label), unescaped(name)) for label, name in pairs)
+        return Section(head[1], self.names(head[2]), tuple(instrs), labels)
 
     def body(self, tiles: int) -> Body:
         instrs = []
@@ -253,7 +270,7 @@ class _Parser:
         args, kwargs = self.args(match[2])
         into = None
         if kwargs and kwargs[-1][0] == INTO:
-            *kwargs, (_, taken) = kwargs
+            _, taken = kwargs.pop()
             if not isinstance(taken, Ref):
                 raise ValueError(f"{INTO} is an operand")
             into = Instr((), match[1], args, tuple(kwargs)).refs().index(taken.name)
@@ -269,10 +286,10 @@ class _Parser:
         match = _VALUE.fullmatch(text)
         if not match or match[2] not in ITEMSIZE:
             raise ValueError(f"not a value: {text!r}")
-        shape = tuple(self.int(n) for n in match[3].split(", ")) if match[3] else ()
+        shape = tuple(self.number(n) for n in match[3].split(", ")) if match[3] else ()
         return Value(unescaped(match[1]), match[2], shape, self.placement(match[4]))
 
-    def int(self, text: str) -> Int:
+    def number(self, text: str) -> Int:
         return self.ints[text] if text[0] == "$" else int(text)
 
     def placement(self, text: str) -> Placement:
@@ -284,9 +301,11 @@ class _Parser:
             self.placements[text] = Placement(cut, bool(match[4]))
         return self.placements[text]
 
-    def args(self, text: str) -> tuple[tuple, tuple]:
+    def args(self, text: str) -> tuple[Args, list[tuple[str, Arg]]]:
         tokens = list(self.tokens(text))
-        args, kwargs, at = [], [], 0
+        args: list[Arg] = []
+        kwargs: list[tuple[str, Arg]] = []
+        at = 0
         while at < len(tokens):
             kind, token = tokens[at]
             if kind == "word" and tokens[at + 1 : at + 2] == [("mark", "=")]:
@@ -296,9 +315,9 @@ class _Parser:
                 item, at = self.arg(tokens, at)
                 args.append(item)
             at = self.comma(tokens, at, len(tokens))
-        return tuple(args), tuple(kwargs)
+        return tuple(args), kwargs
 
-    def arg(self, tokens, at: int, depth: int = 0):
+    def arg(self, tokens: list[Token], at: int, depth: int = 0) -> tuple[Arg, int]:
         kind, token = tokens[at]
         if kind != "mark":
             return self.leaf(kind, token), at + 1
@@ -311,14 +330,14 @@ class _Parser:
             at = at if tokens[at] == ("mark", "]") else self.comma(tokens, at, -1)
         return tuple(items), at + 1
 
-    def comma(self, tokens, at: int, end: int) -> int:
+    def comma(self, tokens: list[Token], at: int, end: int) -> int:
         if at == end:
             return at
         if tokens[at] != ("mark", ","):
             raise ValueError("expected ','")
         return at + 1
 
-    def leaf(self, kind: str, token: str):
+    def leaf(self, kind: str, token: str) -> Arg:
         if kind == "ref":
             return Ref(unescaped(token))
         if kind == "constant":
@@ -331,11 +350,11 @@ class _Parser:
             return _WORDS[token]
         return int(token) if re.fullmatch(r"-?\d+", token) else float(token)
 
-    def tokens(self, text: str):
+    def tokens(self, text: str) -> Iterator[Token]:
         at = 0
         while at < len(text):
             match = _TOKEN.match(text, at)
-            if not match:
+            if not match or not match.lastgroup:
                 raise ValueError(f"unexpected {text[at:]!r}")
             yield match.lastgroup, match[match.lastgroup]
             at = match.end()

@@ -26,7 +26,7 @@ class Move:
 
     def __init__(self, source: Value, target: Value, rank: int, ranks: int):
         a, b, whole = source.placement, target.placement, source.whole_shape
-        self.shape, self.summing = target.shape, a.partial
+        self.shape, self.summing = target.sizes, a.partial
         sends = [(peer, piece) for peer in range(ranks) for piece in transfers(a, b, whole, rank, peer)]
         fills = [(peer, piece) for peer in range(ranks) for piece in transfers(a, b, whole, peer, rank)]
         self.sends = [piece.local(a, whole, rank) for _, piece in sends]
@@ -71,6 +71,7 @@ class Shard:
 
     def __init__(self, source: Value, target: Value, rank: int, box: int):
         a, b, whole = source.placement, target.placement, source.whole_shape
+        assert b.cut is not None, "a shard is cut"
         self.dim, self.boxes = b.cut.dim, [piece.local(a, whole, rank) for piece in common(a, b, whole, rank, box)]
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -152,10 +153,9 @@ def transfers(source: Placement, target: Placement, shape: tuple[int, ...], send
         if not source.partial and sender != receiver:
             return []
         return [Piece(())] if b is None else [Piece(((b.dim, *box),)) for box in _intervals(b, shape, receiver)]
-    same = b is not None and a.dim == b.dim
-    needed = _intervals(b, shape, receiver) if same else [(0, shape[a.dim])]
-    given = _given(source, shape, needed, sender, receiver)
-    if same or b is None:
+    needed = _intervals(b, shape, receiver) if b is not None and a.dim == b.dim else [(0, shape[a.dim])]
+    given = _given(a, source.partial, shape, needed, sender, receiver)
+    if b is None or a.dim == b.dim:
         return [Piece(((a.dim, *box),)) for box in given]
     wanted = _intervals(b, shape, receiver)
     return [Piece(((a.dim, *mine), (b.dim, *theirs))) for mine in given for theirs in wanted]
@@ -197,11 +197,10 @@ def _intervals(cut: Cut, shape: tuple[int, ...], rank: int) -> list[Interval]:
 
 
 def _given(
-    source: Placement, shape: tuple[int, ...], needed: list[Interval], sender: int, receiver: int
+    cut: Cut, partial: bool, shape: tuple[int, ...], needed: list[Interval], sender: int, receiver: int
 ) -> list[Interval]:
     """The parts of `needed` that `receiver` takes from `sender`."""
-    cut = source.cut
-    if not source.partial and not disjoint(cut.bounds):
+    if not partial and not disjoint(cut.bounds):
         for rank in (receiver, *(r for r in range(len(cut.bounds)) if r != receiver)):
             if rank == sender:
                 break

@@ -1,12 +1,10 @@
 """What is legal in any program: names, lifetimes, operators, boxes that fit their placements, copies to host memory."""
 
-from itertools import pairwise
-
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.aliasing import Aliases
-from autosp_aot.ir.operators import COLLECTIVES, COPIES, FREE, MOVES, TILES, writer
+from autosp_aot.ir.operators import COLLECTIVES, COPIES, FREE, MOVES, writer
 from autosp_aot.ir.placement import covers
-from autosp_aot.ir.program import ITEMSIZE, Instr, Program, Section, Value
+from autosp_aot.ir.program import ITEMSIZE, Body, Instr, Program, Section, Value, followed
 
 SECTIONS = (("step",), ("forward", "backward", "sum_gradients"), ("evaluate",))
 
@@ -50,7 +48,7 @@ class _Verifier:
             if name not in self.alive:
                 raise illegal(f"section {section.name} takes {name}, which no earlier section made or kept")
         visible = inputs | set(section.takes)
-        for instr, after in pairwise((*section.instrs, None)):
+        for instr, after in followed(section.instrs):
             self.instr(instr, after, visible)
         for label, name in section.gives:
             if name not in self.alive or name not in visible:
@@ -75,8 +73,8 @@ class _Verifier:
             self.aliases.release(refs)
             return
         self.host.read(instr)
-        if instr.op == TILES:
-            self.tiles(instr)
+        if instr.body is not None:
+            self.tiles(instr, instr.body)
         elif instr.op.partition(".")[0] not in ("aten", "autosp") and instr.op not in (*MOVES, *COPIES):
             raise illegal(f"{instr.op} is not an operator", instr)
         if instr.op in MOVES and instr.op != "all_reduce" and (len(refs) != 1 or len(instr.values()) != 1):
@@ -86,18 +84,18 @@ class _Verifier:
         if instr.op in COPIES:
             self.host.copied(instr, [self.alive[name] for name in refs])
         if instr.into is not None:
-            self.reuse(instr, after)
+            self.reuse(instr, instr.into, after)
         self.aliases.make(instr)
         for out in instr.values():
             self.define(out, instr)
             visible.add(out.name)
 
-    def reuse(self, instr: Instr, after: Instr | None) -> None:
+    def reuse(self, instr: Instr, into: int, after: Instr | None) -> None:
         """An elementwise result is written into an operand of its shape that nobody reads again, by any name."""
-        name, (out,) = instr.refs()[instr.into], instr.outs
-        operand = self.alive[name]
-        if writer(instr.op) is None:
+        name, made = instr.refs()[into], instr.values()
+        if writer(instr.op) is None or len(made) != 1:
             raise illegal(f"{instr.op} cannot write into {name}", instr)
+        operand, out = self.alive[name], made[0]
         if (operand.dtype, operand.shape) != (out.dtype, out.shape):
             raise illegal(f"{out.name} is of another type than {name}, into which it is written", instr)
         released = after.refs() if after is not None and after.op == FREE else []
@@ -105,9 +103,8 @@ class _Verifier:
             why = "it, or what may lie in its memory, is not released right after"
             raise illegal(f"{name} is written into", instr, why)
 
-    def tiles(self, instr: Instr) -> None:
+    def tiles(self, instr: Instr, body: Body) -> None:
         """A body reads what the instruction lists and what it makes itself, meets no rank and gives what it made."""
-        body = instr.body
         if body.tiles < 2 or len(body.gives) != len(instr.outs) or None in instr.outs:
             raise illegal("a body has two tiles or more, and gives something for each result", instr)
         inside = _Verifier(self.program, self.boxes * body.tiles)
@@ -115,8 +112,8 @@ class _Verifier:
         inside.alive = dict(read)
         inside.made, inside.aliases = set(self.made), self.aliases.copy()
         visible = set(read)
-        for inner, after in pairwise((*body.instrs, None)):
-            if inner.op in (*COLLECTIVES, *COPIES, TILES):
+        for inner, after in followed(body.instrs):
+            if inner.op in (*COLLECTIVES, *COPIES) or inner.body is not None:
                 why = "ranks meet and copies go to the host outside, and tiles have no tiles"
                 raise illegal(f"{inner.op} in a body", inner, why)
             if inner.op == FREE and read.keys() & set(inner.refs()):

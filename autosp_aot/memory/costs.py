@@ -4,14 +4,14 @@ Storage is counted, not names: a view shares its operand's storage, which lives 
 """
 
 from collections import ChainMap, Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from copy import copy
 from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
 
-from autosp_aot.ir.operators import COLLECTIVES, FREE, TILES, wide
+from autosp_aot.ir.operators import COLLECTIVES, FREE, wide
 from autosp_aot.ir.program import ITEMSIZE, RECOMPUTED, TILE, Body, Instr, PerRank, Program, Value, at_rank, values_of
 from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.memory.layouts import Layouts, storage_bytes
@@ -66,7 +66,8 @@ def costs(program: Program, target: str) -> Costs:
     rank, moments = highest(program, target)
     worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
     kept = next((moment.alive_bytes for moment in reversed(moments) if moment.section == "forward"), 0)
-    values, flops = program.values(), Counter()
+    values = program.values()
+    flops: Counter[bool] = Counter()
     for instr in (instr for section in program.sections for instr in section.instrs):
         for again, count in _products(instr, values, rank):
             flops[again] += count
@@ -119,7 +120,9 @@ class Lifetime:
 
 def lifetimes(program: Program, rank: int, target: str) -> list[Lifetime]:
     """Every storage of rank `rank` in the order they are made; values that share one are in it once. No inputs."""
-    storages, born, found = Storages(program, rank, target), {}, {}
+    storages = Storages(program, rank, target)
+    born: dict[str, tuple[Value, int, int]] = {}
+    found: dict[str, Lifetime | None] = {}  # in the order they are made, None while they are alive
     at = 0
     for section in program.sections:
         for instr in section.instrs:
@@ -134,7 +137,7 @@ def lifetimes(program: Program, rank: int, target: str) -> list[Lifetime]:
                     found[name] = Lifetime(value, nbytes, range(start, at))
             at += 1
     found.update((name, Lifetime(value, nbytes, range(start, at))) for name, (value, nbytes, start) in born.items())
-    return list(found.values())
+    return [life for life in found.values() if life is not None]
 
 
 def storages(program: Program, rank: int, target: str) -> dict[str, str]:
@@ -178,7 +181,8 @@ class Storages:
     """The storages that are alive, each under the name of the value it was made for, and the names that lie in it."""
 
     def __init__(self, program: Program, rank: int, target: str):
-        self.layouts, self.values, self.box, self.count = Layouts(program.ranks, target), program.values(), rank, 1
+        self.layouts, self.box, self.count = Layouts(program.ranks, target), rank, 1
+        self.values: MutableMapping[str, Value] = program.values()
         self.tensors = {entry.value.name: self.layouts.of(entry.value, rank) for entry in program.inputs}
         self.owner = dict.fromkeys(self.tensors, "")
         self.users: Counter[str] = Counter()
@@ -191,27 +195,27 @@ class Storages:
             for name in instr.refs():
                 self.release(name)
             return Moment(section, instr.op, self.total, before)
-        if instr.op == TILES:
-            return self.tiles(instr, section)
+        if instr.body is not None:
+            return self.tiles(instr, instr.body, section)
         made = self.layouts.made(instr, self.tensors, self.values, self.box, self.count)
-        owners = [self.owner[name] for name in instr.refs()] + [out and out.name for out in instr.outs]
+        owners = [self.owner[name] for name in instr.refs()] + [out.name if out else "" for out in instr.outs]
         for out, result, owner in zip(instr.outs, made.results, made.owners):
-            if out is not None:
+            if out is not None and result is not None:
                 self.add(out.name, result, "" if instr.op == "offload" else owners[owner])
         return Moment(section, instr.values()[0].name, self.total, self.total + made.workspace_bytes)
 
-    def tiles(self, instr: Instr, section: str) -> Moment:
+    def tiles(self, instr: Instr, body: Body, section: str) -> Moment:
         """Room for all results, summands in a wide dtype; a tile after the other; then each sum in its own dtype."""
-        before, made, rooms = self.total, values_of(instr.body.instrs), []
-        for out, name in zip(instr.values(), instr.body.gives):
+        before, made, rooms = self.total, values_of(body.instrs), []
+        for out, name in zip(instr.values(), body.gives):
             tensor = self.layouts.of(out, self.box)
             self.add(out.name, tensor, out.name)
             dtype = wide(tensor.dtype) if made[name].placement.partial else tensor.dtype
             rooms.append((tensor.numel() * dtype.itemsize, 0 if dtype == tensor.dtype else storage_bytes(tensor)))
         most = room = sum(count for count, _ in rooms)
-        for tile in self.distinct(instr.body, made):
-            inside = self.inside(instr, made, tile)
-            most = max(most, room + max(inside.step(inner, section).peak_bytes for inner in instr.body.instrs))
+        for tile in self.distinct(body, made):
+            inside = self.inside(instr, body, made, tile)
+            most = max(most, room + max(inside.step(inner, section).peak_bytes for inner in body.instrs))
         for count, converted in rooms:
             most = max(most, room + converted)
             room += converted - count if converted else 0
@@ -224,10 +228,10 @@ class Storages:
         sizes = {tuple(n.values[first + tile] for n in numbers): tile for tile in reversed(range(body.tiles))}
         return sorted(sizes.values())
 
-    def inside(self, instr: Instr, made: dict[str, Value], tile: int) -> "Storages":
+    def inside(self, instr: Instr, body: Body, made: dict[str, Value], tile: int) -> "Storages":
         """Where a tile begins: with what its body reads, which is counted outside."""
         inside = copy(self)
-        inside.box, inside.count, inside.total = self.box * instr.body.tiles + tile, instr.body.tiles, 0
+        inside.box, inside.count, inside.total = self.box * body.tiles + tile, body.tiles, 0
         inside.values = ChainMap(made, self.values)
         inside.tensors = {name: self.tensors[name] for name in instr.refs()}
         inside.owner, inside.users, inside.bytes = dict.fromkeys(instr.refs(), ""), Counter(), {}
@@ -267,7 +271,8 @@ def _products(instr: Instr, values: Mapping[str, Value], rank: int) -> Iterator[
 
 def _flops(instr: Instr, shapes: list[tuple[int, ...]]) -> int:
     """Multiplications and additions of the products in a call; all else is linear and small beside them."""
-    if instr.op in OURS:
-        return OURS[instr.op].flops(shapes, dict(instr.kwargs))
+    own = OURS[instr.op].flops if instr.op in OURS else None
+    if own is not None:
+        return own(shapes, dict(instr.kwargs))
     a, b = shapes[-2:]
     return 2 * prod(a) * b[-1]

@@ -46,7 +46,7 @@ class Layouts:
 
     def of(self, value: Value, box: int) -> Tensor:
         """The layout of a value that has no gaps."""
-        return self.one(torch.empty(self.local(value, box, 1).shape, dtype=DTYPES[value.dtype], device="meta"))
+        return self.one(torch.empty(self.local(value, box, 1).sizes, dtype=DTYPES[value.dtype], device="meta"))
 
     def made(
         self, instr: Instr, tensors: Mapping[str, Tensor], values: Mapping[str, Value], box: int, tiles: int = 1
@@ -64,17 +64,16 @@ class Layouts:
             return arg.values[box] if kind is PerRank else arg
 
         args, kwargs = filled(instr.args), tuple((name, filled(value)) for name, value in instr.kwargs)
-        key = instr.op, args, kwargs, tuple(out and out.dtype for out in instr.outs)
+        key: tuple = instr.op, args, kwargs, tuple(out and out.dtype for out in instr.outs)
         if instr.op in MOVES:
-            ends = [out.placement for out in instr.values()] + [values[name].placement for name in instr.refs()]
-            key += (box, tiles, *ends)
+            placements = [out.placement for out in instr.values()] + [values[name].placement for name in instr.refs()]
+            key += (box, tiles, *placements)
         found = self.calls.get(key)
         if found is None:
             operands = [leaf for leaf in flatten((args, [value for _, value in kwargs])) if isinstance(leaf, Tensor)]
             if instr.op in MOVES and instr.op != "all_reduce":
-                source, target = values[instr.refs()[0]], instr.values()[0]
-                ends = self.local(source, box, tiles), self.local(target, box, tiles)
-                results, workspace_bytes = self._moved(instr.op, *ends, args[0], box, tiles)
+                source, target = (self.local(v, box, tiles) for v in (values[instr.refs()[0]], instr.values()[0]))
+                results, workspace_bytes = self._moved(instr.op, source, target, args[0], box, tiles)
             else:
                 results, workspace_bytes = self._run(instr.op, args, dict(kwargs))
                 results = [_declared(result, out) for result, out in zip(results, instr.outs, strict=True)]
@@ -154,6 +153,8 @@ def _aten(op: str, args: tuple, kwargs: dict) -> list[Tensor]:
     args, kwargs = map_args(args, constant), {name: map_args(value, constant) for name, value in kwargs.items()}
     if op in FACTORIES:
         kwargs["device"] = "meta"
-    results = overload(op)(*args, **kwargs)
+    operator = overload(op)
+    assert operator is not None, op
+    results = operator(*args, **kwargs)
     results = [results] if isinstance(results, Tensor) else results
     return [torch.empty(0, device="meta") if result is None else result for result in results]

@@ -47,7 +47,7 @@ def _parts(source: Placement, target: Placement, whole_shape: tuple[int, ...], r
     """What each rank sends and receives, in coordinates of its boxes."""
     found = []
     for rank in range(ranks):
-        ends = (Value("", "f32", local_shape(whole_shape, at, rank), at) for at in (source, target))
-        move = Move(*ends, rank, ranks)
+        before, after = (Value("", "f32", local_shape(whole_shape, at, rank), at) for at in (source, target))
+        move = Move(before, after, rank, ranks)
         found.append((tuple(move.sends), tuple(move.fills)))
     return tuple(found)

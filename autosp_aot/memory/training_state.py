@@ -42,11 +42,11 @@ def training_state(whole: Program, optimizer: str, zero: int, ranks: int, accumu
     inputs = {entry.value.name: entry.value for entry in whole.inputs if entry.kind in ("parameter", "buffer")}
     labels = {label.removeprefix("grad.") for section in whole.sections for label, _ in section.gives}
     trained = [value for name, value in inputs.items() if name in labels]
-    held = sum(prod(value.shape) * element_bytes(value.dtype) for value in trained) if optimizer != "none" else 0
+    held = sum(prod(value.sizes) * element_bytes(value.dtype) for value in trained) if optimizer != "none" else 0
     share = -(-held // ranks) if zero else held
     narrow = [value for value in trained if ITEMSIZE[value.dtype] < ITEMSIZE["f32"]]
     accumulates = accumulate > 1 and optimizer != "none"
-    sums = sum(prod(value.shape) for value in narrow) * ITEMSIZE["f32"] if accumulates else 0
+    sums = sum(prod(value.sizes) for value in narrow) * ITEMSIZE["f32"] if accumulates else 0
     parameters, gradients = (sum(value.nbytes() for value in values) for values in (inputs.values(), trained))
     on_host = optimizer == "host"
     return TrainingState(parameters, gradients, sums + (0 if on_host else share), share if on_host else 0)

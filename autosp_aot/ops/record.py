@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from autosp_aot.sharding.call import Call
-from autosp_aot.sharding.spec import Spec
+from autosp_aot.sharding.call import Rule
 
 Shape = tuple[int, ...]
 
@@ -52,7 +51,7 @@ class OwnOp:
     signature: str
     kernel: Callable
     workspace: Callable[..., tuple[list[Tensor], int]]
-    rule: Callable[[Call], Spec] | None
+    rule: Rule | None
     flops: Callable[[list[Shape], Mapping], int] | None = None
     traced: Callable | None = None
     quadratic: bool = False

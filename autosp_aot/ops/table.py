@@ -15,7 +15,7 @@ from autosp_aot.ops.attention.operators import (
 from autosp_aot.ops.experts.operators import EXPERT_MM, EXPERT_MM_WEIGHT_GRAD
 from autosp_aot.ops.rescale import RESCALE
 from autosp_aot.ops.uniform import UNIFORM
-from autosp_aot.sharding.call import Call
+from autosp_aot.sharding.call import Call, Whole
 from autosp_aot.sharding.pointwise import pointwise
 from autosp_aot.sharding.spec import Spec
 from autosp_aot.sharding.table import RULES
@@ -67,6 +67,6 @@ def _blank(leaf):
 
 @lru_cache(maxsize=4096)
 def _spec(instr: Instr, operands: tuple[Value, ...], ranks: int) -> Spec | None:
-    call = Call(instr, operands, tuple(instr.values()), ranks)
+    read, made = (tuple(Whole(v.dtype, v.sizes) for v in values) for values in (operands, instr.values()))
     rule = OURS[instr.op].rule if instr.op in OURS else RULES.get(instr.op, pointwise)
-    return rule and rule(call)
+    return rule and rule(Call(instr, read, made, ranks))

@@ -41,6 +41,7 @@ class EarlyBackward:
     name: ClassVar[str] = "early"
 
     def __call__(self, step: Step) -> Step:
+        assert step.labels is not None, "the partition finds them"
         return step.with_program(compute_early(step.program, step.whole, step.labels, self.tiles, self.target))
 
 

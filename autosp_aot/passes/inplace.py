@@ -11,14 +11,13 @@ dtype and layout in memory, all of it, and nobody reads it again by any name.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor
 
 from autosp_aot.ir.aliasing import Aliases
 from autosp_aot.ir.operators import FREE, writer
-from autosp_aot.ir.program import Instr, Program, values_of
+from autosp_aot.ir.program import Instr, Program, followed, values_of
 from autosp_aot.memory.costs import Storages, heaviest
 from autosp_aot.passes.step import Step
 
@@ -55,9 +54,9 @@ class _Reuse:
 
     def run(self, instrs: tuple[Instr, ...]) -> tuple[Instr, ...]:
         found = []
-        for instr, after in pairwise((*instrs, None)):
+        for instr, after in followed(instrs):
             if instr.body is not None:
-                tile = self.storages.inside(instr, values_of(instr.body.instrs), 0)
+                tile = self.storages.inside(instr, instr.body, values_of(instr.body.instrs), 0)
                 inside = _Reuse(tile, self.aliases.copy())
                 instr = replace(instr, body=replace(instr.body, instrs=inside.run(instr.body.instrs)))
             self.storages.step(instr, "")
@@ -73,7 +72,7 @@ class _Reuse:
         """The first operand that the result may be written into."""
         released = after.refs() if after is not None and after.op == FREE else []
         for at in writable(instr, self.storages.tensors):
-            name, (out,) = instr.refs()[at], instr.outs
+            name, (out,) = instr.refs()[at], instr.values()
             alike = self.storages.values[name].shape == out.shape
             if alike and name in released and self.aliases.ends(instr, name, released):
                 return at

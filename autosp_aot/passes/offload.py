@@ -94,7 +94,7 @@ def offload(program: Program, config: BuildConfig, sequence_dims: Mapping[str, i
         return reuse(release(stowed(program, names[:count], config.target)), config.target)
 
     def fits(count: int) -> bool:
-        return inputs + peak_bytes(made(count), config.target) <= config.memory_budget_bytes
+        return inputs + peak_bytes(made(count), config.target) <= config.budget_bytes
 
     count = bisect_left(range(len(names)), True, key=fits)
     if config.recompute != "auto" and not fits(count):

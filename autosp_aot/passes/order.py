@@ -71,7 +71,7 @@ def _ordered(instrs: tuple[Instr, ...], lasting: Collection[str], storages: Stor
     moments, whole = [], []
     for instr in instrs:
         if instr.body is not None:
-            tile = storages.inside(instr, values_of(instr.body.instrs), 0)
+            tile = storages.inside(instr, instr.body, values_of(instr.body.instrs), 0)
             inside = _ordered(instr.body.instrs, instr.body.gives, tile)
             instr = replace(instr, body=replace(instr.body, instrs=inside))
         whole.append(instr)

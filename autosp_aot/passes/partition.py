@@ -130,7 +130,7 @@ class _Partition:
         self.decisions: dict[str, Strategy] = {}
         self.fallbacks: list[Fallback] = []
         self.summed_last = summed_last(program, ranks)
-        self.small = 2 * max((prod(e.value.shape) for e in program.inputs if e.kind == "batch"), default=0)
+        self.small = 2 * max((prod(e.value.sizes) for e in program.inputs if e.kind == "batch"), default=0)
 
     def run(self) -> Program:
         (step,) = self.program.sections
@@ -176,8 +176,8 @@ class _Partition:
         gathered = sum(self.price(name, REPLICATE) for name in instr.refs())
         if self.ranks > 1 and instr.refs():
             self.fallbacks.append(Fallback(instr.op, instr.where.source, gathered))
-        whole = [tuple(REPLICATE for _ in values) for values in (instr.refs(), instr.values())]
-        return Choice(Strategy(), *whole, gathered > 0, gathered, 0, 0.0)
+        operands, results = (tuple(REPLICATE for _ in values) for values in (instr.refs(), instr.values()))
+        return Choice(Strategy(), operands, results, gathered > 0, gathered, 0, 0.0)
 
     def choose(self, instr: Instr, spec: Spec) -> Choice:
         """The cheapest, or the one that was given; what cuts nothing but has to gather only where there is no other."""
@@ -219,7 +219,7 @@ class _Partition:
         free = not near or any(not choice.received_bytes + choice.home_bytes for choice in found)
         if not proposed and (cannot_be or not free):
             splits = ((factor, even_split(extent, self.ranks)) for factor, extent in enumerate(spec.extents))
-            even = [Strategy(*split) for split in splits if split[1] and split[0] not in spec.whole]
+            even = [Strategy(factor, cut) for factor, cut in splits if cut and factor not in spec.whole]
             found += self.allowed(instr, spec, [split for split in even if split not in cuts])
         return found
 
@@ -232,7 +232,7 @@ class _Partition:
 
     def is_small(self, instr: Instr) -> bool:
         """Token ids, labels, positions and what follows from them alone: whole on every rank, whatever shifts them."""
-        if any(out.dtype in FLOATS or prod(out.shape) > self.small for out in instr.values()):
+        if any(out.dtype in FLOATS or prod(out.sizes) > self.small for out in instr.values()):
             return False
         return all(REPLICATE in self.versions[name] for name in instr.refs())
 
@@ -249,7 +249,7 @@ class _Partition:
         for out, placement in zip(instr.values(), results):
             home = self.labels.home(out.name)
             if home is None and placement == PARTIAL and out.name not in self.summed_last:
-                home_bytes += prod(out.shape) * ITEMSIZE[out.dtype] * (self.ranks - 1) // self.ranks
+                home_bytes += prod(out.sizes) * ITEMSIZE[out.dtype] * (self.ranks - 1) // self.ranks
             if home not in (None, placement) and not placement.replicated:
                 home_bytes += _moved(placement, home, out.shape, out.dtype, self.ranks)
                 touched += _largest(out.shape, out.dtype, placement, self.ranks)
@@ -269,7 +269,7 @@ class _Partition:
     def price(self, name: str, placement: Placement) -> int:
         return self.source(name, placement)[0]
 
-    def source(self, name: str, placement: Placement) -> tuple[int, Placement | None]:
+    def source(self, name: str, placement: Placement) -> tuple[int, Placement]:
         """The cheapest way to a placement: bytes received, and the version to go from."""
         value = self.whole[name]
         best = None

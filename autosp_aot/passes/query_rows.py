@@ -37,7 +37,7 @@ def split_query_rows(whole: Program, ranks: int) -> Program:
     instrs: list[Instr] = []
     for instr in step.instrs:
         kind = OURS[instr.op].over_heads if instr.op in OURS else None
-        if kind is not None and values[instr.refs()[kind.query]].shape[1] < ranks:
+        if kind is not None and values[instr.refs()[kind.query]].sizes[1] < ranks:
             instrs += _rewritten(instr, kind, values)
         else:
             instrs.append(instr)
@@ -65,12 +65,13 @@ def _rewritten(instr: Instr, kind: OverHeads, values: dict[str, Value]) -> list[
         if out is None or out.shape[1:3] != (heads, rows) or at in kind.of_keys:
             outs.append(out)
             continue
-        outs.append(_flat(out, f"{out.name}.rows"))
-        after.append(Instr((out,), "aten.reshape.default", (Ref(outs[-1].name), out.shape), (), instr.where))
+        flat_out = _flat(out, f"{out.name}.rows")
+        outs.append(flat_out)
+        after.append(Instr((out,), "aten.reshape.default", (Ref(flat_out.name), out.shape), (), instr.where))
     args = (*tensors, given, seed, *which, group, rows, 0)
     return [*before, Instr(tuple(outs), kind.over_rows, args, instr.kwargs, instr.where), *after]
 
 
 def _flat(value: Value, name: str) -> Value:
-    batch, heads, rows, *rest = value.shape
+    batch, heads, rows, *rest = value.sizes
     return Value(name, value.dtype, (batch, heads * rows, *rest))

@@ -16,7 +16,7 @@ Method: checkpointing (Chen et al. 2016, arXiv:1604.06174) selective by operator
 arXiv:2205.05198; AutoSP, ICLR 2026).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -41,7 +41,7 @@ class Recompute:
         return step.with_program(recompute(step.program, step.segments, step.kept))
 
 
-def recompute(program: Program, segments: Sequence[Segment], kept: Collection[str]) -> Program:
+def recompute(program: Program, segments: tuple[Segment, ...], kept: Collection[str]) -> Program:
     """Keep of the values of forward those in `kept` for backward, and compute the others again there."""
     return _Recomputation(program, segments, kept).run()
 
@@ -52,7 +52,7 @@ def is_costly(op: str) -> bool:
 
 
 class _Recomputation:
-    def __init__(self, program: Program, segments: Sequence[Segment], kept: Collection[str]):
+    def __init__(self, program: Program, segments: tuple[Segment, ...], kept: Collection[str]):
         self.program, self.kept = program, kept
         self.made = {out.name: instr for instr in program.section("forward").instrs for out in instr.values()}
         self.segment = numbered(program, segments)

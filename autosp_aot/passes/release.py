@@ -7,7 +7,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from autosp_aot.ir.program import Instr, Program, Ref, Section
+from autosp_aot.ir.program import Body, Instr, Program, Ref, Section
 from autosp_aot.passes.step import Step
 
 
@@ -33,12 +33,11 @@ def release(program: Program) -> Program:
 
 
 def _released(section: Section, lasting: set[str]) -> Section:
-    instrs = tuple(instr if instr.body is None else _released_inside(instr) for instr in section.instrs)
+    instrs = tuple(instr if instr.body is None else _released_inside(instr, instr.body) for instr in section.instrs)
     return replace(section, instrs=_with_frees(instrs, section.takes, lasting))
 
 
-def _released_inside(instr: Instr) -> Instr:
-    body = instr.body
+def _released_inside(instr: Instr, body: Body) -> Instr:
     return replace(instr, body=replace(body, instrs=_with_frees(body.instrs, (), {*instr.refs(), *body.gives})))
 
 
@@ -52,9 +51,9 @@ def _with_frees(given: tuple[Instr, ...], takes: tuple[str, ...], lasting: set[s
         if name not in lasting:
             dead.setdefault(at, []).append(name)
     instrs: list[Instr] = []
-    for at, instr in enumerate((None, *given), start=-1):
-        if instr is not None:
-            instrs.append(instr)
+    for at, made in enumerate((None, *given), start=-1):
+        if made is not None:
+            instrs.append(made)
         if at in dead:
             instrs.append(Instr((), "free", tuple(map(Ref, dead[at]))))
     return tuple(instrs)

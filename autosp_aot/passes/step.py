@@ -44,6 +44,7 @@ class Step:
 class Pass(Protocol):
     """A rewrite of a step. Options are its fields; `name` is what `--dump` and refusals call it."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, step: Step) -> Step: ...

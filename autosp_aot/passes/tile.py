@@ -54,6 +54,7 @@ class Tile:
     name: ClassVar[str] = "tile"
 
     def __call__(self, step: Step) -> Step:
+        assert step.labels is not None, "the partition finds them"
         return step.with_program(tile(step.program, step.whole, step.labels, self.tiles, self.target))
 
 
@@ -223,7 +224,7 @@ class Region:
         """The instructions, the members as one loop over tiles where that pays; `later` is what is read after."""
         later = later.union(*(instr.refs() for instr in self.after))
         outs = [out for instr in self.members for out in instr.values() if out.name in later]
-        count = self.tiles(rules, outs) if tiles == "auto" else tiles
+        count = tiles if isinstance(tiles, int) else self.tiles(rules, outs)
         count = min(count, self.longest(rules))
         loops = (self.loop(rules, outs, tried) for tried in _numbers(count, self.longest(rules)))
         loop = next((loop for loop in loops if loop), None) if count > 1 else None
@@ -233,7 +234,7 @@ class Region:
         """How many tiles keep what they hold within the limit; 1 where adding up summands would take as much."""
         held = self.held_bytes(rules, outs)
         summed = (out for out in outs if self.made[out.name] == PARTIAL)
-        sums = sum(prod(out.shape) * wide(DTYPES[out.dtype]).itemsize for out in summed)
+        sums = sum(prod(out.whole_shape) * wide(DTYPES[out.dtype]).itemsize for out in summed)
         count = -(-held // max(LIMIT_BYTES, sums))
         return count if held - held // max(count, 1) > sums else 1
 
@@ -259,8 +260,8 @@ class Region:
     def longest(self, rules: Rules) -> int:
         """The most tiles there can be: one a position of the rank with the fewest."""
         names = (name for instr in self.members for name in (*instr.refs(), *(out.name for out in instr.values())))
-        homes = (home for name in names if (home := rules.home(name, 1)))
-        return min((min(hi - lo for lo, hi in home.cut.bounds) for home in homes), default=0)
+        cuts = (home.cut for name in names if (home := rules.home(name, 1)) and home.cut)
+        return min((min(hi - lo for lo, hi in cut.bounds) for cut in cuts), default=0)
 
     def loop(self, rules: Rules, outs: list[Value], tiles: int) -> Instr | None:
         """The members as one instruction with a body; None where so many tiles would cut what is whole (a chunk)."""
@@ -304,7 +305,7 @@ class Region:
     def arguments(self, rules: Rules, placed: _Placed, call: Instr, boxes: int) -> tuple:
         """The arguments of the whole step's call, sizes and positions being a tile's."""
         spec = spec_of(placed.origin, [rules.whole[name] for name in placed.origin.refs()], rules.ranks)
-        if spec.localize is None:
+        if spec is None or spec.localize is None:
             return call.args
         shape = lambda name, p: Local.shape(rules.whole[name].shape, p, boxes)  # noqa: E731
         shapes = [shape(name, p) for name, p in zip(placed.origin.refs(), placed.operands)]

@@ -10,6 +10,8 @@ from autosp_aot.ir.placement import Placement
 from autosp_aot.ir.program import Instr, Program, Value, at_rank
 from autosp_aot.ir.transfers import transfers
 
+Sizes = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -19,8 +21,8 @@ class Collective:
     op: str
     value: str
     dtype: str
-    send_sizes: tuple[int, ...]
-    receive_sizes: tuple[int, ...]
+    send_sizes: Sizes
+    receive_sizes: Sizes
 
 
 def collectives_of(program: Program, rank: int) -> list[Collective]:
@@ -71,7 +73,7 @@ def _collective(section: str, instr: Instr, values: dict[str, Value], rank: int,
 
 
 @lru_cache(maxsize=4096)
-def _sizes(source: Placement, target: Placement, whole: tuple[int, ...], rank: int, ranks: int):
+def _sizes(source: Placement, target: Placement, whole: Sizes, rank: int, ranks: int) -> tuple[Sizes, Sizes]:
     def elements(sender: int, receiver: int) -> int:
         return sum(piece.elements(whole) for piece in transfers(source, target, whole, sender, receiver))
 

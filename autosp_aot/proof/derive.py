@@ -16,10 +16,12 @@ from dataclasses import replace
 from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.ir.operators import COPIES, FREE, MOVES, TILES
+from autosp_aot.ir.operators import COPIES, FREE, MOVES
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, disjoint, inside, joined_tiles, local_shape
 from autosp_aot.ir.program import (
     EARLY,
+    Arg,
+    Body,
     Input,
     Instr,
     Int,
@@ -35,8 +37,10 @@ from autosp_aot.ir.program import (
 from autosp_aot.ops.rescale import RESCALE
 from autosp_aot.ops.table import spec_of
 from autosp_aot.sharding.homogeneous import homogeneous
-from autosp_aot.sharding.local import Local
+from autosp_aot.sharding.local import Local, Shape
 from autosp_aot.sharding.spec import Spec, Strategy
+
+Placements = tuple[Placement, ...]
 
 
 def derive(program: Program, whole: Program, ranks: Iterable[int] | None = None) -> None:
@@ -51,6 +55,7 @@ class _Derivation:
     def __init__(self, program: Program, whole: Program, ranks: tuple[int, ...]):
         self.program, self.ranks, self.boxes = program, ranks, program.ranks
         self.whole_values = whole.values()
+        self.whole_shapes = {name: value.sizes for name, value in self.whole_values.items()}
         self.calls = {out.name: instr for instr in whole.instrs() for out in instr.values()}
         self.whole_gives = dict(whole.sections[0].gives)
         self.whole_inputs = {entry.value.name: entry for entry in whole.inputs}
@@ -59,11 +64,10 @@ class _Derivation:
         self.early: set[str] = set()
 
     def run(self) -> None:
-        name_of = lambda entry: entry.value.name.removeprefix(EARLY if entry.kind == "guess" else "")  # noqa: E731
-        if set(map(name_of, self.program.inputs)) != set(self.whole_inputs):
+        if set(map(_whole_name, self.program.inputs)) != set(self.whole_inputs):
             raise _wrong("the inputs are not those of the whole program")
         for entry in self.program.inputs:
-            name = name_of(entry)
+            name = _whole_name(entry)
             wanted = self.whole_inputs[name]
             if entry.kind == "guess" and wanted.kind == "tangent":
                 self.early.add(entry.value.name)
@@ -77,8 +81,8 @@ class _Derivation:
         self.results()
 
     def instr(self, instr: Instr) -> None:
-        if instr.op == TILES:
-            self.tiles(instr)
+        if instr.body is not None:
+            self.tiles(instr, instr.body)
         elif instr.op in (*MOVES, *COPIES):
             self.move(instr)
         elif instr.op == RESCALE.name:
@@ -90,25 +94,24 @@ class _Derivation:
         self.stands_for[value.name] = meaning
         self.placements[value.name] = value.placement
 
-    def tiles(self, instr: Instr) -> None:
+    def tiles(self, instr: Instr, body: Body) -> None:
         """A body is derived as the program is, with tiles for ranks; its parts and summands make up the results."""
-        scope, tiles = copy(self), instr.body.tiles
+        scope, tiles = copy(self), body.tiles
         scope.stands_for = {name: self.stands_for[name] for name in instr.refs()}
         scope.placements = {name: self.placements[name] for name in instr.refs()}
         scope.early = self.early.intersection(instr.refs())
         scope.ranks = tuple(rank * tiles + tile for rank in self.ranks for tile in range(tiles))
         scope.boxes = self.boxes * tiles
-        for inner in instr.body.instrs:
+        for inner in body.instrs:
             scope.instr(inner)
-        for name, out in zip(instr.body.gives, instr.values()):
+        for name, out in zip(body.gives, instr.values()):
+            made = joined_tiles(scope.placements[name], self.boxes)
             if scope.placements[name] == PARTIAL:
                 made = PARTIAL if self.boxes > 1 else REPLICATE
-            else:
-                made = joined_tiles(scope.placements[name], self.boxes)
             if made != out.placement:
                 what = f"the tiles' {name}, {_said(scope.placements[name])}, does not make up {out.name}"
                 raise _wrong(what, instr, f"which is {_said(out.placement)}")
-            self.check_value(out, self.whole_values[scope.stands_for[name]], instr)
+            self.check_value(out, scope.stands_for[name], instr)
             self.know(out, scope.stands_for[name])
             if name in scope.early:
                 self.early.add(out.name)
@@ -122,7 +125,7 @@ class _Derivation:
             raise _wrong(f"{name} cannot be rescaled by {tangent} and {guess}", instr)
         if meanings[0] is None or meanings[0].kind != "tangent" or out.placement != self.placements[name]:
             raise _wrong(f"{out.name} is not {name}, rescaled by the loss's tangent", instr)
-        self.check_value(out, self.whole_values[self.stands_for[name]], instr)
+        self.check_value(out, self.stands_for[name], instr)
         self.know(out, self.stands_for[name])
 
     def move(self, instr: Instr) -> None:
@@ -140,7 +143,7 @@ class _Derivation:
             }[instr.op]
             if not fits:
                 raise _wrong(f"{instr.op} cannot take {name} from {_said(source)} to {_said(target)}", instr)
-            self.check_value(out, self.whole_values[self.stands_for[name]], instr)
+            self.check_value(out, self.stands_for[name], instr)
             self.know(out, self.stands_for[name])
 
     def call(self, instr: Instr) -> None:
@@ -162,13 +165,15 @@ class _Derivation:
         if early and not homogeneous(origin, spec, early):
             raise _wrong(f"{first} is not homogeneous in what is computed with a guess of the tangent", instr)
         for out in instr.values():
-            self.check_value(out, self.whole_values[stands_for(out.name)], instr)
+            self.check_value(out, stands_for(out.name), instr)
             self.know(out, stands_for(out.name))
             if early:
                 self.early.add(out.name)
         self.check_arguments(instr, origin, spec, strategy, operands, results)
 
-    def strategy(self, origin: Instr, operands, results, instr: Instr) -> tuple[Strategy, Spec | None]:
+    def strategy(
+        self, origin: Instr, operands: Placements, results: Placements, instr: Instr
+    ) -> tuple[Strategy, Spec | None]:
         """The strategy of the rule that has exactly these placements."""
         wholes = [self.whole_values[name] for name in origin.refs()]
         spec = spec_of(origin, wholes, self.program.ranks)
@@ -188,16 +193,23 @@ class _Derivation:
         raise _wrong(f"{instr.op} of ({said}) does not give {', '.join(_said(p) for p in results)}", instr,
                      "no strategy of its sharding rule has these placements")  # fmt: skip
 
-    def check_value(self, value: Value, whole: Value, instr: Instr) -> None:
-        if value.dtype != whole.dtype:
-            raise _wrong(f"{value.name} is {value.dtype}", instr, f"in the whole program it is {whole.dtype}")
-        rank = _misfit(value.shape, whole.shape, value.placement, self.ranks)
+    def check_value(self, value: Value, meaning: str, instr: Instr) -> None:
+        dtype, shape = self.whole_values[meaning].dtype, self.whole_shapes[meaning]
+        if value.dtype != dtype:
+            raise _wrong(f"{value.name} is {value.dtype}", instr, f"in the whole program it is {dtype}")
+        rank = _misfit(value.shape, shape, value.placement, self.ranks)
         if rank is not None:
-            expected = local_shape(whole.shape, value.placement, rank)
+            expected = local_shape(shape, value.placement, rank)
             raise _wrong(f"{value.name} has another shape than rank {rank}'s box {list(expected)}", instr)
 
     def check_arguments(
-        self, instr: Instr, origin: Instr, spec: Spec | None, strategy: Strategy, operands, results
+        self,
+        instr: Instr,
+        origin: Instr,
+        spec: Spec | None,
+        strategy: Strategy,
+        operands: Placements,
+        results: Placements,
     ) -> None:
         args = origin.args
         if spec is not None and spec.localize is not None and strategy.factor is not None:
@@ -210,8 +222,8 @@ class _Derivation:
             what = f"an argument of {instr.op} is wrong on rank {rank}"
             raise _wrong(what, instr, "it does not follow from the placements")
 
-    def local(self, name: str, placement: Placement):
-        return Local.shape(self.whole_values[name].shape, placement, self.boxes)
+    def local(self, name: str, placement: Placement) -> Shape:
+        return Local.shape(self.whole_shapes[name], placement, self.boxes)
 
     def results(self) -> None:
         """Loss and gradients are the whole program's, whole on every rank at the end."""
@@ -236,6 +248,11 @@ class _Derivation:
                 raise _wrong(what, why="a reduction is missing")
 
 
+def _whole_name(entry: Input) -> str:
+    """The name of the whole program's input that an input, or a guess of it, is."""
+    return entry.value.name.removeprefix(EARLY if entry.kind == "guess" else "")
+
+
 @lru_cache(maxsize=4096)
 def _misfit(shape: tuple[Int, ...], whole: tuple[int, ...], placement: Placement, ranks: tuple[int, ...]) -> int | None:
     """The first rank whose box has another shape; the first of all where the boxes are not those of the whole."""
@@ -246,10 +263,10 @@ def _misfit(shape: tuple[Int, ...], whole: tuple[int, ...], placement: Placement
     return next((rank for rank, box in boxes if tuple(at_rank(n, rank) for n in shape) != box), None)
 
 
-def _plain(args: tuple, ranks: tuple[int, ...]):
+def _plain(args: Arg, ranks: tuple[int, ...]) -> Arg:
     """Arguments with the numbers of `ranks`, and without the names of operands (those were compared before)."""
 
-    def plain(leaf):
+    def plain(leaf: Arg) -> tuple[type, str]:
         if isinstance(leaf, PerRank):
             leaf = per_rank(tuple(leaf.values[rank] for rank in ranks))
         return type(leaf), "" if isinstance(leaf, Ref) else repr(leaf)

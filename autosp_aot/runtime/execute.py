@@ -14,7 +14,7 @@ from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir import operators
 from autosp_aot.ir.operators import DTYPES, wide
 from autosp_aot.ir.placement import PARTIAL
-from autosp_aot.ir.program import Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
+from autosp_aot.ir.program import Body, Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
 from autosp_aot.ir.transfers import Move, Shard, join_into, narrowed, places_of_tile
 from autosp_aot.ops.table import OURS
 from autosp_aot.runtime.host_pool import Host
@@ -38,8 +38,11 @@ class Sum:
 
 # An answer comes as a list of one, which is taken out of it: so nothing else keeps its memory.
 Meeting = Exchange | Sum
-Run = Generator[Meeting, list[Tensor], dict[str, Tensor]]
-Step = Callable[[dict[str, Tensor]], Generator | None]
+# What is sent at first is None, and then what the ranks made of each meeting: a list of one, for it to be taken out.
+Answer = list[Tensor] | None
+Run = Generator[Meeting, Answer, dict[str, Tensor]]
+# An instruction over the values; one where ranks meet is a generator.
+Step = Callable[[dict[str, Tensor]], Generator[Meeting, Answer, None] | None]
 
 
 class Executor:
@@ -63,35 +66,33 @@ class Executor:
         """
         at = 0
         try:
-            for at, (meets, step) in enumerate(self.steps[section]):
-                if meets:
-                    yield from step(values)
-                else:
-                    step(values)
+            for at, step in enumerate(self.steps[section]):
+                meetings = step(values)
+                if meetings is not None:
+                    yield from meetings
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise _failed(self.program.section(section).instrs[at], error) from error
         return {label: values[name] for label, name in self.gives[section]}
 
-    def _prepare(self, section: Section) -> list[tuple[bool, Step]]:
-        steps: list[tuple[bool, Step]] = []
+    def _prepare(self, section: Section) -> list[Step]:
+        steps: list[Step] = []
         for instr in section.instrs:
             if instr.op == operators.FREE:
-                steps.append((False, _free([ref.name for ref in instr.args])))
+                steps.append(_free([ref.name for ref in instr.args]))
             elif instr.op == "all_reduce":
-                steps.append((True, self._all_reduce(instr)))
-            elif instr.op == operators.TILES:
-                steps.append((False, self._tiles(instr)))
+                steps.append(self._all_reduce(instr))
+            elif instr.body is not None:
+                steps.append(self._tiles(instr, instr.body))
             elif instr.op in operators.COPIES:
-                steps.append((False, self.host.step(instr)))
+                steps.append(self.host.step(instr))
             elif instr.op in operators.MOVES:
-                steps.append((instr.op != "shard", self._move(instr)))
+                steps.append(self._move(instr))
             else:
-                steps.append((False, self._call(instr)))
+                steps.append(self._call(instr))
         return steps
 
     def _call(self, instr: Instr) -> Step:
-        own = OURS.get(instr.op)
-        function = operators.overload(instr.op) if own is None else self.traced and own.traced or own.kernel
+        own, function = OURS.get(instr.op), self._function(instr.op)
         constant = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
         args, kwargs = map_args(instr.args, constant), {k: map_args(v, constant) for k, v in instr.kwargs}
         if instr.op in operators.FACTORIES or (own is not None and own.makes_memory):
@@ -113,19 +114,26 @@ class Executor:
             if single is not None:
                 values[single] = result if isinstance(result, Tensor) else result[0]
                 return
-            for name, tensor in zip(names, result):
-                if name is not None:
-                    values[name] = tensor
+            for out, tensor in zip(names, result):
+                if out is not None:
+                    values[out] = tensor
 
         return step
 
-    def _tiles(self, instr: Instr) -> Step:
+    def _function(self, op: str) -> Callable:
+        if op in OURS:
+            return self.traced and OURS[op].traced or OURS[op].kernel
+        found = operators.overload(op)
+        assert found is not None, "operators were checked"
+        return found
+
+    def _tiles(self, instr: Instr, body: Body) -> Step:
         """The body of one tile after the other; what they make is copied into the results, or added up."""
-        names, outs, gives = instr.refs(), instr.values(), instr.body.gives
-        inside = {name: self.values[name] for name in names} | values_of(instr.body.instrs)
+        names, outs, gives = instr.refs(), instr.values(), body.gives
+        inside = {name: self.values[name] for name in names} | values_of(body.instrs)
         summed = [inside[name].placement == PARTIAL for name in gives]
-        tiles = range(instr.body.tiles)
-        steps = list(zip(*(self._inner(inner, inside, tiles) for inner in instr.body.instrs)))
+        tiles = range(body.tiles)
+        steps = list(zip(*(self._inner(inner, inside, tiles) for inner in body.instrs)))
         boxes = range(self.rank * len(tiles), (self.rank + 1) * len(tiles))
         parts = [(inside[name], out) for name, out in zip(gives, outs)]
         places = [[places_of_tile(part, out, box, self.rank) for part, out in parts] for box in boxes]
@@ -163,9 +171,10 @@ class Executor:
     def _all_reduce(self, instr: Instr) -> Step:
         sources, targets = [ref.name for ref in instr.args], [out.name for out in instr.values()]
 
-        def step(values: dict[str, Tensor]) -> Generator[Meeting, list[Tensor], None]:
+        def step(values: dict[str, Tensor]) -> Generator[Meeting, Answer, None]:
             tensors = [values[name] for name in sources]
             answer = yield Sum(_joined(tensors))
+            assert answer is not None
             parts = answer.pop().split([t.numel() for t in tensors])
             for name, part, tensor in zip(targets, parts, tensors):
                 values[name] = part.to(tensor.dtype).view(tensor.shape)
@@ -179,8 +188,9 @@ class Executor:
             return _shard(source, target, self.rank, self.rank)
         move = Move(source, target, self.rank, self.program.ranks)
 
-        def step(values: dict[str, Tensor]) -> Generator[Meeting, list[Tensor], None]:
+        def step(values: dict[str, Tensor]) -> Generator[Meeting, Answer, None]:
             answer = yield Exchange(move.pack(values[source.name]), move.send_sizes, move.receive_sizes)
+            assert answer is not None
             values[target.name] = move.unpack(answer.pop())
 
         return step
@@ -210,13 +220,15 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 def _room(out: Value, add: bool, device: torch.device) -> Tensor:
     """Room for a result of all tiles: zeros in a wide dtype to add summands to, or what parts are written into."""
     if add:
-        return torch.zeros(out.shape, dtype=wide(DTYPES[out.dtype]), device=device)
-    return torch.empty(out.shape, dtype=DTYPES[out.dtype], device=device)
+        return torch.zeros(out.sizes, dtype=wide(DTYPES[out.dtype]), device=device)
+    return torch.empty(out.sizes, dtype=DTYPES[out.dtype], device=device)
 
 
 def _writing(op: str, at: int) -> Callable[..., Tensor]:
     """An elementwise operator that writes its result into its argument number `at`."""
-    function, name = operators.writer(op)
+    found = operators.writer(op)
+    assert found is not None, "as verified"
+    function, name = found
     return lambda *args, **kwargs: function(*args, **kwargs, **{name: args[at]})
 
 

@@ -12,6 +12,7 @@ one after the other, so bytes of the pool that are used again are read before th
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,19 @@ from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.program import Instr, Program
 
 Values = dict[str, Tensor]
+
+
+class Link(Protocol):
+    """How a device copies to host memory and back."""
+
+    def memory(self, nbytes: int) -> Tensor:
+        """Bytes of host memory."""
+
+    def copy(self, target: Tensor, source: Tensor) -> object:
+        """Begin a copy; a ticket to wait with."""
+
+    def wait(self, ticket: Any) -> None:
+        """What comes next may take the copy of that ticket as done."""
 
 
 class Direct:
@@ -67,7 +81,7 @@ class Stream:
         torch.cuda.current_stream(self.device).wait_event(ticket)
 
 
-LINKS = {"cpu": Direct, "cuda": Stream}
+LINKS: dict[str, Callable[[torch.device], Link]] = {"cpu": Direct, "cuda": Stream}
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,8 @@ class Host:
         offloads = [instr for instr in program.instrs() if instr.op == "offload"]
         self.nbytes = max(1, *(instr.args[-1] + instr.values()[0].nbytes() for instr in offloads), 1)  # pinning 0 fails
         self.first = offloads[0] if offloads else None
-        self.link, self.device = LINKS[device.type](device) if offloads else None, device
+        self.device = device
+        self.link: Link = LINKS[device.type](device) if offloads else Direct(device)
         self.buffers = [self._buffer()] if offloads else []
         self.buffer: _Buffer | None = None
         self.tickets: dict[str, object] = {}
@@ -107,12 +122,12 @@ class Host:
         (name,), at, out, begins = instr.refs(), instr.args[-1], instr.values()[0], instr is self.first
 
         def step(values: Values) -> None:
-            if begins:
-                self.buffer = self._unused()
+            buffer = self.buffer = self._unused() if begins else self.buffer
+            assert buffer is not None, "the first offload has begun the step"
             source = values[name]
             strides = torch.empty_like(source, device="meta").stride()
-            place = self.buffer.memory[at : at + out.nbytes()].view(source.dtype).as_strided(source.shape, strides)
-            self.buffer.values.append(weakref.ref(place))
+            place = buffer.memory[at : at + out.nbytes()].view(source.dtype).as_strided(source.shape, strides)
+            buffer.values.append(weakref.ref(place))
             self.tickets[out.name] = self.link.copy(place, source)
             values[out.name] = place
 

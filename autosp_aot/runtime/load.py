@@ -34,8 +34,8 @@ def load(
     path = Path(path)
     manifest = read_manifest(path)
     if comm is None:
-        comm = Mesh.join(manifest.target, manifest.ranks, dp=1).sequence
-        device = device or comm.device
+        group = Mesh.join(manifest.target, manifest.ranks, dp=1).sequence
+        comm, device = group, device or group.device
     check_size(comm.size, manifest.ranks, dp=1)
     device = torch.device(device or "cpu")
     if (device.type == "cpu") != (manifest.target == "cpu"):

@@ -21,8 +21,13 @@ from autosp_aot.runtime.weights_out import save_weights
 class Comm(Protocol):
     """How a rank meets the others; buffers are 1-D."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int:
+        """Which of the ranks this one is."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
 
     def exchange(self, buffer: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
         """Send the parts of `buffer` to the ranks in order; what they sent, in order."""
@@ -118,8 +123,6 @@ class ShardedModel(nn.Module):
         stays: what a model draws in eval mode too follows from it. Raises ArtifactError: `batch-mismatch`, and
         `no-evaluation` where the artifact was built without that program.
         """
-        if self.evaluation is None:
-            raise ArtifactError(no_evaluation("evaluate"))
         values = self._values(self._evaluator, batch)
         with torch.no_grad():
             return run(self._evaluator, "evaluate", values, self.comm)["loss"].clone()
@@ -127,6 +130,8 @@ class ShardedModel(nn.Module):
     @cached_property
     def _evaluator(self) -> Executor:
         """Made when it is first used: a run that only trains starts without it."""
+        if self.evaluation is None:
+            raise ArtifactError(no_evaluation("evaluate"))
         return Executor(self.evaluation, self.comm.rank, self.executor.device)
 
     def _values(self, executor: Executor, batch: Mapping) -> dict[str, Tensor]:
@@ -159,7 +164,7 @@ def place(owner: nn.Module, name: str, tensor: Tensor, persistent: bool = True) 
     for part in path:
         if part not in owner._modules:
             owner.add_module(part, nn.Module())
-        owner = owner._modules[part]
+        owner = owner.get_submodule(part)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(leaf, tensor)
     else:

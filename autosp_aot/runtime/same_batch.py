@@ -17,7 +17,8 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Sums(Protocol):
     """Ranks that add up: how many, and the sum of a buffer over all of them."""
 
-    size: int
+    @property
+    def size(self) -> int: ...
 
     def sum(self, buffer: Tensor) -> Tensor: ...
 

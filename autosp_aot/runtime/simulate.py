@@ -42,8 +42,10 @@ def lockstep(runs: list[Run]) -> list[dict[str, Tensor]]:
                 results.append(stop.value)
         if not meetings:
             return results
-        assert not results and len({type(m) for m in meetings}) == 1, "ranks do not meet in the same collective"
-        found = _exchange(meetings) if isinstance(meetings[0], Exchange) else _sum(meetings)
+        exchanges = [meeting for meeting in meetings if isinstance(meeting, Exchange)]
+        sums = [meeting for meeting in meetings if isinstance(meeting, Sum)]
+        assert not results and not (exchanges and sums), "ranks do not meet in the same collective"
+        found = _exchange(exchanges) if exchanges else _sum(sums)
         answers = [[answer] for answer in found]
 
 

@@ -6,14 +6,18 @@ Place m reads K places of x (dilated) from stride * m on: a rank gets what its p
 With padding, or transposed, places are whole. A rank's share of the groups is a convolution of that many groups.
 """
 
-from autosp_aot.ir.program import per_rank
-from autosp_aot.sharding.spec import Axis, Dims, Spec
+from collections.abc import Callable
+
+from autosp_aot.ir.program import Args, per_rank
+from autosp_aot.sharding.call import Call
+from autosp_aot.sharding.local import Local
+from autosp_aot.sharding.spec import Axis, Dims, Linear, Spec
 
 N, G, O, I = range(4)  # noqa: E741
 GROUPS = 8
 
 
-def convolution(call) -> Spec:
+def convolution(call: Call) -> Spec:
     x, weight, *bias = (value.shape for value in call.operands)
     factors = _Factors(call.instr.args[3 : GROUPS + 1], x, weight, call.results[0].shape)
     operands = (factors.x(), factors.weight(), *(factors.bias() for _ in bias))
@@ -22,7 +26,7 @@ def convolution(call) -> Spec:
     return factors.spec(operands, results, linear, lambda args, local: _with_groups(args, GROUPS, local))
 
 
-def convolution_backward(call) -> Spec:
+def convolution_backward(call: Call) -> Spec:
     """Arguments are those of the forward operator, with the sizes of the bias in its place after the gradient."""
     at = GROUPS + 1
     y, x, weight = (value.shape for value in call.operands)
@@ -31,7 +35,7 @@ def convolution_backward(call) -> Spec:
     every = (factors.x(), factors.weight(), factors.bias())
     results = tuple(dims for dims, used in zip(every, call.results_by_position) if used)
 
-    def localize(args, local):
+    def localize(args: Args, local: Local) -> Args:
         sizes = args[3] and (local.operand_shapes[0][1],)
         return _with_groups((*args[:3], sizes, *args[4:]), at, local)
 
@@ -41,7 +45,7 @@ def convolution_backward(call) -> Spec:
 class _Factors:
     """The factors of a convolution, and each tensor's dims in them."""
 
-    def __init__(self, options: tuple, x: tuple[int, ...], weight: tuple[int, ...], y: tuple[int, ...]):
+    def __init__(self, options: Args, x: tuple[int, ...], weight: tuple[int, ...], y: tuple[int, ...]):
         stride, padding, dilation, self.transposed, _, groups = options
         made, read = (weight[1], weight[0] // groups) if self.transposed else (weight[0] // groups, weight[1])
         self.extents = [x[0], groups, made, read]
@@ -77,13 +81,15 @@ class _Factors:
     def y(self) -> Dims:
         return ((Axis(N),), (Axis(G), Axis(O)), *self.places_y)
 
-    def spec(self, operands, results, linear, localize) -> Spec:
+    def spec(
+        self, operands: tuple[Dims, ...], results: tuple[Dims, ...], linear: Linear, localize: Callable[..., Args]
+    ) -> Spec:
         filled = frozenset({G, O, *(axis.factor for (axis,) in self.places_y)})
         return Spec(tuple(self.extents), frozenset(self.whole), operands, results, linear, localize=localize,
                     flat=frozenset({G}), filled=filled, follows=self.follows)  # fmt: skip
 
 
-def _with_groups(args: tuple, at: int, local) -> tuple:
+def _with_groups(args: Args, at: int, local: Local) -> Args:
     """Arguments with the number of groups that each rank has."""
     groups = per_rank(tuple(hi - lo for lo, hi in local.bounds)) if local.factor == G else args[at]
     return (*args[:at], groups, *args[at + 1 :])

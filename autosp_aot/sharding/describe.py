@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from string import ascii_lowercase
 
 from autosp_aot.ir.placement import Bounds, Placement, disjoint
-from autosp_aot.ir.program import Dtype, Instr, PerRank, Ref, Value
+from autosp_aot.ir.program import Arg, Dtype, Instr, PerRank, Ref, Value
 from autosp_aot.sharding.spec import Axis, Dims, Spec, Strategy
 
 RANKS_SHOWN = 4
@@ -77,7 +77,7 @@ def type_text(value: Value) -> str:
     return f"{value.dtype}[{shape}]" + (f", of {list(value.whole_shape)}" if value.placement.cut else "")
 
 
-def _argument(arg, values: Mapping[str, Value]) -> str:
+def _argument(arg: Arg, values: Mapping[str, Value]) -> str:
     if isinstance(arg, tuple):
         return f"[{', '.join(_argument(item, values) for item in arg)}]"
     if isinstance(arg, Ref):

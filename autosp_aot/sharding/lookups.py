@@ -7,24 +7,28 @@
 The dim that is looked up is whole; what is looked up is parallel, what is written is whole.
 """
 
-from autosp_aot.sharding.spec import Axis, Dims, Spec, identity
+from collections.abc import Sequence
+
+from autosp_aot.ir.program import Args
+from autosp_aot.sharding.call import Call, Rule, Whole
+from autosp_aot.sharding.spec import Axis, Dims, Linear, Spec, identity
 
 
-def gather(call) -> Spec:
+def gather(call: Call) -> Spec:
     return _along_index(call, written=False, linear=((0,),))
 
 
-def scatter(linear: bool):
+def scatter(linear: bool) -> Rule:
     """`linear`: in the operand and the source together, which replaces it or is added to it."""
 
-    def rule(call) -> Spec:
-        sets = ((0, 2) if len(call.operands) == 3 else (0,),) if linear else ()
+    def rule(call: Call) -> Spec:
+        sets: Linear = ((0, 2) if len(call.operands) == 3 else (0,),) if linear else ()
         return _along_index(call, written=True, linear=sets)
 
     return rule
 
 
-def _along_index(call, written: bool, linear) -> Spec:
+def _along_index(call: Call, written: bool, linear: Linear) -> Spec:
     """Operand 0 is looked up along argument 1; the others have the index's dims, of which some may be shorter."""
     shape = call.operands[0].shape
     dim = call.instr.args[1] % max(len(shape), 1)
@@ -49,15 +53,15 @@ def _along_index(call, written: bool, linear) -> Spec:
                 follows=follows)  # fmt: skip
 
 
-def _shapes(call) -> list[tuple[int, ...]]:
+def _shapes(call: Call) -> list[tuple[int, ...]]:
     return [value.shape for value in call.operands]
 
 
-def index(call) -> Spec:
+def index(call: Call) -> Spec:
     return _indexed(call, call.operands[1:], call.results[0].shape, written=None)
 
 
-def index_put(call) -> Spec | None:
+def index_put(call: Call) -> Spec | None:
     """Positions that are written more than once need all that is written there: the index is whole."""
     *indices, values = call.operands[1:]
     shape, slots = call.operands[0].shape, call.instr.args[1]
@@ -73,7 +77,7 @@ def index_put(call) -> Spec | None:
     return _indexed(call, indices, (*rest[:at], *sizes, *rest[at:]), written=values)
 
 
-def _indexed(call, indices, looked_up: tuple[int, ...], written) -> Spec:
+def _indexed(call: Call, indices: Sequence[Whole], looked_up: tuple[int, ...], written: Whole | None) -> Spec:
     """`looked_up` is the shape of x[indices]; `written` has that shape, or broadcasts to it."""
     shape, slots = call.operands[0].shape, call.instr.args[1]
     named = [dim for dim, slot in enumerate(slots) if slot is not None]
@@ -92,19 +96,19 @@ def _indexed(call, indices, looked_up: tuple[int, ...], written) -> Spec:
     return Spec(extents, whole | set(new), tuple(operands), (identity(shape),), linear=linear, follows=follows)
 
 
-def _lead(slots) -> int:
+def _lead(slots: Args) -> int:
     """Where the dims of the indices are in x[indices]: at the first of them, or first if other dims part them."""
     named = [dim for dim, slot in enumerate(slots) if slot is not None]
     return named[0] if named[-1] - named[0] == len(named) - 1 else 0
 
 
-def _broadcast(shape: tuple[int, ...], factors, extents) -> Dims:
+def _broadcast(shape: tuple[int, ...], factors: Sequence[int], extents: Sequence[int]) -> Dims:
     """Dims that are broadcast to these factors, aligned at the end."""
     last = factors[len(factors) - len(shape) :]
     return tuple((Axis(f),) if size == extents[f] else () for f, size in zip(last, shape))
 
 
-def among(call) -> Spec | None:
+def among(call: Call) -> Spec | None:
     """Each element of the operand that has the result's shape, looked for in the other, a list that is whole."""
     shape = call.results[0].shape
     kept = 1 if call.instr.op == "aten.searchsorted.Tensor" else 0

@@ -3,6 +3,7 @@
 import torch
 
 from autosp_aot.ir.score_expr import UNTAGGED as SCORES
+from autosp_aot.sharding.call import Call
 from autosp_aot.sharding.spec import Axis, Spec
 
 # Elementwise operators that torch does not tag so.
@@ -28,7 +29,7 @@ LINEAR = {
 WIDENING = {("bf16", "f32"), ("f16", "f32"), ("bf16", "f64"), ("f16", "f64"), ("f32", "f64")}
 
 
-def pointwise(call) -> Spec | None:
+def pointwise(call: Call) -> Spec | None:
     """Every dim of the result is parallel; a dim of size one that is broadcast has no factor."""
     if not _elementwise(call.instr.op) or len({out.shape for out in call.results}) != 1:
         return None
@@ -56,7 +57,7 @@ def _elementwise(op: str) -> bool:
     return torch.Tag.pointwise in overload.tags and torch.Tag.nondeterministic_seeded not in overload.tags
 
 
-def _linear(call) -> tuple[tuple[int, ...], ...]:
+def _linear(call: Call) -> tuple[tuple[int, ...], ...]:
     op, operands = call.instr.op, call.operands
     if op == "aten._to_copy.default":
         return ((0,),) if (operands[0].dtype, call.results[0].dtype) in WIDENING else ()

@@ -8,7 +8,7 @@ One factor at a time is cut. A strategy is (factor, bounds); `instantiate` gives
 result under it, or None where it is not allowed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from autosp_aot.ir.placement import (
@@ -22,6 +22,7 @@ from autosp_aot.ir.placement import (
     scale,
     window,
 )
+from autosp_aot.ir.program import Args
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Axis:
 
 
 Dims = tuple[tuple[Axis, ...], ...]
+Linear = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +72,9 @@ class Spec:
     whole: frozenset[int]
     operands: tuple[Dims, ...]
     results: tuple[Dims, ...]
-    linear: tuple[tuple[int, ...], ...] = ()
+    linear: Linear = ()
     splits: tuple[tuple[int, Bounds], ...] = ()
-    localize: Callable | None = None
+    localize: Callable[..., Args] | None = None
     flat: frozenset[int] = frozenset()
     filled: frozenset[int] = frozenset()
     follows: tuple[tuple[int, int], ...] = ()
@@ -90,10 +92,11 @@ class Spec:
             return None  # of a place that two ranks read, each would have only a share
         if factor in self.filled and any(lo == hi for lo, hi in bounds):
             return None
-        operands = [self._placed(dims, strategy) for dims in self.operands]
-        results = [self._placed(dims, strategy) for dims in self.results]
-        if None in operands or None in results:
+        placed = [self._placed(dims, strategy) for dims in (*self.operands, *self.results)]
+        tensors = [placement for placement in placed if placement is not None]
+        if len(tensors) < len(placed):
             return None
+        operands, results = tensors[: len(self.operands)], tensors[len(self.operands) :]
         for at in strategy.partial:
             operands[at] = Placement(operands[at].cut, True)
         for at, placement in enumerate(results):
@@ -140,7 +143,7 @@ class Spec:
         if lo >= hi:
             return 0, 0
         end = max((hi - 1) * axis.stride + axis.reach, hi * axis.stride)
-        return lo * axis.stride, axis.size if hi == self.extents[axis.factor] else end
+        return lo * axis.stride, self.size(axis) if hi == self.extents[axis.factor] else end
 
     def strategy_of(self, dims: Dims, placement: Placement) -> Strategy | None:
         """The strategy that cuts a tensor with these dims as the placement says; None where there is not just one.
@@ -168,22 +171,31 @@ class Spec:
         """Bounds of the factor that an axis sees as `bounds`; what it does not see goes to the first and last rank."""
         if axis.size is None:
             return bounds
-        last = self.extents[axis.factor]
-        moved = [tuple(min(-(-(at + axis.offset) // axis.stride), last) for at in box) for box in bounds]
+        moved = [(self._unread(axis, lo), self._unread(axis, hi)) for lo, hi in bounds]
         filled = [rank for rank, (lo, hi) in enumerate(moved) if lo < hi] or [0]
         moved[filled[0]] = (0, moved[filled[0]][1])
         moved[filled[-1]] = (moved[filled[-1]][0], self.extents[axis.factor])
         return tuple(moved)
 
+    def _unread(self, axis: Axis, at: int) -> int:
+        """The first position of the factor that reads nothing before `at`."""
+        return min(-(-(at + axis.offset) // axis.stride), self.extents[axis.factor])
 
-def _product(sizes) -> int:
+
+def _product(sizes: Iterable[int]) -> int:
     product = 1
     for size in sizes:
         product *= size
     return product
 
 
-def from_notation(text: str, operands: list[tuple[int, ...]], results: list[tuple[int, ...]], **more) -> Spec:
+def from_notation(
+    text: str,
+    operands: list[tuple[int, ...]],
+    results: list[tuple[int, ...]],
+    linear: Linear = (),
+    contraction: bool = False,
+) -> Spec:
     """A Spec from letters, one a dim: `"ik,kj->ij"`. Upper case must be whole; `1` is a dim of size one, no factor."""
     left, right = (side.split(",") for side in text.split("->"))
     letters: dict[str, int] = {}
@@ -202,7 +214,7 @@ def from_notation(text: str, operands: list[tuple[int, ...]], results: list[tupl
     operand_dims = tuple(dims(word, shape) for word, shape in zip(left, operands, strict=True))
     result_dims = tuple(dims(word, shape) for word, shape in zip(right, results, strict=True))
     whole = frozenset(at for letter, at in letters.items() if letter.isupper())
-    return Spec(tuple(extents), whole, operand_dims, result_dims, **more)
+    return Spec(tuple(extents), whole, operand_dims, result_dims, linear, contraction=contraction)
 
 
 def even_split(extent: int, ranks: int) -> Bounds | None:

@@ -4,10 +4,11 @@ An operator of our own has its rule in its record (`ops/table.py`, where both ar
 """
 
 from autosp_aot.sharding import contractions, convolutions, lookups, views
+from autosp_aot.sharding.call import Rule
 from autosp_aot.sharding.contractions import notation, plus_product, reduction, whole_dim
 from autosp_aot.sharding.scans import along, over_places
 
-RULES = {
+RULES: dict[str, Rule] = {
     "aten._log_softmax.default": whole_dim(1, operands=1),
     "aten._log_softmax_backward_data.default": whole_dim(2, operands=2),
     "aten._softmax.default": whole_dim(1, operands=1),

@@ -1,12 +1,17 @@
 """Operators that move elements: reshape, permute, expand, slice, pad, cat, and constant tensors."""
 
-from autosp_aot.ir.program import per_rank
+from collections.abc import Callable, Iterator
+
+from autosp_aot.ir.program import Args, per_rank
+from autosp_aot.sharding.call import Call, Rule
+from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Axis, Dims, Spec, identity
 
 LINEAR_IN_FIRST = ((0,),)
+Sizes = list[tuple[int, int]]  # dims and their sizes
 
 
-def reshape(call) -> Spec:
+def reshape(call: Call) -> Spec:
     """Dims in, dims out as products of common factors; where none exist, that group of dims is whole."""
     extents: list[int] = []
     whole: set[int] = set()
@@ -30,8 +35,8 @@ def reshape(call) -> Spec:
     return Spec(tuple(extents), frozenset(whole), operands, results, LINEAR_IN_FIRST, localize=_sizes(1))
 
 
-def _groups(ins: tuple[int, ...], outs: tuple[int, ...]):
-    """Runs of dims (with their sizes, ones left out) that hold the same elements on both sides."""
+def _groups(ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[tuple[Sizes, Sizes]]:
+    """Runs of dims (those of size one left out) that hold the same elements on both sides."""
     left = [(dim, size) for dim, size in enumerate(ins) if size != 1]
     right = [(dim, size) for dim, size in enumerate(outs) if size != 1]
     if 0 in ins:
@@ -47,7 +52,7 @@ def _groups(ins: tuple[int, ...], outs: tuple[int, ...]):
         yield a, b
 
 
-def _size(dims) -> int:
+def _size(dims: Sizes) -> int:
     size = 1
     for _, n in dims:
         size *= n
@@ -76,7 +81,7 @@ def _ends(sizes: list[int]) -> set[int]:
     return ends
 
 
-def _deal(dims: list, group: list[tuple[int, int]], factors: list[int], first: int) -> None:
+def _deal(dims: list[tuple[Axis, ...]], group: Sizes, factors: list[int], first: int) -> None:
     at = 0
     for dim, size in group:
         axes, product = [], 1
@@ -87,22 +92,22 @@ def _deal(dims: list, group: list[tuple[int, int]], factors: list[int], first: i
         dims[dim] = tuple(axes)
 
 
-def _sizes(position: int):
+def _sizes(position: int) -> Callable[[Args, Local], Args]:
     """Local arguments in which the one that holds sizes is the result's local shape."""
 
-    def localize(args, local):
+    def localize(args: Args, local: Local) -> Args:
         return (*args[:position], local.result_shapes[0], *args[position + 1 :])
 
     return localize
 
 
-def permute(call) -> Spec:
+def permute(call: Call) -> Spec:
     shape, order = call.operands[0].shape, call.instr.args[1]
     result = tuple((Axis(dim),) for dim in order)
     return Spec(shape, frozenset(), (identity(shape),), (result,), LINEAR_IN_FIRST)
 
 
-def expand(call) -> Spec:
+def expand(call: Call) -> Spec:
     shape = call.results[0].shape
     source = call.operands[0].shape
     skipped = len(shape) - len(source)
@@ -110,54 +115,56 @@ def expand(call) -> Spec:
     return Spec(shape, frozenset(), (operand,), (identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
 
 
-def slice_(call) -> Spec:
+def slice_(call: Call) -> Spec:
     """Positions `start .. start + n` of a dim: each rank keeps what it holds of them."""
     shape = call.operands[0].shape
     dim, start, step = _span(shape, *call.instr.args[1:])
     size = call.results[0].shape[dim]
     seen = Axis(dim, offset=start, size=size)
-    result = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
+    result: Dims = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:
         extents, result = _own_dim(shape, dim, size, result)
         return Spec(extents, frozenset({dim, len(shape)}), (identity(shape),), (result,), LINEAR_IN_FIRST)
 
-    def localize(args, local):
+    def localize(args: Args, local: Local) -> Args:
         return (args[0], dim, local.start(seen), local.start(seen, local.result_shapes[0][dim]), 1)
 
     return Spec(shape, frozenset(), (identity(shape),), (result,), LINEAR_IN_FIRST, localize=localize)
 
 
-def _span(shape: tuple[int, ...], dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1):
+def _span(
+    shape: tuple[int, ...], dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> tuple[int, int, int]:
     """A slice's dim, first position and step, whichever way they are given: from the end, or not at all."""
     dim %= len(shape)
     return dim, slice(start, end).indices(shape[dim])[0], step
 
 
-def slice_backward(call) -> Spec:
+def slice_backward(call: Call) -> Spec:
     """A gradient put back at `start .. start + n` of a dim of zeros."""
     _, shape, *span = call.instr.args
     dim, start, step = _span(shape, *span)
     size = call.operands[0].shape[dim]
     seen = Axis(dim, offset=start, size=size)
-    operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
+    operand: Dims = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:
         extents, operand = _own_dim(shape, dim, size, operand)
         whole = frozenset({dim, len(shape)})
         return Spec(extents, whole, (operand,), (identity(shape),), LINEAR_IN_FIRST, localize=_sizes(1))
 
-    def localize(args, local):
+    def localize(args: Args, local: Local) -> Args:
         start = local.start(seen)
         return (args[0], local.result_shapes[0], dim, start, local.start(seen, local.operand_shapes[0][dim]), 1)
 
     return Spec(shape, frozenset(), (operand,), (identity(shape),), LINEAR_IN_FIRST, localize=localize)
 
 
-def _own_dim(shape, dim: int, size: int, dims: Dims):
+def _own_dim(shape: tuple[int, ...], dim: int, size: int, dims: Dims) -> tuple[tuple[int, ...], Dims]:
     """Extents with one more factor, and dims in which `dim` has it for itself."""
     return (*shape, size), tuple((Axis(len(shape)),) if d == dim else axes for d, axes in enumerate(dims))
 
 
-def pad(call) -> Spec | None:
+def pad(call: Call) -> Spec | None:
     """Constant padding: each rank pads where its box reaches beyond the operand."""
     _, pads, value = (*call.instr.args, 0)[:3]
     shape, source = call.results[0].shape, call.operands[0].shape
@@ -166,7 +173,7 @@ def pad(call) -> Spec | None:
         return None
     axes = [Axis(d, before.get(d, 0), source[d]) if source[d] != shape[d] else Axis(d) for d in range(len(shape))]
 
-    def localize(args, local):
+    def localize(args: Args, local: Local) -> Args:
         sizes = []
         for at in range(0, len(pads), 2):
             dim = len(shape) - 1 - at // 2
@@ -179,7 +186,7 @@ def pad(call) -> Spec | None:
     return Spec(shape, frozenset(), (tuple((a,) for a in axes),), (identity(shape),), linear, localize=localize)
 
 
-def cat(call) -> Spec:
+def cat(call: Call) -> Spec:
     """Each operand is a window of the joined dim: a rank joins what it holds of each."""
     shape, dim = call.results[0].shape, call.instr.args[1] % len(call.results[0].shape)
     operands, start = [], 0
@@ -190,42 +197,42 @@ def cat(call) -> Spec:
     return Spec(shape, frozenset(), tuple(operands), (identity(shape),), (tuple(range(len(operands))),))
 
 
-def slice_scatter(call) -> Spec:
+def slice_scatter(call: Call) -> Spec:
     """Positions `start .. start + n` of a dim replaced: each rank replaces what it holds of them."""
     shape, part = (value.shape for value in call.operands)
     dim, start, step = _span(shape, *call.instr.args[2:])
     seen = Axis(dim, offset=start, size=part[dim])
-    operand = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
+    operand: Dims = tuple((seen if d == dim else Axis(d),) for d in range(len(shape)))
     if step != 1:
         extents, operand = _own_dim(shape, dim, part[dim], operand)
         return Spec(extents, frozenset({dim, len(shape)}), (identity(shape), operand), (identity(shape),), ((0, 1),))
 
-    def localize(args, local):
+    def localize(args: Args, local: Local) -> Args:
         start = local.start(seen)
         return (*args[:2], dim, start, local.start(seen, local.operand_shapes[1][dim]), 1)
 
     return Spec(shape, frozenset(), (identity(shape), operand), (identity(shape),), ((0, 1),), localize=localize)
 
 
-def triangle(call) -> Spec:
+def triangle(call: Call) -> Spec:
     """Elements on one side of the diagonal that a row of a rank's box meets further right, a column further left."""
     shape, diagonal = call.operands[0].shape, (*call.instr.args, 0)[1]
     row, column = len(shape) - 2, len(shape) - 1
 
-    def localize(args, local):
-        sign = {row: 1, column: -1}.get(local.factor, 0)
+    def localize(args: Args, local: Local) -> Args:
+        sign = 1 if local.factor == row else -1 if local.factor == column else 0
         return args[0], per_rank(tuple(diagonal + sign * lo for lo, _ in local.bounds))
 
     dims = identity(shape)
     return Spec(shape, frozenset(), (dims,), (dims,), LINEAR_IN_FIRST, localize=localize, flat=frozenset({row, column}))
 
 
-def arange(call) -> Spec | None:
+def arange(call: Call) -> Spec | None:
     start, _, step = call.instr.args
     if not all(isinstance(n, int) for n in call.instr.args):
         return None
 
-    def localize(args, local):
+    def localize(args: Args, local: Local) -> Args:
         first = per_rank(tuple(start + lo * step for lo, _ in local.bounds))
         end = per_rank(tuple(start + hi * step for _, hi in local.bounds))
         return first, end, step
@@ -234,10 +241,10 @@ def arange(call) -> Spec | None:
                 flat=frozenset({0}))  # fmt: skip
 
 
-def factory(position: int):
+def factory(position: int) -> Rule:
     """A constant tensor whose sizes are argument `position`."""
 
-    def rule(call) -> Spec:
+    def rule(call: Call) -> Spec:
         shape = call.results[0].shape
         operands = tuple(tuple((Axis(len(shape) + at),) for at in range(len(v.shape))) for v in call.operands)
         extents = (*shape, *(n for v in call.operands for n in v.shape))

@@ -65,8 +65,8 @@ def run(
     feeds = [open_feed(inputs, training.seed, data, batch_file, training.dp * training.accumulate)]
     if eval_data is not None:
         stored = eval_data.suffix == STORED
-        sources = (None, eval_data) if stored else (eval_data, None)
-        feeds.append(open_feed(inputs, training.seed, *sources, training.eval_batches))
+        tokens, batches = (None, eval_data) if stored else (eval_data, None)
+        feeds.append(open_feed(inputs, training.seed, tokens, batches, training.eval_batches))
     if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:
         _join_and_train(training, manifest.target, manifest.ranks, feeds)
     else:

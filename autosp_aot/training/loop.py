@@ -151,6 +151,7 @@ class Loop:
 
     def evaluate(self) -> float:
         """The loss of the first held-out batches, in eval mode: the same batches each time, whatever the replicas."""
+        assert self.held_out is not None, "there is something to evaluate on"
         count = self.training.eval_batches
         batches = {n: self.held_out.at(n) for n in range(self.mesh.replica, count, self.mesh.replicas)}
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.world.device)
@@ -180,6 +181,7 @@ def train(training: Training, feed: Feed, mesh: Mesh, held_out: Feed | None = No
     engine = _engine(module, training, mesh, scale_of(items, mesh.replicas * training.accumulate))
     loop = Loop(engine, module, training, feed, held_out, items, mesh)
     if training.dump is not None:
+        assert isinstance(engine, Plain), "DeepSpeed's gradients are its own"
         _dump(training.dump, loop, engine)
         return module
     loop.run()

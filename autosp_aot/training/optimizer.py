@@ -36,6 +36,10 @@ class Piece(NamedTuple):
         """That run of a tensor shaped as the parameter."""
         return tensor.reshape(-1)[self.start : self.stop]
 
+    def of_gradient(self) -> Tensor:
+        assert self.parameter.grad is not None, "backward fills all gradients"
+        return self.of(self.parameter.grad)
+
 
 class Bucket:
     """Pieces of parameters of one dtype end to end, zeros up to a multiple of the ranks, and the optimizer's state.
@@ -62,7 +66,7 @@ class Bucket:
         *places, padding = flat.split(self.sizes)
         padding.zero_()
         for piece, place in zip(self.pieces, places):
-            place.copy_(piece.of(piece.parameter.grad if gradients else piece.parameter))
+            place.copy_(piece.of_gradient() if gradients else piece.of(piece.parameter))
         return flat
 
     def accumulate(self) -> None:
@@ -72,7 +76,7 @@ class Bucket:
         if self.sums is None:
             self.sums = torch.zeros(sum(self.sizes), dtype=self.wide, device=self.device)
         for piece, place in zip(self.pieces, self.sums.split(self.sizes)):
-            place.add_(piece.of(piece.parameter.grad))
+            place.add_(piece.of_gradient())
         self._release()
 
     def take(self) -> Tensor:
@@ -149,7 +153,7 @@ class AdamW:
     @torch.no_grad()
     def gradients(self, scale: float = 1.0) -> dict[nn.Parameter, Tensor]:
         """`scale` times the sum of all gradients that were left on all ranks, in the state's dtype, and let them go."""
-        found = {}
+        found: dict[nn.Parameter, Tensor] = {}
         for bucket in self.buckets:
             flat = self.world.all_gather(self.world.reduce_scatter(bucket.take())).mul_(scale)
             for piece, place in zip(bucket.pieces, flat.split(bucket.sizes)):

@@ -53,7 +53,8 @@ def open_targets(path: Path, manifest: Manifest) -> list[Targets]:
         name = instr.args[LABELS_OF[instr.op]] if instr.op in LABELS_OF else None
         if not isinstance(name, Ref):
             continue
-        needed, lines = {name.name}, []
+        needed = {name.name}
+        lines: list[Instr] = []
         for line in reversed(list(whole.instrs())):
             if any(out.name in needed for out in line.values()):
                 needed |= set(line.refs())

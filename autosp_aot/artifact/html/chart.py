@@ -1,7 +1,7 @@
 """Charts as inline SVG: no scripts, nothing from a network; colours are the page's, so they suit light and dark."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import log2
 
 from autosp_aot.ir.units import bytes_text, length_text
@@ -11,6 +11,7 @@ LEFT, RIGHT, TOP, BOTTOM = 84, 12, 26, 30
 COLUMNS = 320
 
 Level = Mapping[str, int]
+Scale = Callable[[float], float]
 
 
 def areas(title: str, said: str, levels: Sequence[Level], kinds: Sequence[str], sections: Mapping[str, int]) -> str:
@@ -61,11 +62,11 @@ def lines(title: str, said: str, series: Mapping[str, Sequence[tuple[int, int]]]
     return _svg(title, said, [*_grid(most, y), *shapes])
 
 
-def _scale(low: float, high: float, start: float, end: float):
+def _scale(low: float, high: float, start: float, end: float) -> Scale:
     return lambda value: start + (end - start) * (value - low) / max(high - low, 1e-9)
 
 
-def _grid(most: int, y) -> list[str]:
+def _grid(most: int, y: Scale) -> list[str]:
     """Lines at four to eight round numbers of bytes."""
     shapes, step = [], max(2 ** (most.bit_length() - 3), 1)
     for count in range(0, most + 1, step):

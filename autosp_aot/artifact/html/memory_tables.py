@@ -42,7 +42,8 @@ def at_peak(program: Program, found: Timeline) -> Rows:
 def by_layer(program: Program, found: Timeline) -> Rows:
     """Parameters and kept activations of each layer, or of the module where there are no layers."""
     where = _where(program)
-    parameters, kept = Counter(), Counter()
+    parameters: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
     for entry in program.inputs:
         if entry.kind in STATE:
             parameters[_layer(entry.value.name.rpartition(".")[0])] += entry.value.nbytes()

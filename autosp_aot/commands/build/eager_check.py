@@ -57,7 +57,7 @@ def compare_build(
         except NotComparable as error:
             return f"nothing: {error}"
         except EagerFailed as error:
-            return f"nothing: on this machine the model itself fails with {said(error.__cause__)}"
+            return f"nothing: on this machine the model itself fails with {said(error.raised)}"
     if outcome.beyond:
         raise BuildError(differs(outcome))
     dropped = ", dropout off" if draws(artifact.whole) else ""
@@ -79,7 +79,7 @@ def differs(outcome: Outcome) -> Problem:
 def _built(artifact: Artifact) -> Built:
     ranks = range(artifact.manifest.ranks)
     by_rank = lambda program: [program.for_rank(rank) for rank in ranks]  # noqa: E731
-    evaluation = artifact.evaluation and by_rank(artifact.evaluation.program)
+    evaluation = None if artifact.evaluation is None else by_rank(artifact.evaluation.program)
     return Built(artifact.whole, by_rank(artifact.program), evaluation, artifact.buffers)
 
 

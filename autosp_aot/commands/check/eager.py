@@ -46,11 +46,11 @@ def check_eager(
             "check without --eager proves the artifact, and --numeric runs it against its own unsharded step")
         ) from error  # fmt: skip
     except EagerFailed as error:
-        place = raised_at(error.__cause__) or forward_at(model)
+        place = raised_at(error.raised) or forward_at(model)
         raise BuildError(Problem(
-            "eager-failed", "the model cannot run a step itself", place, said(error.__cause__),
+            "eager-failed", "the model cannot run a step itself", place, said(error.raised),
             "correct that line: python must be able to run forward and backward")
-        ) from error.__cause__  # fmt: skip
+        ) from error.raised  # fmt: skip
     if outcome.beyond:
         raise ArtifactError(differs(outcome))
     worst = max(outcome.errors, key=lambda label: outcome.errors[label] / outcome.limits[label])

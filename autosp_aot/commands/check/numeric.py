@@ -157,8 +157,9 @@ def widened(program: Program, wider: Mapping[str, str]) -> Program:
     def again(instr: Instr) -> list[Instr]:
         wide = tuple(map(value, instr.outs))
         if wide != instr.outs and seeds.intersection(instr.refs()):
-            drawn = replace(instr.outs[0], name=f"{instr.outs[0].name}.drawn")
-            cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype(wide[0].dtype)),))
+            (out,) = instr.values()
+            drawn = replace(out, name=f"{out.name}.drawn")
+            cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype(dtype(out.dtype))),))
             return [replace(instr, outs=(drawn,)), cast]
         body = instr.body and replace(instr.body, instrs=tuple(i for inner in instr.body.instrs for i in again(inner)))
         instr = replace(instr, body=body)

@@ -69,7 +69,11 @@ class Outcome:
 
 
 class EagerFailed(Exception):
-    """The model's own forward or backward raised the exception that this one is raised from."""
+    """The model's own forward or backward raised an exception."""
+
+    def __init__(self, raised: Exception):
+        super().__init__(raised)
+        self.raised = raised
 
 
 def compare(model: nn.Module, batch: Mapping[str, Tensor | Constant], built: Built, steps: int = 2) -> Outcome:
@@ -178,6 +182,7 @@ class _Ranks:
         return [result | self.state() for result in found]
 
     def evaluate(self) -> list[Tensor]:
+        assert self.evaluation is not None, "there is an evaluation"
         return [result["loss"] for result in simulate(self.evaluation, self.inputs, torch.ones((), dtype=self.dtype))]
 
 
@@ -188,7 +193,7 @@ def _failing() -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except FAILURES as error:
-        raise EagerFailed from error
+        raise EagerFailed(error) from error
 
 
 def floats(program: Program) -> tuple[str, ...]:

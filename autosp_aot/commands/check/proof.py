@@ -7,13 +7,13 @@ from autosp_aot.artifact.manifest import BUFFERS, EVALUATE, STEP, Manifest, Tens
 from autosp_aot.artifact.read import read_bodies, read_manifest, read_recipe, read_tensors, read_whole
 from autosp_aot.commands.check.random_inputs import vocabularies
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.ir.program import Program, Value
+from autosp_aot.ir.program import Int, Program, Value
 from autosp_aot.ir.verify import verify
 from autosp_aot.memory.costs import costs
 from autosp_aot.passes import decisions
 from autosp_aot.passes.partition import Partition
 from autosp_aot.passes.step import Step
-from autosp_aot.proof.collectives import check_collectives, collectives_by_rank
+from autosp_aot.proof.collectives import Collective, check_collectives, collectives_by_rank
 from autosp_aot.proof.derive import derive
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.load import check_operators
@@ -84,7 +84,7 @@ def prove(whole: Program, bodies: list[tuple[tuple[int, ...], Program]]) -> int:
 
     Raises ArtifactError: `collective-mismatch`, `placement-wrong`.
     """
-    by_rank = {}
+    by_rank: dict[int, list[Collective]] = {}
     for ranks, program in bodies:
         by_rank |= collectives_by_rank(program, ranks)
     check_collectives([by_rank[rank] for rank in sorted(by_rank)])
@@ -150,7 +150,7 @@ def _check_costs(manifest: Manifest, kind: str, program: Program) -> None:
             raise _wrong(name, said.get(name), number)
 
 
-def _type(spec: TensorSpec | Value) -> tuple[str, tuple[int, ...]]:
+def _type(spec: TensorSpec | Value) -> tuple[str, tuple[Int, ...]]:
     return spec.dtype, spec.shape
 
 

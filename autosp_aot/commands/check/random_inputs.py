@@ -17,11 +17,12 @@ KEEP_ELEMENTS = frozenset({
 
 def vocabularies(whole: Program) -> dict[str, int]:
     """How many ids a value may hold: the rows of the smallest embedding that looks it up."""
-    values, found = whole.values(), {}
+    values = whole.values()
+    found: dict[str, int] = {}
     for instr in whole.instrs():
         if instr.op == "aten.embedding.default":
             table, ids = instr.refs()
-            found[ids] = min(found.get(ids, values[table].shape[0]), values[table].shape[0])
+            found[ids] = min(found.get(ids, values[table].sizes[0]), values[table].sizes[0])
     return found
 
 
@@ -36,7 +37,7 @@ def labels(whole: Program) -> dict[str, tuple[int, int]]:
             waiting = [target]
             while waiting:
                 name = waiting.pop()
-                found[name] = values[scores].shape[-1 if len(values[scores].shape) == 1 else 1], instr.args[4]
+                found[name] = values[scores].sizes[-1 if len(values[scores].sizes) == 1 else 1], instr.args[4]
                 if name in made_by and made_by[name].op in KEEP_ELEMENTS:
                     refs = made_by[name].refs()
                     waiting += [ref for ref in refs if values[ref].dtype[0] == "i" and ref not in found]
@@ -54,7 +55,7 @@ def made_up(whole: Program, seed: int = 0) -> dict[str, Tensor]:
     ids, classes = vocabularies(whole), labels(whole)
     made = {}
     for entry in whole.inputs:
-        name, shape = entry.value.name, entry.value.shape
+        name, shape = entry.value.name, entry.value.sizes
         if entry.kind == "seed":
             made[name] = step_seed(seed, 0)
         if entry.kind not in ("parameter", "batch"):
@@ -76,8 +77,8 @@ def made_up(whole: Program, seed: int = 0) -> dict[str, Tensor]:
 
 
 def _normal(value: Value, rng: torch.Generator) -> Tensor:
-    noise = torch.randn(value.shape, generator=rng, dtype=torch.float64)
-    return noise / value.shape[-1] ** 0.5 if len(value.shape) > 1 else 1 + noise / 10
+    noise = torch.randn(value.sizes, generator=rng, dtype=torch.float64)
+    return noise / value.sizes[-1] ** 0.5 if len(value.sizes) > 1 else 1 + noise / 10
 
 
 def _first_row(tensor: Tensor) -> Tensor:

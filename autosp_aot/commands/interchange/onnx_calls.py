@@ -51,22 +51,32 @@ class Call:
         self.outs = instr.outs
         self.given = {name: _valued(argument, values) for name, argument in named(instr).items()}
         self.unread = {name for name, argument in self.given.items() if not isinstance(argument, Value)}
-        arguments = overload(instr.op)._schema.arguments
-        self.defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        self.defaults = {a.name: a.default_value for a in _arguments(instr.op) if a.has_default_value()}
 
     def __getitem__(self, name: str):
         self.unread.discard(name)
         return self.given[name] if name in self.given else self.defaults[name]
 
-    def operands(self, *names: str) -> tuple[Value | Constant, ...]:
+    def operands(self, *names: str) -> tuple[Value | Constant | None, ...]:
         """Operands; a number among them is a constant in the dtype of the first tensor of the call."""
-        dtype = next((a.dtype for a in self.given.values() if isinstance(a, Value)), self.outs[0].dtype)
+        dtype = next(a.dtype for a in (*self.given.values(), *self.outs) if isinstance(a, Value))
         found = [self[name] for name in names]
         return tuple(a if a is None or isinstance(a, Value) else Constant(dtype, a) for a in found)
 
     @property
+    def dtype(self) -> str:
+        """That of the first result."""
+        return self._out.dtype
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return self.outs[0].shape
+        return self._out.sizes
+
+    @property
+    def _out(self) -> Value:
+        out = self.outs[0]
+        assert out is not None, "a row asks of a result that is read"
+        return out
 
     @property
     def all_read(self) -> bool:
@@ -83,7 +93,14 @@ def named(instr: Instr) -> dict[str, object]:
 def _names(op: str) -> list[str]:
     if op in OURS:
         return [said.partition("=")[0] for said in OURS[op].signature.partition("(")[2].partition(")")[0].split(", ")]
-    return [argument.name for argument in overload(op)._schema.arguments]
+    return [argument.name for argument in _arguments(op)]
+
+
+def _arguments(op: str) -> list[torch._C.Argument]:
+    """The arguments of an operator of ATen's."""
+    found = overload(op)
+    assert found is not None, "operators were checked"
+    return found._schema.arguments
 
 
 def _valued(argument, values: Mapping[str, Value]):

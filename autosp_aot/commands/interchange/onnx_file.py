@@ -63,7 +63,7 @@ def onnx_model(program: Program, manifest: Manifest, rank: int) -> ModelProto:
     return model
 
 
-def _referred(file: Path, location: str, wanted: Mapping[str, object]) -> list[TensorProto]:
+def _referred(file: Path, location: str, wanted: Mapping[str, onnx.ValueInfoProto]) -> list[TensorProto]:
     """Tensors of a safetensors file as external data: where in `location` the bytes of each are."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(HEADER_LENGTH), "little")

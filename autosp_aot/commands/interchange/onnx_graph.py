@@ -22,7 +22,7 @@ from autosp_aot.commands.interchange.onnx_operators import standard
 from autosp_aot.errors import Problem
 from autosp_aot.ir.operators import COPIES, FREE, STRUCTURE, TILES
 from autosp_aot.ir.placement import PARTIAL, Placement
-from autosp_aot.ir.program import Dtype, Instr, Program, Ref, Value, flatten, map_instr, values_of
+from autosp_aot.ir.program import Body, Dtype, Instr, Program, Ref, Value, flatten, map_instr, values_of
 from autosp_aot.ir.transfers import Move, Shard, places_of_tile
 
 DOMAIN, ATEN = "autosp", "aten"
@@ -56,8 +56,8 @@ class GraphBuilder:
         try:
             if instr.op == "shard":
                 self.shard(node, instr, operands, self.rank if box is None else box)
-            elif instr.op == TILES:
-                self.tiles(node, instr, section)
+            elif instr.body is not None:
+                self.tiles(node, instr, instr.body, section)
             elif instr.op in STRUCTURE:
                 self.structure(node, instr, operands)
             else:
@@ -112,11 +112,11 @@ class GraphBuilder:
             found |= {"sends": json.dumps(move.sends), "fills": json.dumps(move.fills), "sum": int(move.summing)}
         node.attribute.extend(_attribute(name, value) for name, value in found.items())
 
-    def tiles(self, node: NodeProto, instr: Instr, section: str) -> None:
+    def tiles(self, node: NodeProto, instr: Instr, body: Body, section: str) -> None:
         """A graph for each tile, and where its results belong; they are added up where `sums` is 1."""
         node.domain, node.op_type = DOMAIN, TILES
         node.input.extend(instr.refs())
-        body, outs = instr.body, instr.values()
+        outs = instr.values()
         inside = {name: self.values[name] for name in instr.refs()} | values_of(body.instrs)
         graphs, places = [], []
         for tile in range(body.tiles):
@@ -211,7 +211,7 @@ def _name(constant: Constant) -> str:
 
 
 def info_of(value: Value, kind: str = "") -> onnx.ValueInfoProto:
-    info = helper.make_tensor_value_info(value.name, TYPES[value.dtype], value.shape)
+    info = helper.make_tensor_value_info(value.name, TYPES[value.dtype], value.sizes)
     _say(info.metadata_props, kind=kind, placement=_said(value.placement))
     return info
 

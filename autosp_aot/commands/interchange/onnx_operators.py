@@ -72,7 +72,7 @@ def _expand(call: Call) -> Standard:
 
 def _cast(call: Call) -> Standard:
     call["dtype"]
-    return Standard("Cast", (call["self"],), {"to": TYPES[call.outs[0].dtype]})
+    return Standard("Cast", (call["self"],), {"to": TYPES[call.dtype]})
 
 
 def _cat(call: Call) -> Standard | None:
@@ -174,14 +174,14 @@ def _filled(name: str | None, number: int = 0) -> Row:
     def row(call: Call) -> Standard | None:
         for argument in list(call.unread):
             call[argument]
-        value = Constant(call.outs[0].dtype, (call[name] if name else number,))
+        value = Constant(call.dtype, (call[name] if name else number,))
         return Standard("ConstantOfShape", (_ints(*call.shape),), {"value": value}) if value.exact else None
 
     return row
 
 
 def _arange(call: Call) -> Standard | None:
-    dtype, numbers = call.outs[0].dtype, (call["start"], call["end"], call["step"])
+    dtype, numbers = call.dtype, (call["start"], call["end"], call["step"])
     call["dtype"]
     whole = not DTYPES[dtype].is_floating_point and all(isinstance(number, int) for number in numbers)
     return Standard("Range", tuple(Constant(dtype, number) for number in numbers)) if whole else None

@@ -96,10 +96,11 @@ def _traced(
 ) -> tuple[GraphModule, list[str]]:
     """What the executor does to fake inputs, as a graph; and the labels of its results."""
     executor, comm = Executor(program, rank, device, traced=True), _Traced(rank, program.ranks)
-    labels = []
+    labels: list[str] = []
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:
-        values, results = dict(zip(inputs, tensors)), {}
+        values = dict(zip(inputs, tensors))
+        results: dict[str, Tensor] = {}
         for section in program.sections:
             results |= run(executor, section.name, values, comm)
         labels.extend(results)

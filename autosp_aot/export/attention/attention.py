@@ -31,6 +31,7 @@ from autosp_aot.export.canonical.constants import arguments, constants_of, writt
 from autosp_aot.export.regions import without_gradients
 from autosp_aot.export.source import where
 from autosp_aot.ir.operators import wide
+from autosp_aot.ir.program import Arg
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -87,7 +88,7 @@ class _Softmax:
     `sink` is a node [batch or 1, heads or 1, rows or 1, 1]: one more score a row, whose weight goes nowhere.
     """
 
-    score: object
+    score: Arg
     scale: float
     safe: bool
     dropout: float
@@ -110,7 +111,8 @@ class _Rewrite:
         if given["enable_gqa"] and (len(shape) != 4 or k.meta["val"].shape[1] != v.meta["val"].shape[1]):
             return _groups_problem([list(t.meta["val"].shape) for t in (q, k, v)], place)
         scores = self.scores(node.meta["val"].shape[:-2], shape[-2], k.meta["val"].shape[-2], None)
-        score, is_bool = "s", mask is not None and mask.meta["val"].dtype is torch.bool
+        score: Arg = "s"
+        is_bool = mask is not None and mask.meta["val"].dtype is torch.bool
         if mask is not None:
             dims = max(mask.meta["val"].dim() - 2, 0)
             said = scores.whole(mask, scores.slots[len(scores.lead) - dims :], node)
@@ -122,7 +124,7 @@ class _Rewrite:
         if large is not None:
             return _mask_problem("scaled_dot_product_attention", large, place)
         letters = string.ascii_lowercase[: node.meta["val"].dim() - 2]
-        last = Product(node, q, v, (letters + "xz", letters + "zy", letters + "xy"), letters, "xyz")
+        last = Product(node, q, v, (letters + "xz", letters + "zy", letters + "xy"), letters, ("x", "y", "z"))
         softmax = _Softmax(score, float(scale), True, given["dropout_p"])
         self.replace(last, q, k, v, scores, softmax, given["enable_gqa"])
         return None
@@ -133,13 +135,15 @@ class _Rewrite:
             return None
         made_of, sink, weights = without_sink(softmax)
         last, dropout = weighted_sum(weights)
+        if last is None:
+            return None
         shape = weights.meta["val"].shape
-        product, lead = scores_product(made_of, shape) if last is not None else (None, ())
+        product, lead = scores_product(made_of, shape)
         if product is None or len({node in self.frozen for node in (softmax, product.node, last.node)}) > 1:
             return None
-        scores = self.scores(lead, *shape[-2:], product.node)
+        scores = self.scores(lead, shape[-2], shape[-1], product.node)
         try:
-            joined = scores.places(scores.slots, scores.lead)
+            joined = [at for at, size in enumerate(scores.lead) if size > 1]
             slots = regroup(joined, dict(enumerate(scores.lead)), shape[:-2]) or ()
             score = scores.of(made_of, tuple(map(tuple, slots)), softmax)
         except ValueError:
@@ -177,7 +181,7 @@ class _Rewrite:
             if softmax.sink is not None:
                 out = self.sunk(pair, out, softmax.sink, scores.lead)
             sizes = dict(zip(last.words[2], node.meta["val"].shape))
-            size = [sizes[letter] for letter in last.lead + last.letters[:2]]
+            size = [sizes[letter] for letter in (*last.lead, *last.letters[:2])]
             out = self.cast(last.result(self.graph, self.reshaped(out, size)), node.meta["val"].dtype)
             out = self.laid_out(out, node.meta["val"].stride())
         node.replace_all_uses_with(out)
@@ -255,18 +259,18 @@ class _Rewrite:
         return (few_k, few_v) if times_k == times_v else (k, v)
 
 
-def _unrounded(score):
+def _unrounded(score: Arg) -> Arg:
     """The expression over products as they are computed, in fp32 or wider."""
     if isinstance(score, tuple) and score[0] == "cast" and score[2] == "s":
         return "s"
     return tuple(map(_unrounded, score)) if isinstance(score, tuple) else score
 
 
-def _scaled(score, scale: float) -> tuple[object, float]:
+def _scaled(score: Arg, scale: float) -> tuple[Arg, float]:
     """The expression with "s" in the place of "s" times a number, and that number in the scale."""
-    found = set()
+    found: set[Arg] = set()
 
-    def visit(part, parent) -> None:
+    def visit(part: Arg, parent: Arg) -> None:
         if part == "s":
             found.add(parent if parent is not None and parent[0] in SCALES and parent[1] == "s" else None)
         if isinstance(part, tuple):
@@ -274,16 +278,16 @@ def _scaled(score, scale: float) -> tuple[object, float]:
                 visit(operand, part)
 
     visit(score, None)
-    if len(found) != 1 or None in found or not isinstance(number := next(iter(found))[2], (int, float)):
+    whole = found.pop() if len(found) == 1 else None
+    if whole is None or not isinstance(whole[2], (int, float)):
         return score, scale
-    whole = next(iter(found))
 
-    def swapped(part):
+    def swapped(part: Arg) -> Arg:
         if part == whole:
             return "s"
         return tuple(map(swapped, part)) if isinstance(part, tuple) else part
 
-    return swapped(score), scale * float(number) ** SCALES[whole[0]]
+    return swapped(score), scale * float(whole[2]) ** SCALES[whole[0]]
 
 
 def _groups_problem(shapes: list[list[int]], place: str) -> Problem:

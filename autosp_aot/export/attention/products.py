@@ -40,7 +40,7 @@ class Product:
     right: Node
     words: tuple[str, str, str]
     lead: str
-    letters: str
+    letters: tuple[str, str, str]
 
     def operands(self, graph: Graph) -> tuple[Node, Node]:
         """Left as [*lead, i, c] and right as [*lead, c, j], made before the graph's insertion point if need be."""
@@ -79,7 +79,7 @@ def product_of(node: Node, rows: int) -> Product | None:
         return None
     if lead and not b & set(lead):
         return None
-    return Product(node, left, right, words, lead, i + j + c)
+    return Product(node, left, right, words, lead, (i, j, c))
 
 
 def _words(node: Node, left: Node, right: Node) -> tuple[str, str, str] | None:
@@ -129,8 +129,8 @@ def _follow(chain: list[Node], source: Node) -> list[list] | None:
 
     Dims of size one are left out.
     """
-    dims = [[dim] if size > 1 else [] for dim, size in enumerate(source.meta["val"].shape)]
-    sizes = dict(enumerate(source.meta["val"].shape))
+    dims: list[list[int | str]] = [[dim] if size > 1 else [] for dim, size in enumerate(source.meta["val"].shape)]
+    sizes: dict[int | str, int] = dict(enumerate(source.meta["val"].shape))
     for node in chain:
         before, shape = node.args[0].meta["val"].shape, node.meta["val"].shape
         if node.target is aten.unsqueeze.default:
@@ -151,9 +151,10 @@ def _follow(chain: list[Node], source: Node) -> list[list] | None:
             if before != shape:
                 return None
         elif before != shape:
-            dims = regroup([atom for dim in dims for atom in dim], sizes, shape)
-            if dims is None:
+            joined = regroup([atom for dim in dims for atom in dim], sizes, shape)
+            if joined is None:
                 return None
+            dims = joined
     return dims
 
 

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from autosp_aot.export.attention.products import made, regroup
 from autosp_aot.export.canonical.constants import CASTS, Known, evaluate, functional, is_elementwise
 from autosp_aot.ir.operators import DTYPE_NAMES as DTYPES
+from autosp_aot.ir.program import Arg
 from autosp_aot.ir.score_expr import NODES
 
 aten = torch.ops.aten
@@ -75,7 +76,7 @@ class Scores:
         if self.parts > NODES:
             raise ValueError(f"the scores are made by more than {NODES} operators")
         if node is self.product:
-            return self.products(slots)
+            return self.products(node, slots)
         value = evaluate(node, self.known)
         if value is not None and (found := self.constant(node, value)) is not None:
             return found
@@ -97,19 +98,19 @@ class Scores:
             self.vectors.clear()
             return self.vector(node, slots, reader)
 
-    def products(self, slots: Slots):
-        if self.places(slots, self.product.meta["val"].shape[:-2]) != self.places(self.slots, self.lead):
+    def products(self, product: Node, slots: Slots) -> Arg:
+        if self.places(slots, product.meta["val"].shape[:-2]) != self.places(self.slots, self.lead):
             raise ValueError("the dims of the products are mixed or repeated")
         # Half dtypes round the products before anything is made of them.
-        dtype = DTYPES[self.product.meta["val"].dtype]
+        dtype = DTYPES[product.meta["val"].dtype]
         products = ("cast", dtype, "s") if dtype in ("bf16", "f16") else "s"
-        if self.product.target is not aten.baddbmm.default:
+        if product.target is not aten.baddbmm.default:
             return products
-        beta, alpha = (self.product.kwargs.get(name, 1) for name in ("beta", "alpha"))
+        beta, alpha = (product.kwargs.get(name, 1) for name in ("beta", "alpha"))
         scaled = ("aten.mul.Tensor", products, alpha)
         if beta == 0:
             return scaled
-        added = self.of(self.product.args[0], self.right(self.product.args[0], slots), self.product)
+        added = self.of(product.args[0], self.right(product.args[0], slots), product)
         return ("aten.add.Tensor", ("aten.mul.Tensor", added, beta), scaled)
 
     def constant(self, node: Node, value: Tensor):
@@ -195,7 +196,7 @@ class Scores:
 
     def sliced(self, node: Node, slots: Slots):
         """The first rows, keys or everything: positions stay what they are."""
-        _, dim, start, _, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        _, dim, start, _, step = node.args + (None, 0, None, None, 1)[len(node.args) :]
         before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
         dim %= len(before)
         if step != 1 or start not in (None, 0) or (dim < len(before) - 2 and before != after):
@@ -221,7 +222,8 @@ class Scores:
 
     def shaped(self, graph: Graph, node: Node, slots: Slots) -> Node:
         value = node.meta["val"]
-        full = set(self.places(slots, value.shape[: len(slots)]))
+        full = self.places(slots, value.shape[: len(slots)])
+        assert full is not None, "a vector cuts no leading dim"
         sizes = [size if at in full else 1 for at, size in enumerate(self.lead)]
         tail = (1, 1, *value.shape)[-2:]
         if math.prod(sizes[1:]) not in (1, math.prod(self.lead[1:])):
@@ -265,7 +267,7 @@ def _diagonals(matrix: Tensor, dtype: str):
     last = (edge[1:] != edge[:-1]).nonzero().flatten().tolist()
     if len(last) >= RUNS:
         return None
-    found = ("constant", dtype, edge[-1].item())
+    found: Arg = ("constant", dtype, edge[-1].item())
     for at in last[::-1]:
         below = ("aten.le.Scalar", ("aten.sub.Tensor", "k", "q"), at - (matrix.shape[0] - 1))
         found = ("aten.where.self", below, ("constant", dtype, edge[at].item()), found)

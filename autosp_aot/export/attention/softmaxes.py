@@ -78,7 +78,7 @@ def scores_product(node: Node, shape: tuple[int, ...]) -> tuple[Product | None, 
         if value.dim() > len(lead) + 2 and value.numel() == math.prod(shape):
             lead = value.shape[:-2]
         product = product_of(node, 2)
-        if product is not None and product.words[2][-2:] == product.letters[:2]:
+        if product is not None and product.words[2][-2:] == "".join(product.letters[:2]):
             return product, lead
         target = functional(node.target) if node.op == "call_function" else None
         if target is not None and (target in (*SAME, *VIEWS, aten.type_as.default) or is_elementwise(target)):

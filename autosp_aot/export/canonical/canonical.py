@@ -145,8 +145,8 @@ class _Canonical:
         if target is aten.copy.default:
             return (expand(node, self, self.cast(node, Ref(self.names[args[1]]), types[0].dtype)),)
         if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
-            kwargs = (("dtype", Dtype(DTYPES[types[0].dtype])),)
-            return self.emit(node, "aten.arange.start_step", _range(args), kwargs, types)
+            dtype = Dtype(DTYPES[types[0].dtype])
+            return self.emit(node, "aten.arange.start_step", _range(args), (("dtype", dtype),), types)
         if target is aten.nll_loss_forward.default and args[3] in (MEAN, SUM):
             return self.nll_loss(node, types)
         kwargs = tuple((k, self.arguments(v)) for k, v in sorted(node.kwargs.items()) if k not in DROPPED_KWARGS)
@@ -164,7 +164,7 @@ class _Canonical:
         cast = lambda leaf: Ref(self.cast(node, leaf, result.dtype)) if isinstance(leaf, Ref) else leaf  # noqa: E731
         return map_args(args, cast), kwargs
 
-    def nll_loss(self, node: Node, types: list[Tensor]) -> tuple[str, str]:
+    def nll_loss(self, node: Node, types: list[Tensor]) -> tuple[str, ...]:
         """The sum over rows, divided by the count for a mean; without class weights the count needs no scores."""
         scores, target, weight, reduction, ignored = node.args
         args = self.arguments((scores, target, weight, SUM, ignored))
@@ -213,7 +213,7 @@ class _Canonical:
     def meta(self, ref: Ref) -> Tensor:
         """A tensor without data of a value's type."""
         value = self.types[ref.name]
-        return torch.empty(value.shape, dtype=TORCH_DTYPES[value.dtype], device="meta")
+        return torch.empty(value.sizes, dtype=TORCH_DTYPES[value.dtype], device="meta")
 
     def arguments(self, arg):
         """An fx argument as ours: nodes become references, dtypes their short names."""
@@ -226,7 +226,7 @@ class _Canonical:
         assert arg is None or isinstance(arg, (int, float, bool, str)), arg
         return arg
 
-    def emit(self, node: Node, op: str, args: tuple, kwargs: tuple, types: list[Tensor | None]) -> tuple[str, ...]:
+    def emit(self, node: Node, op: str, args: tuple, kwargs: tuple, types: Sequence[Tensor | None]) -> tuple[str, ...]:
         args = map_args(args, lambda leaf: leaf)
         key = (op, _typed_key(args), _typed_key(kwargs))
         if key in self.same:

@@ -104,8 +104,9 @@ def _evaluate(node: Node, known: dict[Node, Known], most: int) -> Known:
     target = functional(node.target)
     if target is None or torch.Tag.nondeterministic_seeded in target.tags or target.namespace != "aten":
         return None
-    operands = [evaluate(operand, known, most) for operand in node.all_input_nodes]
-    if any(value is None for value in operands):
+    found = [evaluate(operand, known, most) for operand in node.all_input_nodes]
+    operands = [value for value in found if value is not None]
+    if len(operands) < len(found):
         return None
     shape = node.meta["val"].shape
     if target is aten.expand.default:
@@ -118,7 +119,8 @@ def _evaluate(node: Node, known: dict[Node, Known], most: int) -> Known:
         return None
     if not pointwise and max(n.meta["val"].numel() for n in (node, *node.all_input_nodes)) > COMPUTED:
         return None
-    whole = lambda n: known[n] if pointwise else known[n].expand(n.meta["val"].shape)  # noqa: E731
+    values = dict(zip(node.all_input_nodes, operands))
+    whole = lambda n: values[n] if pointwise else values[n].expand(n.meta["val"].shape)  # noqa: E731
     try:
         return _once(target(*map_arg(node.args, whole), **map_arg(node.kwargs, whole)))
     except RuntimeError:  # what eager raises as well: a fill value that its dtype does not hold

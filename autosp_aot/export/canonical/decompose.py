@@ -180,9 +180,9 @@ def repeat(x: Tensor, repeats: Sequence[int]) -> Tensor:
 
 def put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
     """One value where a mask holds is a choice, position by position."""
-    if len(indices) != 1 or indices[0].dtype != torch.bool or values.numel() != 1 or accumulate:
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is None or mask.dtype != torch.bool or values.numel() != 1 or accumulate:
         return NotImplemented
-    mask = indices[0]
     return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values.reshape(()), x)
 
 

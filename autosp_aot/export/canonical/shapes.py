@@ -69,7 +69,7 @@ def _permutation(target, args, dims: int) -> tuple[int, ...]:
 
 def _slice(node: Node, canonical) -> str:
     operand, result = canonical.names[node.args[0]], node.meta["val"]
-    _, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    _, dim, start, end, step = node.args + (None, 0, None, None, 1)[len(node.args) :]
     size = canonical.types[operand].shape[dim]
     start, end, step = slice(start, end, step).indices(size)
     if (start, step) == (0, 1) and end >= size:

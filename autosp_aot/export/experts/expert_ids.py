@@ -38,7 +38,8 @@ def choices(ids: Node) -> int | None:
         return None
     if root.target in JOINS:
         found = [choices(part) for part in root.args[0]]
-        return None if None in found else max(found)
+        known = [many for many in found if many is not None]
+        return max(known) if len(known) == len(found) else None
     named = [root, *passed]
     named += [user for node in named for user in node.users if user.target in RESHAPES]
     among = [user for node in named for user in node.users if _looks_up(user, node)]
@@ -72,7 +73,8 @@ def says_ends(ends: Node, equal: dict[Node, Node], ids: Node, experts: int) -> b
     counts, many = equal.get(counts, counts), choices(ids)
     if many is None or counts.target is not aten.histc.default:
         return False
-    casts, root = [], _source(ids, RESHAPES)
+    casts: list[Node] = []
+    root = _source(ids, RESHAPES)
     if _source(counts.args[0], (*RESHAPES, *CASTS), casts, root) is not root or any(map(written, casts)):
         return False
     if counts.args[0].meta["val"].numel() != ids.meta["val"].numel():

@@ -166,8 +166,8 @@ class _Region:
             self.leaves[node] = self.sum(node)
         elif target in ORDERLESS or target is aten.sum.dim_IntList and 0 in given_dims(node):
             self.leaves[node] = self.same(node)
-        elif target in DIVISIONS and isinstance(self.plain.get(first), Count):
-            self.plain[node] = self.divided(node)
+        elif target in DIVISIONS and isinstance(count := self.plain.get(first), Count):
+            self.plain[node] = self.divided(node, count)
         elif self.works_row_by_row(node):
             is_count = isinstance(self.plain.get(first), Count) and target in (*RESHAPES, aten.unsqueeze.default)
             self.plain[node] = self.plain[first] if is_count else self.same(node)
@@ -240,11 +240,11 @@ class _Region:
         total = self.emit(node, aten.sum.dim_IntList, (split, [1]))
         return self.emit(node, aten.add.Tensor, (base, total))
 
-    def divided(self, node: Node) -> Count:
+    def divided(self, node: Node, count: Count) -> Count:
         by = node.args[1]
         if not isinstance(by, int) or by < 1 or node.kwargs.get("rounding_mode", "floor") is None:
             raise _Unknown
-        return Count(self.plain[node.args[0]].every * by)
+        return Count(count.every * by)
 
     def is_order(self, operand: Node) -> bool:
         return self.plain.get(operand) == Count()
@@ -287,6 +287,7 @@ class _Region:
         plain, val = self.plain[operand], operand.meta["val"]
         if isinstance(plain, Node):
             return plain
+        assert isinstance(plain, Count), "a pair is taken apart before it is read"
         made = self.emit(self.sort, aten.arange.default, (self.rows,), device=val.device)
         if plain.every > 1:
             made = self.emit(self.sort, aten.floor_divide.default, (made, plain.every))

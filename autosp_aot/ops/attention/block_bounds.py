@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from autosp_aot.ir.intervals import INF, Intervals, Part
+from autosp_aot.ir.intervals import INF, Intervals, Known, Part
 
 Ends = tuple[Tensor, Tensor]
 
@@ -14,13 +14,15 @@ def blocks_of(score, rows: tuple[int, int], blocks: list[slice], ends: list[Ends
 
     `rows` are the first and the last position, `ends` what `ends_of` says of each vector for these blocks.
     """
-    leaves: dict[str, Part] = {}
+    leaves: dict[str, Known] = {}
     places = Intervals(len(blocks), leaves)
     leaves["s"] = places.number(0.0, c=1.0)
     leaves["q"] = places.number(*rows)
-    leaves["k"] = places.number([keys.start for keys in blocks], [keys.stop - 1 for keys in blocks])
+    first, last = ([keys.start for keys in blocks], [keys.stop - 1 for keys in blocks])
+    leaves["k"] = places.number(torch.tensor(first), torch.tensor(last))
     leaves |= {f"v{at}": places.number(*both) for at, both in enumerate(ends)}
     part = places.of(score)
+    assert isinstance(part, Part), "so are all leaves"
     return part.hidden.tolist(), ((part.c == 1) & (part.low == 0) & (part.high == 0)).tolist()
 
 

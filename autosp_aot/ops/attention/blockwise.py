@@ -11,6 +11,7 @@ in a row that sees anything else. Rows that see nothing else are given those blo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -163,10 +164,12 @@ class _Call:
         if scoring.score is None or scoring.traced or not blocks:
             return blocks, []
         known = [both or ends_of(_cut(v, rows, slice(None)), self.size) for both, v in zip(self.ends, self.vectors)]
-        ends = [tuple(end if len(end) == 1 else end[start:stop] for end in both) for both in known]
+        own = lambda end: end if len(end) == 1 else end[start:stop]  # noqa: E731
+        ends = [(own(low), own(high)) for low, high in known]
         hidden, plain = blocks_of(scoring.score, (first, last), blocks, ends)
         self.plain = {keys.start for keys, is_plain in zip(blocks, plain) if is_plain and self.shortcuts}
-        return tuple([keys for keys, is_hidden in zip(blocks, hidden) if is_hidden is which] for which in (False, True))
+        seen = [keys for keys, is_hidden in zip(blocks, hidden) if not is_hidden]
+        return seen, [keys for keys, is_hidden in zip(blocks, hidden) if is_hidden]
 
     def block(self, rows: slice, keys: slice, differentiable: bool = False) -> _Block:
         scoring, device = self.scoring, self.q.device
@@ -187,7 +190,7 @@ class _Call:
         if scoring.window is not None:
             scores = scores.masked_fill(key <= at - scoring.window, -INF)
         drop = scoring.dropout
-        factor = drop and drop.factor(*self.q.shape[:2], at, key, self.dtype)
+        factor = None if drop is None else drop.factor(self.q.shape[0], self.q.shape[1], at, key, self.dtype)
         return _Block(scores, graph, products, vectors, factor)
 
     def add(self, state: tuple[Tensor, Tensor, Tensor], rows: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +207,7 @@ class _Call:
     def total(self, rows: slice, seen: list[slice], base: Tensor) -> Tensor:
         """The sum of weights of each row: one, but for what lse lost of it in rounding."""
         blocks = (self.block(rows, keys).scores - base[:, :, rows].unsqueeze(-1) for keys in seen)
-        return sum(torch.exp(scores).sum(-1) for scores in blocks)
+        return reduce(torch.add, (torch.exp(scores).sum(-1) for scores in blocks))
 
     def gradients(
         self, grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None

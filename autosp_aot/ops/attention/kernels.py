@@ -61,12 +61,12 @@ def attention_backward(
     runs = head_runs(q.shape[1], group, first_head)
     results = (gradient(q), gradient(k), gradient(v)) if len(runs) > 1 else None
     for heads, kv in runs:
-        own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
+        own = out[:, heads], lse[:, heads], None if grad_lse is None else grad_lse[:, heads]
         mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
         parts = _part(q, k, v, heads, kv)
         found = _backward(grad_out[:, heads], *parts, *own, _of_heads(vectors, heads), mask)
         if group > 1:
-            found = found[0], *(of_key.sum(1, keepdim=True) for of_key in found[1:])
+            found = found[0], found[1].sum(1, keepdim=True), found[2].sum(1, keepdim=True)
         if results is None:
             return found
         _put(results, (heads, kv, kv), found)
@@ -81,7 +81,7 @@ def attention_vector_gradient(
     """The gradient of vector `which`: what this rank's query heads add to it."""
     total = vectors[which].new_zeros(vectors[which].shape, dtype=lse.dtype)
     for heads, kv in head_runs(q.shape[1], group, first_head) if q.numel() else ():
-        own = [None if tensor is None else tensor[:, heads] for tensor in (out, lse, grad_lse)]
+        own = out[:, heads], lse[:, heads], None if grad_lse is None else grad_lse[:, heads]
         mine, parts = _of_heads(vectors, heads), _part(q, k, v, heads, kv)
         mask = _scoring(scoring, seed, first_head + heads.start, q.shape[2], k.shape[2])
         found = blockwise_vector_gradient(grad_out[:, heads], *parts, *own, mine, which, mask)
@@ -100,10 +100,11 @@ def attention_rows(
     results = q.new_empty((*q.shape[:2], v.shape[3])), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
     q, k, v = dense(q), dense(k), dense(v)
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
-        (mine,), found = run.rows(q), None
+        mine, found = run.rows(q), None
         for keys, mask in _key_blocks(run, k.shape[2], run.scoring(scoring, seed, k)):
             more = _forward(mine, k[:, run.kv, keys], v[:, run.kv, keys], run.vectors(vectors), mask)
             found = more if found is None else _merged(found, more)
+        assert found is not None, "there are keys"
         _put(results, (run.part, run.part), [part.squeeze(1) for part in found])
     return results
 
@@ -116,7 +117,8 @@ def attention_rows_backward(
     grad_q, grad_k, grad_v = (t.new_zeros(t.shape, dtype=lse.dtype) for t in (q, k, v))
     q, k, v, out = dense(q), dense(k), dense(v), dense(out)
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
-        grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
+        grad, mine = run.rows(grad_out), run.rows(q)
+        own = run.rows(out), run.rows(lse), None if grad_lse is None else run.rows(grad_lse)
         for keys, mask in _key_blocks(run, k.shape[2], run.scoring(scoring, seed, k)):
             parts = k[:, run.kv, keys], v[:, run.kv, keys]
             found = _backward(grad, mine, *parts, *own, run.vectors(vectors), mask)
@@ -134,9 +136,10 @@ def attention_rows_vector_gradient(
     """The gradient of vector `which`: what this rank's rows add to it."""
     total = vectors[which].new_zeros(vectors[which].shape, dtype=lse.dtype)
     for run in _row_runs(q.shape[1], group, rows, start) if q.numel() else ():
-        grad, mine, *own = run.rows(grad_out, q, out, lse, grad_lse)
-        parts, mask = (k[:, run.kv], v[:, run.kv]), run.scoring(scoring, seed, k)
-        found = blockwise_vector_gradient(grad, mine, *parts, *own, run.vectors(vectors), which, mask)
+        grad, mine = run.rows(grad_out), run.rows(q)
+        own = run.rows(out), run.rows(lse), None if grad_lse is None else run.rows(grad_lse)
+        mine_k, mine_v, mask = k[:, run.kv], v[:, run.kv], run.scoring(scoring, seed, k)
+        found = blockwise_vector_gradient(grad, mine, mine_k, mine_v, *own, run.vectors(vectors), which, mask)
         run.vectors([total])[0].add_(found)
     return total.to(vectors[which].dtype)
 
@@ -154,16 +157,16 @@ class _Run:
     def scoring(self, scoring: dict, seed: Tensor | None, k: Tensor) -> Scoring:
         return replace(_scoring(scoring, seed, self.head, self.all_rows, k.shape[2]), first_row=self.first)
 
-    def rows(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        """The run's part of tensors [B, L, ...], as [B, 1, rows, ...]."""
-        return [None if tensor is None else tensor[:, self.part].unsqueeze(1) for tensor in tensors]
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The run's part of a tensor [B, L, ...], as [B, 1, rows, ...]."""
+        return tensor[:, self.part].unsqueeze(1)
 
     def vectors(self, vectors: list[Tensor]) -> list[Tensor]:
         """What the run reads of vectors, as views of [B or 1, 1, rows or 1, T or 1]."""
         rows, found = slice(self.first, self.first + self.part.stop - self.part.start), []
         for vector in vectors:
             if vector.dim() == 3:
-                found += self.rows(vector)
+                found.append(self.rows(vector))
                 continue
             (vector,) = _of_heads([vector], slice(self.head, self.head + 1))
             found.append(vector[:, :, rows] if vector.shape[2] > 1 else vector)
@@ -209,7 +212,7 @@ def _merged(a, b):
     return (a[0] * weights[0] + b[0] * weights[1]).to(a[0].dtype), lse
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv: slice):
+def _part(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv: slice) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors of a run; one key/value head is repeated by stride, not by copy."""
     q, k, v = q[:, heads], k[:, kv], v[:, kv]
     n = q.shape[1]
@@ -220,7 +223,10 @@ def _scoring(scoring: dict, seed: Tensor | None, head: int, rows: int, keys: int
     """The scoring of a call whose first head has number `head`, over so many rows and keys of the whole."""
     scoring = dict(scoring)
     p, site, heads = scoring.pop("dropout", 0.0), scoring.pop("site", 0), scoring.pop("heads", 0)
-    return Scoring(**scoring, dropout=Dropout(seed, site, p, heads, rows, keys, head) if p else None)
+    if not p:
+        return Scoring(**scoring)
+    assert seed is not None, "what is dropped is drawn"
+    return Scoring(**scoring, dropout=Dropout(seed, site, p, heads, rows, keys, head))
 
 
 def _plain(scoring: Scoring) -> bool:

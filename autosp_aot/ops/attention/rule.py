@@ -12,26 +12,28 @@ from functools import lru_cache
 from math import isqrt
 
 from autosp_aot.ir.placement import Bounds, even_bounds
-from autosp_aot.ir.program import Ref, per_rank
+from autosp_aot.ir.program import Args, Ref, per_rank
+from autosp_aot.sharding.call import Call
+from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Axis, Dims, Spec
 
 BATCH, CUT, ROWS, KEYS, WIDTH, V_WIDTH, HEADS = range(7)
 
 
-def attention(call) -> Spec:
+def attention(call: Call) -> Spec:
     return _spec(call, "qkv", results=["o", "l"])
 
 
-def attention_backward(call) -> Spec:
+def attention_backward(call: Call) -> Spec:
     return _spec(call, "oqkvoll", results=["q", "k", "v"])
 
 
-def vector_gradient(call) -> Spec:
+def vector_gradient(call: Call) -> Spec:
     which = call.instr.args[len("oqkvoll") + 2]
     return _spec(call, "oqkvoll", results=[which])
 
 
-def _spec(call, letters: str, results: list) -> Spec:
+def _spec(call: Call, letters: str, results: list[str | int]) -> Spec:
     """`letters` name the tensor arguments before the vectors; `results` are letters, or the number of a vector.
 
     After the vectors comes the seed of dropout or None. What is dropped follows from the position in the whole batch.
@@ -75,7 +77,7 @@ def _dims(group: int, by_rows: bool) -> dict[str, Dims]:
     }
 
 
-def _bounds(call, heads: int, rows: int, group: int, by_rows: bool) -> Bounds | None:
+def _bounds(call: Call, heads: int, rows: int, group: int, by_rows: bool) -> Bounds | None:
     """Where heads, or heads and rows, are cut; None where there are too few heads."""
     if by_rows:
         scoring = dict(call.instr.kwargs)
@@ -83,7 +85,7 @@ def _bounds(call, heads: int, rows: int, group: int, by_rows: bool) -> Bounds | 
     return head_bounds(heads, group, call.ranks) if heads >= call.ranks else None
 
 
-def _localize(args: tuple, local) -> tuple:
+def _localize(args: Args, local: Local) -> Args:
     """The call of a rank, whose last argument is the first of its heads, or of its heads and rows."""
     return (*args[:-1], per_rank(tuple(lo for lo, _ in local.bounds)) if local.factor == CUT else 0)
 
@@ -114,10 +116,13 @@ def head_bounds(heads: int, group: int, ranks: int) -> Bounds:
     `heads >= ranks`; every rank gets at least one head. Dynamic programming over (rank, heads dealt), ties to the left.
     """
     longest = -(-heads // ranks)
-    copies = lambda lo, hi: -(-hi // group) - lo // group  # noqa: E731
-    best: dict[int, tuple[int, tuple]] = {0: (0, ())}
+
+    def copies(lo: int, hi: int) -> int:
+        return -(-hi // group) - lo // group
+
+    best: dict[int, tuple[int, Bounds]] = {0: (0, ())}
     for rank in range(ranks):
-        after: dict[int, tuple[int, tuple]] = {}
+        after: dict[int, tuple[int, Bounds]] = {}
         for lo, (cost, cuts) in best.items():
             for hi in range(min(lo + longest, heads), lo, -1):
                 left = ranks - rank - 1

@@ -70,9 +70,9 @@ def find_labels(program: Program, sequence_dims: Mapping[str, int], ranks: int) 
     """Follow `sequence_dims` (input name -> dim) through a whole program until nothing changes."""
     values = program.values()
     found: dict[str, set[Label]] = {name: set() for name in values}
-    lengths = {values[name].shape[dim] for name, dim in sequence_dims.items()}
+    lengths = {values[name].sizes[dim] for name, dim in sequence_dims.items()}
     for name, dim in sequence_dims.items():
-        found[name].add(Label(dim, 1, values[name].shape[dim], 1))
+        found[name].add(Label(dim, 1, values[name].sizes[dim], 1))
     calls = []
     for instr in program.instrs():
         spec = spec_of(instr, [values[name] for name in instr.refs()], ranks)

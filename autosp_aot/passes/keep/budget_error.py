@@ -40,12 +40,12 @@ def too_small(program: Program, config: BuildConfig, sequence_dims: Mapping[str,
         source = made[value.name].where.source
         lines.append(f"    {bytes_text(nbytes)} {value.name}" + (f" ({source})" if source else ""))
     lasting = parameters + _after_backward(moments)
-    if lasting > config.memory_budget_bytes:
+    if lasting > config.budget_bytes:
         fix = (f"give {bytes_text(least)}, or train fewer or narrower parameters: with gradients and sums of these they"
                f" take {bytes_text(lasting)}, which neither more ranks nor a shorter sequence changes")  # fmt: skip
     else:
         fix = _less(program, config, sequence_dims, parameters + gradients, least)
-    what = f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(config.memory_budget_bytes)}"
+    what = f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(config.budget_bytes)}"
     return BudgetTooSmall(Problem("budget-too-small", what, why="\n".join(lines), fix=fix), program)
 
 
@@ -57,8 +57,8 @@ def _after_backward(moments: list[Moment]) -> int:
 
 def _less(program: Program, config: BuildConfig, dims: Mapping[str, int], lasting: int, least: int) -> str:
     """What takes less; of the length the part for which the budget has room beside what lasts."""
-    length = max((e.value.shape[dims[e.value.name]] for e in program.inputs if e.value.name in dims), default=0)
-    fits = max(0, length * (config.memory_budget_bytes - lasting) // max(least - lasting, 1))
+    length = max((e.value.whole_shape[dims[e.value.name]] for e in program.inputs if e.value.name in dims), default=0)
+    fits = max(0, length * (config.budget_bytes - lasting) // max(least - lasting, 1))
     options = ["--recompute auto"] * (config.recompute != "auto") + ["--offload host"] * (config.offload == "off")
     sequence = f"or a sequence of about {fits} (in proportion; autosp-aot plan --max-seq searches)"
     return ", ".join([f"give {bytes_text(least)}", "more ranks", *options, sequence])

@@ -10,6 +10,7 @@ other beats in both bytes and price. Method: knapsack over undominated states (N
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 # Sums are rounded up to so many steps of the largest there can be: the budget is kept, and the states stay few.
 STEPS = 2**14
@@ -25,11 +26,12 @@ class Option:
     seconds: float
 
 
-Options = Sequence[Sequence[Option]]
+Some = TypeVar("Some", bound=Option)
+Options = Sequence[Sequence[Some]]
 Price = Callable[[float, int, Option], float | None]
 
 
-def cheapest(options: Options, budget_bytes: int) -> list[Option] | None:
+def cheapest(options: Options[Some], budget_bytes: int) -> list[Some] | None:
     """The options, in order, that take the least seconds within the budget; None where none do.
 
     `options[i]` are those of a run that begins with segment i. Exact up to the rounding of `STEPS`.
@@ -41,12 +43,14 @@ def cheapest(options: Options, budget_bytes: int) -> list[Option] | None:
     return _least(options, price)
 
 
-def tightest(options: Options) -> list[Option]:
+def tightest(options: Options[Some]) -> list[Some]:
     """The options that need the least budget."""
-    return _least(options, lambda most, before, option: max(most, before + option.needed_bytes))
+    found = _least(options, lambda most, before, option: max(most, before + option.needed_bytes))
+    assert found is not None, "a price is refused by none"
+    return found
 
 
-def _least(options: Options, price: Price) -> list[Option] | None:
+def _least(options: Options[Some], price: Price) -> list[Some] | None:
     """The options of the least price: `price` of that of the options before, the bytes these keep, and the next."""
     step = 1 + sum(max((option.kept_bytes for option in choices), default=0) for choices in options) // STEPS
     states: list[dict[int, tuple[float, tuple]]] = [{} for _ in range(len(options) + 1)]
@@ -70,7 +74,7 @@ def _least(options: Options, price: Price) -> list[Option] | None:
 
 def _undominated(states: dict[int, tuple[float, tuple]]) -> list[tuple[int, tuple[float, tuple]]]:
     """The states, by bytes, whose price is less than that of every one with fewer."""
-    found = []
+    found: list[tuple[int, tuple[float, tuple]]] = []
     for kept, state in sorted(states.items()):
         if not found or state[0] < found[-1][1][0]:
             found.append((kept, state))

@@ -73,7 +73,8 @@ def _stretches(ladder: Ladder, program: Program) -> tuple[dict[int, _Stretch], d
     """Of the segments in forward and in backward, and the most that is alive after both."""
     entered = {name: at + 1 for at, segment in enumerate(ladder.segments) for name in segment.boundary}
     number = ladder.number | entered  # what a segment begins with says that the step is in it
-    forward, backward = {}, {}
+    forward: dict[int, _Stretch] = {}
+    backward: dict[int, _Stretch] = {}
     moments, alive = iter(curve(program, ladder.rank, ladder.target)), 0
     for name, current in (("forward", 0), ("backward", ladder.last)):
         ahead = name == "forward"

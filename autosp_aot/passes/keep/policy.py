@@ -80,7 +80,7 @@ def by_policy(step: Step, policy: str) -> dict[str, str]:
 
 def reasons(step: Step) -> dict[str, str]:
     """Why each value of forward would be kept, if it were."""
-    why = {}
+    why: dict[str, str] = {}
     for instr in step.program.section("forward").instrs:
         reason = SENT if instr.op in COLLECTIVES else ATTENDED if is_quadratic(instr.op) else ROOM
         why.update((out.name, reason) for out in instr.values())
@@ -93,7 +93,7 @@ def _within(step: Step, config: BuildConfig, schedule: Schedule) -> frozenset[st
     """The values to keep for the fastest step that fits the budget."""
     program, ladder = step.program, Ladder(step.program, step.segments, config)
     options = choices(ladder, measure(ladder, schedule), config.offload)
-    room = config.memory_budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
+    room = config.budget_bytes - sum(entry.value.nbytes() for entry in program.inputs)
     wanted = room
     for _ in range(ATTEMPTS):
         within = (cheapest(_tier(options, *tier), wanted) for tier in TIERS)

@@ -12,7 +12,7 @@ From `sac` on, several segments may be on a rung together, with the boundaries b
 costs is counted at the rates of the device's data sheet; what it takes is measured, see `needs.py`.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -95,7 +95,10 @@ class Ladder:
 
     def _part(self, at: int, kept: frozenset[str], inner: bool) -> "Part":
         """Segment `at` where it keeps `kept`; `inner` where a later segment of its run needs its boundary again."""
-        boundary, way, used, held = self.segments[at].boundary, [], kept.intersection(self.segments[at].boundary), set()
+        boundary = self.segments[at].boundary
+        way: list[Instr] = []
+        used: Set[str] = kept.intersection(boundary)
+        held: set[str] = set()
         if inner:
             way, used = self.again(at, boundary, kept)
             held = {name for instr in way for name in names([instr]) if is_costly(instr.op) or name in boundary}

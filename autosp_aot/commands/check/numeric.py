@@ -149,14 +149,13 @@ def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
 
 def widened(program: Program, wider: Mapping[str, str]) -> Program:
     """The program with wider dtypes in place of others; what is drawn is drawn as before and then widened."""
-    seeds = {entry.value.name for entry in program.inputs if entry.kind == "seed"}
     dtype = lambda name: wider.get(name, name)  # noqa: E731
     leaf = lambda arg: Dtype(dtype(arg.name)) if isinstance(arg, Dtype) else dtype(arg)  # noqa: E731
     value = lambda v: v and replace(v, dtype=dtype(v.dtype))  # noqa: E731
 
     def again(instr: Instr) -> list[Instr]:
         wide = tuple(map(value, instr.outs))
-        if wide != instr.outs and seeds.intersection(instr.refs()):
+        if wide != instr.outs and instr.op == "autosp.uniform":
             drawn = replace(instr.outs[0], name=f"{instr.outs[0].name}.drawn")
             cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype(wide[0].dtype)),))
             return [replace(instr, outs=(drawn,)), cast]

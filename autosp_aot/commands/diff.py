@@ -152,7 +152,7 @@ def _decisions(kind: str, a: Said, b: Said) -> list[str]:
     if not changed:
         return []
     name, old, new = changed[0]
-    return [f"placed otherwise: {len(changed)} values, the first {kind}{name}: {old} -> {new}"]
+    return [f"sharded differently: {len(changed)} values, the first {kind}{name}: {old} -> {new}"]
 
 
 def _files(a: Manifest, b: Manifest) -> list[str]:

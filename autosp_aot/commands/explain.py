@@ -1,4 +1,4 @@
-"""`autosp-aot explain DIR VALUE`: why a value is placed, moved, kept, computed again and released as it is.
+"""`autosp-aot explain DIR VALUE`: why a value is placed, moved, saved, recomputed and released.
 
 What is recorded is the strategy of each call. The alternatives and their prices are found by taking those decisions
 again over `whole.program`, up to the call in question.

@@ -42,8 +42,8 @@ def strategy_text(spec: Spec | None, strategy: Strategy) -> str:
     else:
         inside = f" in each of {strategy.outer} parts" if strategy.outer != 1 else ""
         text = f"{factor(spec, strategy.factor)} cut at {bounds_text(strategy.bounds)}{inside}"
-    summands = " and ".join(str(at + 1) for at in strategy.partial)
-    return f"{text}, operand {summands} a partial sum" if summands else text
+    partial = " and ".join(str(at + 1) for at in strategy.partial)
+    return f"{text}, operand {partial} a partial sum" if partial else text
 
 
 def placement_text(placement: Placement, box: str = "rank") -> str:

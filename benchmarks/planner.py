@@ -22,7 +22,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A shape over `sp` devices; `once` wants no collective and no attention to be done again."""
+    """A shape over `sp` devices; `once` wants no collective and no attention to be recomputed."""
 
     shape: str
     sp: int
@@ -45,7 +45,8 @@ ROWS = (
 
 
 def main() -> int:
-    print("| shape | sp | device | S | optimizer | offload | peak | computed again | seconds to plan | fits |")
+    print("| shape | sp | device | S | optimizer | offload | planned peak | recomputed FLOPs "
+          "| seconds to plan | fits |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
     return 0 if all([planned(row) for row in ROWS]) else 1
 

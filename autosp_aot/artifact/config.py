@@ -11,16 +11,16 @@ OFFLOAD = ("off", "auto", "host")
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What a build is told; the default is what most people want.
+    """Build options; the default is what most people want.
 
     ranks       how many ranks share a sequence
     target      the device the program is for: cpu, cuda or rocm
-    recompute   what is computed again in backward: `none`; `sac`, all but attention and collectives; `full`, attention
+    recompute   what is recomputed in backward: `none`; `sac`, all but attention and collectives; `full`, attention
                 too; `auto`, what the budget needs. The numbers are the same
     memory_budget_bytes
                 what parameters, gradients, activations and workspace of a rank may take together
     tile        how many slices of the sequence loss and MLP are computed in: a number, `auto` (by size) or `off`
-    offload     which kept values wait in host memory: `off`, `host` (all), `auto` (what the budget needs)
+    offload     which saved values wait in host memory: `off`, `host` (all), `auto` (what the budget needs)
     device      at whose rates a budget's choices are priced; None, the first of `targets.DEVICES` of the target's kind
     strict      refuse operators without a rule instead of computing them on every rank
     evaluation  build the program that gives the loss in eval mode as well

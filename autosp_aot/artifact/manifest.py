@@ -25,7 +25,9 @@ from autosp_aot.artifact.batches import Constant
 from autosp_aot.errors import Problem
 from autosp_aot.ir.program import Value
 
-FORMAT = 5
+FORMAT = 5  # docs/format.md has the history, tests/artifact/formats an artifact of each from 5 on
+# The releases that read a format, as people say them. What is not here was written by development versions alone.
+READ_BY = {5: "0.1.0"}
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 BUFFERS = "buffers.safetensors"

@@ -8,6 +8,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from autosp_aot import __version__
 from autosp_aot.artifact.batches import CONSTANTS
 from autosp_aot.artifact.checkpoint_layout import Recipe, parse_recipe
 from autosp_aot.artifact.config import checked_config
@@ -19,6 +20,7 @@ from autosp_aot.artifact.manifest import (
     FORMAT,
     MANIFEST,
     RANKS,
+    READ_BY,
     REPORT,
     STEP,
     WEIGHTS,
@@ -53,8 +55,7 @@ def read_manifest(path: str | Path) -> Manifest:
         found = whole["manifest"]
         if text != sealed(found):
             raise ValueError("its own hash does not match")
-        if found.get("format") != FORMAT:
-            raise ValueError(f"format {found.get('format')}, this version reads {FORMAT}")
+        _check_format(path, found["format"], found["versions"]["autosp-aot"])
         manifest = _manifest(found)
     except (ValueError, KeyError, TypeError, AttributeError, BuildError, RecursionError) as error:
         raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
@@ -63,6 +64,20 @@ def read_manifest(path: str | Path) -> Manifest:
         if (count := len(_ranks(path, kind))) != manifest.ranks:
             raise _damaged("ranks-damaged", f"{path / (kind + RANKS)} has {count} ranks", f"it is for {manifest.ranks}")
     return manifest
+
+
+def _check_format(path: Path, number: object, writer: object) -> None:
+    """Raise ArtifactError (`artifact-format`) for any format but this version's, with the version that reads it."""
+    if type(number) is not int or type(writer) is not str:
+        raise ValueError("format is no number, or the version that wrote it no text")
+    if number == FORMAT:
+        return
+    # Of a later format only the artifact itself knows who reads it; of an earlier one, who was released since.
+    reader = READ_BY.get(number, writer if number > FORMAT else None)
+    what = f"{path} has format {number}, and autosp-aot {__version__} reads format {FORMAT}"
+    why = f"autosp-aot {reader} reads format {number}" if reader else f"no released version reads format {number}"
+    fix = f"use autosp-aot {reader}, or build the artifact again" if reader else "build the artifact again"
+    raise _damaged("artifact-format", what, why, fix)
 
 
 def _manifest(found: Json) -> Manifest:

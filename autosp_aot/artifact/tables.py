@@ -19,11 +19,11 @@ def facts(manifest: Manifest) -> Rows:
         ("target", manifest.target),
         ("inputs", ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.batch)),
         ("parameters", f"{len(manifest.parameters)}, {bytes_text(weights)} on every rank"),
-        ("recompute", f"{manifest.recompute}, {again:.1%} of the products' FLOPs"),
+        ("recompute", f"{manifest.recompute}, {again:.1%} of matmul and attention FLOPs"),
         *([("memory budget", bytes_text(budget))] if (budget := manifest.memory_budget_bytes) else []),
         ("tiles", str(manifest.tile)),
         ("offload", f"{manifest.offload}{_on_host(costs)}"),
-        ("kept for backward", bytes_text(costs["kept_bytes"])),
+        ("saved for backward", bytes_text(costs["kept_bytes"])),
         ("peak of activations and gradients", f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"),
         ("peak of an evaluation", _evaluation_peak(manifest)),
         ("compared with eager", manifest.compared),
@@ -33,7 +33,7 @@ def facts(manifest: Manifest) -> Rows:
 
 def _evaluation_peak(manifest: Manifest) -> str:
     if manifest.evaluation is None:
-        return "there is none: --no-evaluation"
+        return "not built (--no-evaluation)"
     costs = manifest.evaluation.costs
     return f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"
 

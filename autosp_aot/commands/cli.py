@@ -1,4 +1,4 @@
-"""The command line: read flags, call one function, print, exit code. stdout is data, stderr is talk.
+"""The command line: read flags, call one function, print, exit code. stdout is data, diagnostics go to stderr.
 
 Commands import what needs torch themselves, so that `--help` is immediate.
 """
@@ -73,7 +73,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="autosp-aot")
 def main() -> None:
-    """Compile a training model into one program a rank, each with its share of every sequence, and train with them.
+    """Compile a training model into programs for ranks that share every sequence, and train with them.
 
     Exit codes: 0 done, 2 the model or the command is refused, 3 the artifact is refused or does not fit.
     """
@@ -102,13 +102,13 @@ def _value(text: str) -> object:
 
 
 STEP_OPTIONS = (
-    click.option("--batch", type=POSITIVE, default=1, help="Sequences of a step."),
+    click.option("--batch", type=POSITIVE, default=1, help="Sequences in a batch."),
     click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
                  help="An option of build_model; may be repeated."),
     click.option("--tile", type=Units("auto|off|n", _tiles), default="auto",
-                 help="Compute loss and MLP in slices of the sequence: as many as pay, none, or N."),
+                 help="Compute loss and MLP in slices of the sequence: as many as pay (auto), none (off), or N."),
     click.option("--offload", type=click.Choice(OFFLOAD), default="off",
-                 help="Kept values wait in host memory: none, those that the budget needs, all (host)."),
+                 help="Saved values go to host memory: none (off), those that the budget needs (auto), all (host)."),
 )  # fmt: skip
 
 
@@ -125,21 +125,22 @@ def step_options(command: Callable) -> Callable:
 @click.option("--seq", type=Units("length", length_of), default=4096, help="Tokens of a sequence; 128k is 131072.")
 @step_options
 @click.option("--recompute", type=click.Choice(RECOMPUTE),
-              help="What backward computes again. none: nothing. sac: all but attention. full: attention too. "
+              help="What backward recomputes. none: nothing. sac: all but attention. full: attention too. "
                    "auto: what the budget needs.  [default: auto with --memory-budget, else sac]")
-@click.option("--memory-budget", type=SIZE, help="What parameters, gradients, activations and workspace of a rank may "
-              "take together, as 70GiB; optimizer state comes on top.")
-@click.option("-o", "--out", metavar="DIR", type=PATH, help="Where to write; default ./<model file stem>.sp<P>.")
+@click.option("--memory-budget", type=SIZE, help="Limit for parameters, gradients, activations and workspace of a "
+              "rank, as 70GiB, excluding optimizer state.")
+@click.option("-o", "--out", metavar="DIR", type=PATH, help="Output folder; default ./<model file stem>.sp<P>.")
 @click.option("--target", type=click.Choice(list(dict.fromkeys((*KINDS, *DEVICES)))),
-              help="What for: a kind of device, or a device, whose rates say what is worth computing again.  "
+              help="Target: a kind of device, or a device, whose rates say what is worth recomputing.  "
                    "[default: the kind that torch finds here]")
 @click.option("--strict", is_flag=True, help="Refuse operators without a rule instead of computing them on every rank.")
-@click.option("--seed", type=int, default=0, help="Of the initial weights.")
+@click.option("--seed", type=int, default=0, help="Seed of the initial weights.")
 @click.option("--no-evaluation", is_flag=True, help="Build no program for the loss in eval mode.")
 @click.option("--no-weights", is_flag=True, help="Store no initial weights.")
 @click.option("--no-eager-check", is_flag=True,
               help="Do not compare the build with steps of the model itself, where that takes seconds.")
-@click.option("--dump", metavar="DIR", type=PATH, help="Write what each pass makes, into a new folder.")  # fmt: skip
+@click.option("--dump", metavar="DIR", type=PATH,
+              help="Write the program after each pass into a new folder.")  # fmt: skip
 def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str | int, offload: str,
           recompute: str | None, memory_budget: int | None, out: Path | None, target: str | None,
           strict: bool, seed: int, no_evaluation: bool, no_weights: bool, no_eager_check: bool,
@@ -172,29 +173,29 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
 @click.option("--seq", "seqs", metavar="LENGTH,...", type=Units("lengths", length_of, many=True), required=True,
               help="Tokens of a sequence; 128k is 131072.")
 @step_options
-@click.option("--recompute", type=click.Choice(RECOMPUTE), default="auto", help="As of build; auto: what fits.")
-@click.option("--target", type=click.Choice(list(DEVICES)), default="a100-80", help="Whose memory and rates.")
-@click.option("--memory", type=SIZE, help="Of a device, as 80GiB.  [default: the target's]")
-@click.option("--reserve", type=SIZE, default="3GiB", help="Of it left to driver, allocator and all else.")
-@click.option("--dp", type=POSITIVE, default=1, help="Groups of ranks, each with sequences of its own.")
+@click.option("--recompute", type=click.Choice(RECOMPUTE), default="auto", help="As for build; auto: what fits.")
+@click.option("--target", type=click.Choice(list(DEVICES)), default="a100-80", help="Device model.")
+@click.option("--memory", type=SIZE, help="Memory of a device, as 80GiB.  [default: the target's]")
+@click.option("--reserve", type=SIZE, default="3GiB", help="Memory reserved for driver, allocator and all else.")
+@click.option("--dp", type=POSITIVE, default=1, help="Replicas: groups of ranks, each with its own sequences.")
 @click.option("--zero", type=click.Choice(["0", "1"]), default="1",
-              help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
-@click.option("--accumulate", type=POSITIVE, default=1, help="Batches of each group in a step.")
+              help="1: optimizer state is sharded over all dp x sp ranks. 0: it is replicated.")
+@click.option("--accumulate", type=POSITIVE, default=1, help="Micro-batches of each replica in a step.")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw",
-              help="adamw: fp32 moments, and a master of narrower parameters. host: that, in host memory.")
+              help="adamw: fp32 moments, and fp32 masters of narrower parameters. host: that, in host memory.")
 @click.option("--max-seq", "search", is_flag=True,
-              help="For each --sp find the longest sequence that fits: one 1/32 longer does not.")
-@click.option("--html", metavar="FILE", type=OUTPUT_FILE, help="Write peak against length and ranks as a page.")
-@click.option("--jobs", type=POSITIVE, default=2, help="Processes that lengths are shared out over.")
+              help="For each --sp find the longest sequence that fits, to within 1/32.")
+@click.option("--html", metavar="FILE", type=OUTPUT_FILE, help="Write peak against length and ranks as an HTML page.")
+@click.option("--jobs", type=POSITIVE, default=2, help="Processes that plan lengths in parallel.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
 def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, options: dict, tile: str | int,
          offload: str, recompute: str, target: str, memory: int | None, reserve: int, dp: int, zero: str,
          accumulate: int, optimizer: str, search: bool, html: Path | None, jobs: int,
          as_json: bool) -> None:  # fmt: skip
-    """Say what a step would take on a rank, and what fits; writes no artifact.
+    """Predict what a step takes on a rank, and what fits; writes no artifact.
 
-    For every --sp and every --seq: the peak and what it consists of, bytes moved, products computed again. Step times
-    are from data sheets, and have not been measured.
+    For every --sp and every --seq: the peak and its breakdown, bytes moved, recomputed FLOPs. Step times come from data
+    sheets and have not been measured.
     """
     from autosp_aot.commands.plan.planning import Asked, Setting, sweep
     from autosp_aot.commands.plan.report import plan_json, plan_page, plan_text
@@ -213,25 +214,25 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
 @main.command()
 @click.argument("artifact", metavar="DIR", type=PATH)
 @click.option("--steps", type=POSITIVE, default=10, help="Steps to train.")
-@click.option("--dp", type=POSITIVE, default=1, help="Groups of ranks, each with sequences of its own.")
-@click.option("--accumulate", type=POSITIVE, default=1, help="Batches of each group in a step.")
+@click.option("--dp", type=POSITIVE, default=1, help="Replicas: groups of ranks, each with its own sequences.")
+@click.option("--accumulate", type=POSITIVE, default=1, help="Micro-batches of each replica in a step.")
 @click.option("--data", type=EXISTING, help="Text, a folder of text, or a .npy of token ids; default random tokens.")
 @click.option("--init-from", type=EXISTING, help="Weights: a Hugging Face folder, or a safetensors file.")
-@click.option("--lr", type=NOT_NEGATIVE, default=1e-3, help="AdamW's learning rate, the highest of a schedule.")
-@click.option("--warmup", type=click.IntRange(min=0), default=0, help="Steps in which it rises from 0 in a line.")
-@click.option("--schedule", type=click.Choice(SCHEDULES), default="constant", help="And what it does then.")
-@click.option("--min-lr", type=NOT_NEGATIVE, default=0.0, help="Where cosine and linear end.")
-@click.option("--weight-decay", type=NOT_NEGATIVE, default=0.01, help="Of all parameters, as torch's AdamW.")
+@click.option("--lr", type=NOT_NEGATIVE, default=1e-3, help="AdamW's learning rate, the maximum of a schedule.")
+@click.option("--warmup", type=click.IntRange(min=0), default=0, help="Linear warmup steps.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), default="constant", help="LR schedule after warmup.")
+@click.option("--min-lr", type=NOT_NEGATIVE, default=0.0, help="Final learning rate of cosine and linear.")
+@click.option("--weight-decay", type=NOT_NEGATIVE, default=0.01, help="Of all parameters, as in torch's AdamW.")
 @click.option("--clip", type=click.FloatRange(min=0, min_open=True),
-              help="The longest that the gradient may be, norms and biases included.  [default: any length]")
+              help="Max gradient norm, over all parameters.  [default: no clipping]")
 @click.option("--zero", type=click.Choice(["0", "1"]), default="0",
-              help="1: optimizer state is shared out over all dp x sp ranks. 0: it is whole on each.")
+              help="1: optimizer state is sharded over all dp x sp ranks. 0: it is replicated.")
 @click.option("--deepspeed", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Train with DeepSpeed by this config: its optimizer, ZeRO, accumulation and clipping.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the order of the data, and of dropout.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the data order and of dropout.")
 @click.option("--eval-every", metavar="N", type=POSITIVE, help="After every N steps, print the loss of --eval-data.")
 @click.option("--eval-data", type=EXISTING, help="As --data, or as --batch-file where it ends in .safetensors.")
-@click.option("--eval-batches", type=POSITIVE, default=8, help="Of it, the same ones each time.")
+@click.option("--eval-batches", type=POSITIVE, default=8, help="Batches of --eval-data, the same ones each time.")
 @click.option("--save", metavar="DIR", type=PATH, help="Write the weights at the end, as from_pretrained reads them.")
 @click.option("--metrics", metavar="FILE.jsonl", type=OUTPUT_FILE, help="Write a JSON line a step.")
 @click.option("--batch-file", metavar="FILE.safetensors", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -271,11 +272,11 @@ def run(ctx: click.Context, artifact: Path, data: Path | None, batch_file: Path 
 
 @main.command()
 @click.argument("artifact", metavar="DIR", type=PATH)
-@click.option("--rank", type=click.IntRange(min=0), default=0, help="Whose program to print.")
+@click.option("--rank", type=click.IntRange(min=0), default=0, help="Rank whose program is printed.")
 @click.option("--evaluation", is_flag=True, help="Print the program for the loss in eval mode.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
-    """Print what an artifact moves and keeps, and a rank's program with its numbers filled in."""
+    """Print what an artifact moves and saves, and a rank's program with its numbers filled in."""
     from autosp_aot.commands.show import show as show_text
     from autosp_aot.commands.show import show_json
 
@@ -287,15 +288,15 @@ def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("artifact", metavar="DIR", type=PATH)
-@click.option("--numeric", is_flag=True, help="Then run all ranks against the unsharded step, on made-up inputs.")
+@click.option("--numeric", is_flag=True, help="Then compare all ranks with the unsharded step, on random inputs.")
 @click.option("--eager", metavar="MODEL.py", type=EXISTING,
-              help="Then take steps of SGD with the model itself, and with all ranks in one process.")
+              help="Then compare SGD steps of all ranks, in one process, with those of the model itself.")
 @click.option("--steps", type=POSITIVE, default=2, help="Steps of --eager.")
 @click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
               help="An option of build_model, for --eager; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
 def check(artifact: Path, numeric: bool, eager: Path | None, steps: int, options: dict, as_json: bool) -> None:
-    """Prove an artifact right for all ranks together, without running it."""
+    """Prove the per-rank programs equivalent to the unsharded step, without running them."""
     from autosp_aot.commands.check.eager import check_eager
     from autosp_aot.commands.check.numeric import check_numeric
     from autosp_aot.commands.check.proof import check as check_artifact
@@ -312,12 +313,12 @@ def check(artifact: Path, numeric: bool, eager: Path | None, steps: int, options
 @click.argument("artifact", metavar="DIR", type=PATH)
 @click.option("--format", "kind", type=click.Choice(["onnx", "pt2"]), required=True,
               help="onnx: a graph to look at. pt2: an exported program that torch.export.load reads.")
-@click.option("--rank", type=click.IntRange(min=0), default=0, help="Whose program.")
-@click.option("--evaluation", is_flag=True, help="The program for the loss in eval mode.")
+@click.option("--rank", type=click.IntRange(min=0), default=0, help="Rank whose program is written.")
+@click.option("--evaluation", is_flag=True, help="Write the program for the loss in eval mode.")
 @click.option("-o", "--out", metavar="FILE", type=OUTPUT_FILE,
-              help="Where to write; default <artifact>.rank<r>.<format> beside it.")  # fmt: skip
+              help="Output file; default <artifact>.rank<r>.<format> beside it.")  # fmt: skip
 def export(artifact: Path, kind: str, rank: int, evaluation: bool, out: Path | None) -> None:
-    """Write a rank's program in a format of others; prints the path."""
+    """Write a rank's program for other tools; prints the path."""
     from autosp_aot.commands.interchange.output import export_rank
     from autosp_aot.errors import need_package
 
@@ -334,9 +335,9 @@ def export(artifact: Path, kind: str, rank: int, evaluation: bool, out: Path | N
 @click.argument("value", metavar="VALUE")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def explain(artifact: Path, value: str, as_json: bool) -> None:
-    """Say why a value is placed, moved, kept, computed again or gathered as it is.
+    """Say why a value is placed, moved, saved, recomputed or gathered.
 
-    VALUE is its name as show prints it, or a beginning or an end of it that no other value has.
+    VALUE is its name as show prints it, or a unique beginning or end of it.
     """
     from autosp_aot.commands.explain import explain as explain_value
 

@@ -46,7 +46,7 @@ def compare(path_a: str | Path, path_b: str | Path) -> Comparison:
         *_build(a, b),
         *_counts("collective", _collectives, first, second),
         *of_all(_bytes_moved),
-        *_counts("values computed again", _recomputed, first, second),
+        *_counts("values recomputed", _recomputed, first, second),
         *of_all(_costs),
         *of_all(_fallbacks),
         *_counts("operator", _operators, first, second),
@@ -152,7 +152,7 @@ def _decisions(kind: str, a: Said, b: Said) -> list[str]:
     if not changed:
         return []
     name, old, new = changed[0]
-    return [f"placed otherwise: {len(changed)} values, the first {kind}{name}: {old} -> {new}"]
+    return [f"sharded differently: {len(changed)} values, the first {kind}{name}: {old} -> {new}"]
 
 
 def _files(a: Manifest, b: Manifest) -> list[str]:

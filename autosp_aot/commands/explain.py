@@ -1,4 +1,4 @@
-"""`autosp-aot explain DIR VALUE`: why a value is placed, moved, kept, computed again and released as it is.
+"""`autosp-aot explain DIR VALUE`: why a value is placed, moved, saved, recomputed and released.
 
 What is recorded is the strategy of each call. The alternatives and their prices are found by taking those decisions
 again over `whole.program`, up to the call in question.
@@ -151,7 +151,7 @@ class _Explainer:
         yield from self.maker(instr, value, place.values)
         yield "tiles", [f"{body.tiles} a rank, one after the other, for {_some([*values_of([tiles])])}"]
         yield "placed", [placement_text(value.placement, "tile")]
-        yield "stands for", [f"a tile's {'summand' if value.placement.partial else 'part'} of {means}"]
+        yield "stands for", [f"a tile's {'partial sum' if value.placement.partial else 'part'} of {means}"]
         if instr.op not in MOVES and means in self.whole.values():
             yield from self.choice(means, None)
         yield "read by", [_some([_first(reader) for reader in place.readers.get(name, [])])]
@@ -167,7 +167,7 @@ class _Explainer:
             yield from self.maker(instr, value, self.values)
         yield "placed", [placement_text(value.placement)]
         if name.startswith(RECOMPUTED):
-            yield "again", [f"{name.removeprefix(RECOMPUTED)}, computed again for backward; explain that for the rest"]
+            yield "again", [f"{name.removeprefix(RECOMPUTED)}, recomputed for backward; explain that for the rest"]
         elif instr is not None and instr.op in MOVES:
             yield "moved from", [self.received(name, instr)]
             yield "because", [f"{_first(reader)} reads it so" for reader in self.readers.get(name, [])[:READERS]]
@@ -200,7 +200,7 @@ class _Explainer:
         made = next(i for i in self.whole.instrs() if any(out.name == meaning for out in i.values()))
         placed = dict(zip((out.name for out in made.values()), found.taken.results))
         if placement not in (None, placed[meaning]):
-            why = "taken again, the decisions of the manifest place it otherwise than the program"
+            why = "taken again, the decisions of the manifest shard it differently than the program"
             raise decisions.decision_wrong(meaning, why)
         labels = found.labels.by_value.get(meaning, ())
         yield "sequence", [f"along dim {at.dim}: {at.extent} positions{_parts(at)}" for at in labels] or ["none in it"]
@@ -237,7 +237,7 @@ class _Explainer:
         return f"{source.name} by {instr.op} to {to}, {bytes_text(bytes_)} received by the worst rank"
 
     def backward(self, name: str) -> Iterator[str]:
-        """Kept or computed again, and why."""
+        """Saved or recomputed, and why."""
         forward, backward = self.program.section("forward"), self.program.section("backward")
         made_here = any(out.name == name for instr in forward.instrs for out in instr.values())
         if not made_here or self.made_by[name].op in COPIES:
@@ -245,25 +245,25 @@ class _Explainer:
         largest = map_ints(self.program, lambda n: max(n.values) if isinstance(n, PerRank) else n).values()
         away = any(reader.op == "offload" for reader in self.readers.get(name, []))
         if name in backward.takes or away:
-            why = "nothing is computed again" if self.manifest.recompute == "none" else self.kept()[name]
-            place = "kept in host memory" if away else "kept"
+            why = "nothing is recomputed" if self.manifest.recompute == "none" else self.kept()[name]
+            place = "saved in host memory" if away else "saved"
             yield f"{place}, {bytes_text(largest[name].nbytes())} on the rank with the most: {why}"
         elif (again := RECOMPUTED + name) in self.values:
             operands = _some([ref for ref in self.made_by[again].refs() if ref not in self.inputs])
-            yield f"computed again: {self.price(name)}"
+            yield f"recomputed: {self.price(name)}"
             yield f"from {operands or 'inputs'}, for {_some([_first(i) for i in self.readers[again]])}"
         else:
             yield "does not need it"
 
     def price(self, name: str) -> str:
-        """What it takes to have a value of forward once more."""
+        """What it takes to recompute a value of forward."""
         instr = self.made_by[name]
         if instr.op in COLLECTIVES:
-            return f"not kept under this plan, so {self.received(name, instr)} once more"
+            return f"not saved under this plan, so repeats {self.received(name, instr)}"
         if is_quadratic(instr.op):
             count = flops(instr, self.values, heaviest(self.program))
-            return f"not kept under this plan, so attention's {count:.3g} FLOPs on the rank with the most once more"
-        return "its cost is linear in the sequence, and it follows from what is kept"
+            return f"not saved under this plan, so repeats attention's {count:.3g} FLOPs on the rank with the most"
+        return "its cost is linear in the sequence, and it follows from what is saved"
 
     def kept(self) -> dict[str, str]:
         taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
@@ -294,9 +294,9 @@ def _last_before_release(instrs: Iterable[Instr], name: str) -> str | None:
 def _priced(found: Weighed, choice: Choice) -> str:
     said = strategy_text(found.spec, choice.strategy)
     if any(placement.partial for placement in choice.results):
-        said += ", the result a summand"
+        said += ", the result a partial sum"
     received, home, work = map(bytes_text, (choice.received_bytes, choice.home_bytes, choice.work))
-    total = f"{bytes_text(choice.price[1])} = {received} received + {home} to bring home + {work} for local work"
+    total = f"{bytes_text(choice.price[1])} = {received} received + {home} to reshard results + {work} for local work"
     return f"{said}: {total}" + ("; gathers, so the last resort" if choice.gathers else "")
 
 

@@ -98,7 +98,7 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     Functions that the module holds are copied with what they close over, so that they see the copy; so are weak
     references to its parts.
 
-    Never capture meta tensors themselves: their losses have no gradient kernel and yield zeros without a word.
+    Never capture meta tensors themselves: their losses have no gradient kernel and silently yield zeros.
     """
     memo = {id(parameter): _fake(parameter, mode) for parameter in module.parameters()}
     parts = {id(part) for part in module.modules()}

@@ -1,4 +1,4 @@
-"""What capture drops without a word, seen while the user's forward runs, and refused.
+"""Constructs that torch.export would silently drop, seen while the user's forward runs, and refused.
 
 with torch.autocast("cuda"):        makes no casts when captured on CPU
 checkpoint(f, x, use_reentrant=True) traced through: its own backward is lost

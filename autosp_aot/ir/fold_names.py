@@ -1,4 +1,4 @@
-"""Many names in few words: `layers.0.norm`, `layers.1.norm`, `layers.2.norm` are `layers.{0-2}.norm`."""
+"""Folds indexed names: `layers.0.norm`, `layers.1.norm`, `layers.2.norm` are `layers.{0-2}.norm`."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Where a value lives: a box a rank, and whether the boxes are summands.
+"""Where a value lives: a box a rank, and whether the local tensors are partial sums.
 
 A dim of size `outer * extent` is cut along its `extent`: rank r holds, for every outer index, the interval `bounds[r]`.
 
@@ -6,7 +6,7 @@ A dim of size `outer * extent` is cut along its `extent`: rank r holds, for ever
     [B*S, V]  by sequence     Cut(dim=0, outer=B, bounds over S)
     [B, S, N*D] by heads      Cut(dim=2, outer=1, bounds over N*D, multiples of D)
 
-    Replicate   no cut                       Partial     no cut, `partial`: each rank holds a summand
+    Replicate   no cut                       Partial     no cut, `partial`: each rank holds a partial sum
     Shard       one cut, disjoint bounds     copies      one cut, overlapping bounds (key/value heads of a group)
 """
 

@@ -16,9 +16,9 @@ ITEMSIZE = {
 }  # fmt: skip
 
 
-# What the name of a recomputed value begins with; the rest is the name of the value it is again.
+# What the name of a recomputed value begins with; the rest is the name of the recomputed value.
 RECOMPUTED = "recompute."
-# The same for a value of a tile; the rest is the name of the value it is a part or a summand of.
+# The same for a value of a tile; the rest is the name of the value it is a part or a partial sum of.
 TILE = "tile."
 
 # The same for a value computed with a guess of the loss's tangent, before backward.
@@ -132,9 +132,9 @@ class Instr:
 class Body:
     """What a `tiles` instruction does once for each of its tiles, one after the other.
 
-    `gives` names, for each result of the instruction, what a tile makes of it: a part, or a summand of it. Tiles are
-    further ranks in time: boxes and `PerRank` numbers are those of ranks x tiles, rank r's tile t at r * tiles + t.
-    Values made in a body are known in it alone.
+    `gives` names, for each result of the instruction, what a tile makes of it: a part, or a partial sum of it. Tiles
+    are virtual ranks executed sequentially: boxes and `PerRank` numbers are those of ranks x tiles, rank r's tile t at
+    r * tiles + t. Values made in a body are known in it alone.
     """
 
     tiles: int

@@ -98,7 +98,7 @@ def _in_order(tensor: Tensor, parts: list[Tensor]) -> bool:
 
 
 def places_of_tile(part: Value, out: Value, box: int, rank: int) -> list[tuple[Box, Box]]:
-    """Where in a tile's part, box `box`, and where in rank `rank`'s result what they share is; of a summand nothing."""
+    """Where in a tile's part, box `box`, and where in rank `rank`'s result what they share is; nothing of a sum."""
     if part.placement == PARTIAL:
         return []
     a, b, whole = part.placement, out.placement, out.whole_shape
@@ -146,7 +146,7 @@ class Piece:
 def transfers(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Piece]:
     """What `sender` gives `receiver` when a value goes from `source` to `target`; deterministic, in ascending order.
 
-    Summands all travel. Of several copies the receiver takes its own, then that of the lowest rank that holds it.
+    Partial sums all travel. Of several copies the receiver takes its own, then that of the lowest rank that holds it.
     """
     a, b = source.cut, target.cut
     if a is None:

@@ -205,7 +205,7 @@ class Storages:
         return Moment(section, instr.values()[0].name, self.total, self.total + made.workspace_bytes)
 
     def tiles(self, instr: Instr, body: Body, section: str) -> Moment:
-        """Room for all results, summands in a wide dtype; a tile after the other; then each sum in its own dtype."""
+        """Room for all results, sums in a wide dtype; a tile after the other; then each sum in its own dtype."""
         before, made, rooms = self.total, values_of(body.instrs), []
         for out, name in zip(instr.values(), body.gives):
             tensor = self.layouts.of(out, self.box)

@@ -1,4 +1,4 @@
-"""Who is alive when: the memory of a rank at every moment of its step, by kind.
+"""Memory timeline: the memory of a rank at every moment of its step, by kind.
 
     gradients       alive at the end of the step
     kept            made in forward and alive when backward begins

@@ -95,7 +95,7 @@ class _Derivation:
         self.placements[value.name] = value.placement
 
     def tiles(self, instr: Instr, body: Body) -> None:
-        """A body is derived as the program is, with tiles for ranks; its parts and summands make up the results."""
+        """A body is derived as the program is, with tiles for ranks; its parts and partial sums make up the results."""
         scope, tiles = copy(self), body.tiles
         scope.stands_for = {name: self.stands_for[name] for name in instr.refs()}
         scope.placements = {name: self.placements[name] for name in instr.refs()}

@@ -218,7 +218,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _room(out: Value, add: bool, device: torch.device) -> Tensor:
-    """Room for a result of all tiles: zeros in a wide dtype to add summands to, or what parts are written into."""
+    """Room for a result of all tiles: zeros in a wide dtype to add partial sums to, or what parts are written into."""
     if add:
         return torch.zeros(out.sizes, dtype=wide(DTYPES[out.dtype]), device=device)
     return torch.empty(out.sizes, dtype=DTYPES[out.dtype], device=device)

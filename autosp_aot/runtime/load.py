@@ -27,7 +27,7 @@ def load(
     """A module for this rank: forward returns the loss, backward fills `.grad`, parameters have the original's names.
 
     Rank and ranks come from `comm`, by default the torchrun environment (or the process group that is there already).
-    Without `sum_gradients` what backward leaves in `.grad` are summands, to be added up over the ranks.
+    Without `sum_gradients` what backward leaves in `.grad` are partial sums, to be added up over the ranks.
     `init_from` is a safetensors file or a folder of them, as save_pretrained or `--save` writes it, used instead of the
     stored weights. Raises ArtifactError.
     """

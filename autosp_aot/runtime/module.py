@@ -41,7 +41,7 @@ class ShardedModel(nn.Module):
 
     `forward(**batch)` takes the whole batch on every rank (shapes, dtypes as built) and returns the loss, the same on
     every rank; `backward` adds the gradients of the whole step to `.grad`, the same on every rank. Without
-    `sum_gradients` what it adds are summands: over the ranks they add up to those gradients, and have the same shapes.
+    `sum_gradients` what it adds are partial sums: summed over the ranks they are those gradients, of the same shapes.
 
     What the step draws (dropout) follows from `seed` and `step` alone, both plain numbers and the same on every rank:
     `step` goes up by one with each forward in training mode. To resume before step k, set both.
@@ -185,7 +185,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         values = ctx.values
         if values is None:
-            raise RuntimeError("backward was called twice on one loss: what forward kept is released as it is used")
+            raise RuntimeError("backward was called twice on one loss: what forward saved is released as it is used")
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph=True: the program holds one backward, and none of that backward")
         _ = ctx.saved_tensors
@@ -201,10 +201,10 @@ class _Step(torch.autograd.Function):
 
 
 def _without_whole(found: dict[str, Tensor], executor: Executor) -> dict[str, Tensor]:
-    """Zeros for the gradients that are no summands: every rank has all of them, and one rank's are enough."""
+    """Zeros for the gradients that are no partial sums: every rank has all of them, and one rank's are enough."""
     names = dict(executor.program.section("backward").gives)
-    summand = {label: executor.values[name].placement.partial for label, name in names.items()}
-    return {label: gradient if summand[label] else torch.zeros_like(gradient) for label, gradient in found.items()}
+    partial = {label: executor.values[name].placement.partial for label, name in names.items()}
+    return {label: gradient if partial[label] else torch.zeros_like(gradient) for label, gradient in found.items()}
 
 
 def _apart(gradients: list[Tensor]) -> list[Tensor]:

@@ -42,20 +42,20 @@ def strategy_text(spec: Spec | None, strategy: Strategy) -> str:
     else:
         inside = f" in each of {strategy.outer} parts" if strategy.outer != 1 else ""
         text = f"{factor(spec, strategy.factor)} cut at {bounds_text(strategy.bounds)}{inside}"
-    summands = " and ".join(str(at + 1) for at in strategy.partial)
-    return f"{text}, operand {summands} a summand" if summands else text
+    partial = " and ".join(str(at + 1) for at in strategy.partial)
+    return f"{text}, operand {partial} a partial sum" if partial else text
 
 
 def placement_text(placement: Placement, box: str = "rank") -> str:
     """Where a value lives; `box` is what has a box of it, a rank or a tile."""
     if placement.cut is None:
-        return f"Partial: a summand on every {box}" if placement.partial else f"Replicate: the whole on every {box}"
+        return f"Partial: a partial sum on every {box}" if placement.partial else f"Replicate: the whole on every {box}"
     cut = placement.cut
     of = f"dim {cut.dim}" if cut.outer == 1 else f"each of the {cut.outer} parts of dim {cut.dim}"
     said = f"Shard({cut.dim}): of {of} {box} by {box} {bounds_text(cut.bounds)}"
     if not disjoint(cut.bounds):
         said += ", copies where they overlap"
-    return f"{said}, each a summand" if placement.partial else said
+    return f"{said}, each a partial sum" if placement.partial else said
 
 
 def bounds_text(bounds: Bounds) -> str:

@@ -119,7 +119,7 @@ class Loop:
     def run(self) -> None:
         """Take all steps; rank 0 writes a line a step.
 
-        A loss that is not finite is said so, and training goes on, as a loop in eager torch would.
+        A loss that is not finite is reported, and training goes on, as a loop in eager torch would.
         """
         log = Log(self.training.steps, self.training.metrics) if self.mesh.world.rank == 0 else None
         for step in range(self.training.steps):

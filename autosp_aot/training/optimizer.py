@@ -1,6 +1,6 @@
 """AdamW over flat buckets: one reduction of the gradients over all ranks, state in fp32, whole or shared out (ZeRO).
 
-    .grad of every rank    summands, in the parameters' dtype
+    .grad of every rank    partial sums, in the parameters' dtype
       flat                 [ a | b | part of c | 0 ]  up to BUCKET elements in fp32, cut through parameters
       reduce_scatter       each rank adds up its part, in the order of the ranks
       norm                 of all parts together, each element once
@@ -108,7 +108,7 @@ class Bucket:
 
 
 class AdamW:
-    """torch's AdamW with torch's betas (0.9, 0.999) and eps (1e-8), over the ranks of `world`, which hold summands.
+    """torch's AdamW with torch's betas (0.9, 0.999) and eps (1e-8), over the ranks of `world`, which hold partial sums.
 
     It decays every parameter that it is given, as torch's does. It calls the functional form: constructing
     `torch.optim.AdamW` imports torch.compile, 1.7 s for nothing used here.

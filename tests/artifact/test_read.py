@@ -81,7 +81,7 @@ def test_a_folder_without_manifest_is_no_artifact(tmp_path):
 
 
 @pytest.mark.parametrize("changes, why", [
-    ({"format": 1}, "format 1, this version reads 5"),
+    ({"format": "5"}, "format is no number, or the version that wrote it no text"),
     ({"surprise": 1}, "unexpected or missing keys: ['surprise']"),
     ({"ranks": 0}, "ranks is not a positive number"),
     ({"batch": [{"name": "x", "dtype": "complex", "shape": [1], "vocabulary": None}]}, "x has no valid type"),

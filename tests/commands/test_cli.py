@@ -46,7 +46,7 @@ def test_a_build_without_evaluation_says_so_and_show_prints_the_program_where_th
     out = tmp_path / "x.sp2"
     options = ["--no-evaluation", "--no-weights", *(f"--set={name}={value}" for name, value in TINY.items())]
     result = call("build", plain.__file__, "--sp", 2, "--seq", 4, "-o", out, *options)
-    assert "there is none: --no-evaluation" in result.stderr
+    assert "not built (--no-evaluation)" in result.stderr
     assert call("show", out, "--evaluation").exit_code == 3
     text = call("show", artifacts / "a", "--evaluation", "--rank", 1).stdout
     found = json.loads(call("show", artifacts / "a", "--evaluation", "--rank", 1, "--json").stdout)

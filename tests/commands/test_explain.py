@@ -44,8 +44,8 @@ blocks.0.qkv.permute @ Replicate)
   sequence    along dim 0: 5 positions in each of 2 parts
   rule        a, b C, C a -> b a
               a=16 b=10 C=8; never cut: C
-  taken       b cut at 0:3 3:5 in each of 2 parts: 146 B = 0 B received + 0 B to bring home + 146 B for local work
-  others      the whole on every rank: 578 B = 384 B received + 0 B to bring home + 194 B for local work; \
+  taken       b cut at 0:3 3:5 in each of 2 parts: 146 B = 0 B received + 0 B to reshard results + 146 B for local work
+  others      the whole on every rank: 578 B = 384 B received + 0 B to reshard results + 194 B for local work; \
 gathers, so the last resort
   read by     blocks.0.qkv.reshape.1
   backward    does not need it
@@ -58,7 +58,7 @@ def test_what_waits_in_host_memory(tmp_path):
     config = BuildConfig(2, recompute="none", offload="host")
     path = compile_model(model, plain.example_batch(2, 5), dims, config, "").save(tmp_path / "a")
     name = "blocks.0.attention_0"
-    assert rows(path, name)["backward"][0].startswith("kept in host memory, ")
+    assert rows(path, name)["backward"][0].startswith("saved in host memory, ")
     assert f"{name}.offload" in rows(path, name)["read by"][0]
     for copy, source in (("offload", ""), ("host", ".offload"), ("fetch", ".host"), ("back", ".fetch")):
         said = rows(path, f"{name}.{copy}")
@@ -72,7 +72,7 @@ def test_attention_is_cut_by_heads_and_its_results_are_kept(saved):
     assert said["taken"][0].startswith("b cut at 0:1 1:2: ")
     assert said["others"][0].endswith("gathers, so the last resort")
     assert said["backward"][0] == (
-        "kept, 320 B on the rank with the most: it comes from attention, whose cost is quadratic in the sequence"
+        "saved, 320 B on the rank with the most: it comes from attention, whose cost is quadratic in the sequence"
     )
     assert said["moves"][0].startswith("blocks.0.attention_0 by all_to_all to Shard(2), ")
 
@@ -86,8 +86,8 @@ def test_a_moved_value_says_what_it_is_for(saved):
 
 def test_a_summand_and_its_sum(saved):
     said = rows(saved, "div")
-    assert said["placed"] == ("Partial: a summand on every rank",)
-    assert ", the result a summand: " in said["taken"][0]
+    assert said["placed"] == ("Partial: a partial sum on every rank",)
+    assert ", the result a partial sum: " in said["taken"][0]
     assert said["moves"][0].startswith("div by all_reduce to Replicate, 8 B received")
     assert said["sequence"] == ("none in it",)
 
@@ -95,11 +95,11 @@ def test_a_summand_and_its_sum(saved):
 def test_what_is_computed_again_and_from_what(saved):
     said = rows(saved, "blocks.0.out.reshape")
     assert said["backward"] == (
-        "computed again: its cost is linear in the sequence, and it follows from what is kept",
+        "recomputed: its cost is linear in the sequence, and it follows from what is saved",
         "from recompute.blocks.0.permute.3, for grad.blocks.0.out.mm.1",
     )
     again = rows(saved, "recompute.blocks.0.out.reshape")
-    assert again["again"] == ("blocks.0.out.reshape, computed again for backward; explain that for the rest",)
+    assert again["again"] == ("blocks.0.out.reshape, recomputed for backward; explain that for the rest",)
 
 
 def test_what_costs_much_and_is_done_again_says_its_price(tmp_path):
@@ -108,9 +108,9 @@ def test_what_costs_much_and_is_done_again_says_its_price(tmp_path):
     artifact = compile_model(model, plain.example_batch(2, 5), {"input_ids": 1, "labels": 1}, config, "")
     path = artifact.save(tmp_path / "a")
     assert rows(path, "blocks.0.attention_0")["backward"][0] == (
-        "computed again: not kept under this plan, so attention's 320 FLOPs on the rank with the most once more"
+        "recomputed: not saved under this plan, so repeats attention's 320 FLOPs on the rank with the most"
     )
-    assert rows(path, "blocks.0.permute.all_to_all")["backward"][0].endswith("received by the worst rank once more")
+    assert "so repeats blocks.0.permute by all_to_all to " in rows(path, "blocks.0.permute.all_to_all")["backward"][0]
 
 
 def test_what_a_segment_begins_with_is_kept(saved):
@@ -133,7 +133,7 @@ def test_an_input_and_a_gradient(saved):
 def test_without_recomputation_everything_is_kept(tiny2, tmp_path):
     path = tiny2.save(tmp_path / "a")
     reseal(path, recompute="none")
-    assert rows(path, "add")["backward"][0].endswith("nothing is computed again")
+    assert rows(path, "add")["backward"][0].endswith("nothing is recomputed")
 
 
 class Distances(nn.Module):

@@ -33,7 +33,7 @@ def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
         "recompute": "",
         "tiles": "auto",
         "offload": "off",
-        "kept for backward": bytes_text(costs["kept_bytes"]),
+        "saved for backward": bytes_text(costs["kept_bytes"]),
         "peak of activations and gradients": f"{bytes_text(costs['peak_bytes'])} at sum_gradients: {TOKENS}",
         "peak of an evaluation": f"{bytes_text(evaluation['peak_bytes'])} at {evaluation['peak_at']}",
         "computed on every rank": "nothing",

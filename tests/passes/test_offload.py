@@ -206,7 +206,7 @@ def test_auto_sends_what_the_budget_needs_and_no_more():
         program("auto", least - 1)
     (problem,) = caught.value.problems
     assert problem.code == "budget-too-small"
-    assert problem.what == f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(least - 1)}"
+    assert problem.what == f"needs at least {bytes_text(least)} per rank; budget is {bytes_text(least - 1)}"
     assert problem.fix.startswith(f"give {bytes_text(least)}, more ranks, --recompute auto, or a sequence of about 12 ")
     assert inputs + costs(caught.value.least, "cpu").peak_bytes == least
 

@@ -1,4 +1,4 @@
-"""Whose memory it is: tables of a timeline by section, of the peak by value, and of layers, equal ones folded."""
+"""Memory breakdown tables: a timeline by section, the peak by value, and layers, equal ones folded."""
 
 import re
 from collections import Counter, defaultdict
@@ -14,7 +14,7 @@ LISTED = 20
 
 def by_section(found: Timeline, parameters: int) -> Rows:
     """Each section's worst moment, by kind."""
-    rows: Rows = [("section", "most", "parameters", *KINDS, "at")]
+    rows: Rows = [("section", "peak", "parameters", *KINDS, "at")]
     for name, group in groupby(enumerate(found.moments), key=lambda entry: entry[1].section):
         at = max((at for at, _ in group), key=lambda at: sum(found.levels[at].values()))
         level = found.levels[at]
@@ -24,7 +24,7 @@ def by_section(found: Timeline, parameters: int) -> Rows:
 
 
 def at_peak(program: Program, found: Timeline) -> Rows:
-    """The storages that are alive at the peak, alike ones of several layers together, the largest first."""
+    """The storages that are live at the peak, alike ones of several layers together, the largest first."""
     where, peak_at = _where(program), found.peak_at
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for kind, life in found.storages:
@@ -40,7 +40,7 @@ def at_peak(program: Program, found: Timeline) -> Rows:
 
 
 def by_layer(program: Program, found: Timeline) -> Rows:
-    """Parameters and kept activations of each layer, or of the module where there are no layers."""
+    """Parameters and saved activations of each layer, or of the module where there are no layers."""
     where = _where(program)
     parameters: Counter[str] = Counter()
     kept: Counter[str] = Counter()
@@ -51,7 +51,7 @@ def by_layer(program: Program, found: Timeline) -> Rows:
         if kind == "kept":
             kept[_layer(where[life.value.name].module)] += life.nbytes
     layers = [(layer, parameters[layer], kept[layer]) for layer in dict.fromkeys((*parameters, *kept))]
-    rows: Rows = [("layer", "parameters, each", "kept, each")]
+    rows: Rows = [("layer", "parameters, each", "saved, each")]
     for (_, *sizes), group in groupby(layers, key=lambda entry: (entry[0].rpartition(".")[0], *entry[1:])):
         names = [name for name, *_ in group]
         rows.append((_span(names), *map(bytes_text, sizes)))

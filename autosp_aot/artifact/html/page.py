@@ -38,7 +38,7 @@ circle{fill:var(--paper);stroke-width:2}
 
 
 def artifact_page(manifest: Manifest, program: Program) -> str:
-    """`report.html`: the build, memory over the step, who holds it, what moves and what is computed on every rank."""
+    """`report.html`: the build, memory over the step, what holds it, what moves, what is computed on every rank."""
     title = f"autosp-aot: {manifest.ranks} ranks on {manifest.target}"
     parts = [section("The build", table(facts(manifest))), *_memory(manifest, program)]
     parts.append(section("What moves", table(traffic(manifest), head=True)))
@@ -57,10 +57,10 @@ def _memory(manifest: Manifest, program: Program) -> list[str]:
     peak = sum(levels[found.peak_at].values())
     said = f"The peak is {bytes_text(peak)}, at {found.moments[found.peak_at].name}. The table below has the figures."
     chart = areas("Memory of a rank over one step", said, levels, ("parameters", *KINDS), starts)
-    note = "<p>Of the rank with the highest peak; the optimizer's state comes on top.</p>"
+    note = "<p>Of the rank with the highest peak; excluding optimizer state.</p>"
     return [
         section("Memory over the step", note, chart, table(by_section(found, parameters), head=True)),
-        section("Alive at the peak", table(at_peak(program, found), head=True)),
+        section("Live at the peak", table(at_peak(program, found), head=True)),
         section("Bytes a layer", table(by_layer(program, found), head=True)),
     ]
 

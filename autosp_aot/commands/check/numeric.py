@@ -20,6 +20,7 @@ from autosp_aot.commands.check.random_inputs import made_up
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.program import Dtype, Instr, Program, Ref, map_args
 from autosp_aot.memory.costs import costs
+from autosp_aot.ops.uniform import UNIFORM
 from autosp_aot.passes.release import release
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
@@ -149,14 +150,13 @@ def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
 
 def widened(program: Program, wider: Mapping[str, str]) -> Program:
     """The program with wider dtypes in place of others; what is drawn is drawn as before and then widened."""
-    seeds = {entry.value.name for entry in program.inputs if entry.kind == "seed"}
     dtype = lambda name: wider.get(name, name)  # noqa: E731
     leaf = lambda arg: Dtype(dtype(arg.name)) if isinstance(arg, Dtype) else dtype(arg)  # noqa: E731
     value = lambda v: v and replace(v, dtype=dtype(v.dtype))  # noqa: E731
 
     def again(instr: Instr) -> list[Instr]:
         wide = tuple(map(value, instr.outs))
-        if wide != instr.outs and seeds.intersection(instr.refs()):
+        if wide != instr.outs and instr.op == UNIFORM.name:
             (out,) = instr.values()
             drawn = replace(out, name=f"{out.name}.drawn")
             cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype(dtype(out.dtype))),))

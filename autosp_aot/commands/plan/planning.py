@@ -59,7 +59,7 @@ class Point:
     state_bytes         parameters, all gradients and optimizer state, which no length changes
     host_bytes          in the machine's memory: optimizer state and offloaded values
     moved_bytes         received from other ranks; `host_moved_bytes` to and from host memory
-    recomputed_flops    of `flops`, those of products that backward computes again
+    recomputed_flops    of `flops`, those of matmuls and attention that backward recomputes
     seconds             of forward and backward at the rates of the device's data sheet, which nobody has measured
     fits                the peak and the reserve are within memory
     problem             why it was refused; then the figures are those of the least that it would need

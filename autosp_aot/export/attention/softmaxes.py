@@ -1,4 +1,4 @@
-"""What is around a softmax where it is that of an attention.
+"""Matches the softmax pattern of attention.
 
     s = q @ k.T              the product that its scores are made of, element by element
     p = softmax(f(s))        with one more key, a sink, or without

@@ -45,7 +45,7 @@ def too_small(program: Program, config: BuildConfig, sequence_dims: Mapping[str,
                f" take {bytes_text(lasting)}, which neither more ranks nor a shorter sequence changes")  # fmt: skip
     else:
         fix = _less(program, config, sequence_dims, parameters + gradients, least)
-    what = f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(config.budget_bytes)}"
+    what = f"needs at least {bytes_text(least)} per rank; budget is {bytes_text(config.budget_bytes)}"
     return BudgetTooSmall(Problem("budget-too-small", what, why="\n".join(lines), fix=fix), program)
 
 

@@ -25,7 +25,7 @@ from autosp_aot.passes.keep.rungs import TIERS, Choice, Ladder, Schedule, choice
 from autosp_aot.passes.step import Pass, Step
 
 # Why a value is kept.
-CARRIES = "the forward pass goes on from it: what follows, up to the next such place, is computed again from it"
+CARRIES = "the forward pass goes on from it: what follows, up to the next such place, is recomputed from it"
 SENT = "it comes from a collective, which would send it again"
 ATTENDED = "it comes from attention, whose cost is quadratic in the sequence"
 LAST = "it comes after the last layer, where backward begins"

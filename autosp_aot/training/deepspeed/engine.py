@@ -3,12 +3,12 @@
     artifact, ds.json  ->  check one against the other  ->  the rank's program as a module  ->  deepspeed.initialize
 
                         DeepSpeed                                    the program
-    forward, backward   engine(**batch), engine.backward(loss)       all of it; gradients are left as summands
+    forward, backward   engine(**batch), engine.backward(loss)       all of it; gradients are left as partial sums
     reduction           one, over dp x sp ranks: sum / dp            none
     ZeRO, optimizer     its own                                      -
 
 DeepSpeed adds up gradients over sequence x data parallel ranks and divides by the data parallel size, as its Ulysses
-does, which is what summands need.
+does, which is what partial sums need.
 """
 
 from collections.abc import Callable, Iterable, Sized
@@ -72,7 +72,7 @@ def initialize(
 
 
 def engine_of(module: ShardedModel, config: dict, mesh: Mesh, **given: object) -> deepspeed.DeepSpeedEngine:
-    """The engine over a module that leaves gradients as summands; `config` is checked, the rest as DeepSpeed has it."""
+    """The engine over a module that leaves partial sums of gradients; `config` is checked, the rest is DeepSpeed's."""
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config,
         mpu=Places(mesh), **given,

@@ -60,7 +60,7 @@ def layers3():
 def test_the_page_of_an_artifact_has_its_facts_and_loads_nothing(tiny2, tmp_path):
     page = Page((tiny2.save(tmp_path / "a") / "report.html").read_text())
     assert "768 B" in page.text and "all_to_all" in page.text
-    assert {"Memory over the step", "Alive at the peak", "Bytes a layer", "What moves"} <= set(page.text)
+    assert {"Memory over the step", "Live at the peak", "Bytes a layer", "What moves"} <= set(page.text)
     assert {"svg", "title", "desc"} <= page.tags and ("role", "img") in page.attributes
 
 

@@ -80,6 +80,29 @@ def test_a_step_that_draws_draws_the_same_on_all_ranks_and_in_fp32():
     assert result.limit < 0.1 and not result.beyond
 
 
+class Dropping(nn.Module):
+    """Dropout of hidden states, in the same tiles as other results, and of attention's weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+
+    def forward(self, input_ids, labels):
+        x = self.embedding(input_ids)
+        q = x.view(2, 13, 2, 4).transpose(1, 2)
+        o = nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.3).transpose(1, 2).reshape(2, 13, 8)
+        x = x + nn.functional.dropout(o, 0.3)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_draws_in_tiles_and_in_attention_are_those_of_the_step_in_fp64_too(tmp_path):
+    config = BuildConfig(2, tile=2)
+    artifact = compile_model(Dropping(), llama.example_batch(2, 13), DIMS, config, "")
+    assert any(instr.body and "seed" in instr.refs() for instr in artifact.program.instrs())
+    artifact.save(tmp_path / "a")
+    assert len(check_numeric(tmp_path / "a")) == 4
+
+
 class Masked(nn.Module):
     """Tokens with a vocabulary, labels of fewer classes that are shifted and padded, and a mask."""
 

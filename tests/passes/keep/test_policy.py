@@ -143,7 +143,7 @@ def test_what_cannot_be_met_is_refused_with_what_it_takes_and_for_what(deep):
     least = deep.least()
     (problem,) = deep.refused(least - 1).problems
     assert problem.code == "budget-too-small"
-    assert problem.what == f"a rank needs {bytes_text(least)} at least, the budget is {bytes_text(least - 1)}"
+    assert problem.what == f"needs at least {bytes_text(least)} per rank; budget is {bytes_text(least - 1)}"
     assert "parameters and batch" in problem.why and "gradients" in problem.why and ".py:" in problem.why
     assert re.match(r"give .* KiB, more ranks, --offload host, or a sequence of about 96 ", problem.fix)
 

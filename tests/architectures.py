@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autosp_aot.commands.build.builder import capture_model
 from autosp_aot.export.subject import Subject
-from tests.exactness import eager
+from tests.eager import eager
 from tests.steps import eager_loss, evaluation, losses, sharded, worst
 
 SMALL = dict(

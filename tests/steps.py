@@ -14,7 +14,7 @@ from autosp_aot.ir.program import Program
 from autosp_aot.passes.pipeline import Compiled, Watch, compile_evaluation, compile_program, unwatched
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
-from tests.exactness import difference, eager
+from tests.eager import difference, eager
 
 
 def half_labelled(length: int) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from examples import llama
 from tests.architectures import ARCHITECTURES, pairwise
-from tests.exactness import difference, eager
+from tests.eager import difference, eager
 from tests.steps import half_labelled, sharded, worst
 
 

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,9 @@ import torch
 from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.commands.build.builder import compile_model
 from examples import plain
+
+torch.set_num_threads(1)  # in tensors as small as these, threads would do nothing but wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # so in processes that tests start
 
 TINY = {"vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8}
 

@@ -1,9 +1,6 @@
-"""The sharded step against eager, measured as DESIGN says; also writes `docs/exactness.md` from the full matrix.
+"""The sharded step against eager; also writes `docs/exactness.md` from the full matrix.
 
     python -m tests.exactness        # about ten minutes: every combination, then the table
-
-For each gradient `||g - ref|| / max(||ref||, 1e-4 * r)`, r the root mean square of all gradient norms; for the loss the
-relative difference.
 """
 
 import itertools
@@ -24,6 +21,7 @@ from autosp_aot.ir.program import Program
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.runtime.simulate import simulate
 from examples import llama, plain
+from tests.eager import difference, eager
 
 HEADS = [(8, 8), (8, 2), (8, 1), (6, 6), (6, 2), (6, 1)]
 RANKS = [1, 2, 3, 4, 6, 8]
@@ -72,26 +70,6 @@ def captured(case: Case) -> tuple[nn.Module, Program, dict[str, Tensor]]:
     model = case.model()
     whole, constants = canonical_program(capture(Subject(model, next(case.batches()), "cpu")))
     return model, whole, constants
-
-
-def eager(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of the unsharded model."""
-    model.zero_grad()
-    result = model(**batch)
-    loss = result if isinstance(result, Tensor) else result.loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def difference(reference, loss: Tensor, gradients: dict[str, Tensor]) -> float:
-    """The worst relative difference of the loss and of every gradient."""
-    wanted_loss, wanted = reference
-    assert set(gradients) == set(wanted), "other parameters have gradients"
-    typical = torch.stack([g.norm() for g in wanted.values()]).square().mean().sqrt()
-    errors = [(loss - wanted_loss).abs() / wanted_loss.abs()]
-    errors += [(gradients[n] - g).norm() / torch.maximum(g.norm(), 1e-4 * typical) for n, g in wanted.items()]
-    found = [float(error) for error in errors]
-    return max(error if error == error else float("inf") for error in found)
 
 
 def errors(case: Case, ranks: list[int], recompute: str = "sac") -> Iterator[tuple[int, float]]:

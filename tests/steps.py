@@ -15,7 +15,7 @@ from autosp_aot.passes.pipeline import Watch, compile_evaluation, compile_progra
 from autosp_aot.passes.step import Step
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
-from tests.exactness import difference, eager
+from tests.eager import difference, eager
 
 
 def half_labelled(length: int) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ The full matrix is `python -m tests.exactness`; here every pair of its values me
 """
 
 import pytest
-import torch
 
 from tests.exactness import BATCHES, HEADS, LENGTHS, LIMITS, RANKS, Case, errors, own_difference
 
@@ -16,14 +15,6 @@ PAIRWISE = [
     for example, dtype in LIMITS
     for at, (heads, kv) in enumerate(HEADS)
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", PAIRWISE, ids=str)

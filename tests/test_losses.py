@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from tests.exactness import difference, eager
+from tests.eager import difference, eager
 from tests.steps import equal_to_eager, gathers, sharded
 
 B, H, V = 2, 8, 17

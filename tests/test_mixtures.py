@@ -17,7 +17,7 @@ from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.passes.release import release
 from autosp_aot.runtime.comm import Group
 from tests.architectures import SMALL
-from tests.exactness import eager
+from tests.eager import eager
 from tests.steps import half_labelled, sharded, worst
 
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)

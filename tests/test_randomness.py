@@ -25,8 +25,8 @@ from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
 from tests.architectures import GPT2
 from tests.draws import Draws
+from tests.eager import difference, eager
 from tests.edits import edit, named
-from tests.exactness import difference, eager
 
 BLOOM = dict(
     vocab_size=64, hidden_size=32, n_layer=1, n_head=4, attention_dropout=0.1, hidden_dropout=0.2, use_cache=False,

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from autosp_aot.errors import BuildError
 from examples import plain
 from tests.architectures import GPT2, SMALL
-from tests.exactness import difference, eager
+from tests.eager import difference, eager
 from tests.steps import sharded, worst
 
 BATCH = {name: torch.arange(26).reshape(2, 13) * 7 % 61 for name in ("input_ids", "labels")}

@@ -12,7 +12,7 @@ from autosp_aot.commands.build.builder import build
 from autosp_aot.commands.cli import main
 from autosp_aot.errors import ArtifactError, BuildError
 from autosp_aot.runtime.load import load
-from tests.exactness import difference
+from tests.eager import difference
 
 V, H, S = 32, 8, 5
 

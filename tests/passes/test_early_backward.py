@@ -16,8 +16,8 @@ from autosp_aot.ir.verify import verify
 from autosp_aot.proof.derive import derive
 from autosp_aot.runtime.simulate import simulate
 from examples import plain
+from tests.eager import difference, eager
 from tests.edits import edit, named
-from tests.exactness import difference, eager
 from tests.steps import equal_to_eager
 
 DIMS = {"input_ids": 1, "labels": 1}

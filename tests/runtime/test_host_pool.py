@@ -19,7 +19,7 @@ from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.host_pool import Direct
 from autosp_aot.runtime.simulate import lockstep, simulate
 from examples import plain
-from tests.exactness import difference, eager
+from tests.eager import difference, eager
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 8, "hidden_size": 8, "layers": 2, "heads": 2, "kv_heads": 1, "max_length": 8, "dtype": "float64"}

@@ -5,7 +5,7 @@ import pytest
 from autosp_aot.commands.interchange.onnx_file import onnx_model
 from tests.architectures import ARCHITECTURES, Case
 from tests.commands.interchange.reference import evaluate
-from tests.exactness import eager
+from tests.eager import eager
 from tests.steps import built, worst
 
 CASES = [

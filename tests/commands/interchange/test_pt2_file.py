@@ -21,7 +21,7 @@ from autosp_aot.runtime.comm import present_target
 from autosp_aot.runtime.simulate import simulate
 from examples import plain
 from tests.architectures import ARCHITECTURES, GPT2, Case
-from tests.exactness import eager
+from tests.eager import eager
 from tests.steps import worst
 
 # What someone runs who has torch and the files, and no autosp_aot.

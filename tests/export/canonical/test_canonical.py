@@ -10,7 +10,7 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.commands.build.builder import build, compile_model, model_values
 from autosp_aot.errors import BuildError
 from autosp_aot.runtime.simulate import simulate
-from tests.exactness import difference, eager
+from tests.eager import difference, eager
 
 BATCH = {"tokens": torch.arange(10).reshape(2, 5) % 7}
 

@@ -10,7 +10,7 @@ from autosp_aot.export.diagnose import refuse_operators
 from autosp_aot.export.experts.routing import canonical_routing
 from autosp_aot.export.fake import fake_copy
 from autosp_aot.export.regions import flat_regions
-from tests.exactness import eager
+from tests.eager import eager
 from tests.steps import sharded, worst
 
 # A product of sorted rows in any dtype; torch's own takes bf16 alone when captured.

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from autosp_aot.artifact.manifest import MANIFEST, sealed
+from autosp_aot.artifact.manifest import MANIFEST, STEP, file_of, sealed
 
 FILES = (
     "body.0.program", "buffers.safetensors", "checkpoint.json", "evaluate.body.0.program", "evaluate.ranks.json",
@@ -21,18 +21,18 @@ def reseal(path: Path, **changes) -> None:
     (path / MANIFEST).write_text(sealed(manifest | {"files": hashes} | changes))
 
 
-def edit_ranks(path: Path, change, kind: str = "") -> None:
+def edit_ranks(path: Path, change, kind: str = STEP) -> None:
     """Apply `change` to the table of ranks, and seal."""
-    table = path / f"{kind}ranks.json"
+    table = path / file_of(kind, "ranks.json")
     ranks = json.loads(table.read_text())
     change(ranks)
     table.write_text(json.dumps(ranks))
     reseal(path)
 
 
-def edit_text(path: Path, old: str, new: str, kind: str = "") -> None:
+def edit_text(path: Path, old: str, new: str, kind: str = STEP) -> None:
     """Replace the first `old` in the body, and seal."""
-    body = path / f"{kind}body.0.program"
+    body = path / file_of(kind, "body.0.program")
     assert old in body.read_text()
     body.write_text(body.read_text().replace(old, new, 1))
     reseal(path)

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from autosp_aot.artifact.batches import Constant
+from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.errors import Problem
 from autosp_aot.ir.program import Value
 
-FORMAT = 5  # docs/format.md has the history, tests/artifact/formats an artifact of each from 5 on
+FORMAT = 6  # docs/format.md has the history, tests/artifact/formats an artifact of each from 5 on
 # The releases that read a format, as people say them. What is not here was written by development versions alone.
-READ_BY = {5: "0.1.0"}
+READ_BY = {6: "0.1.0"}
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 BUFFERS = "buffers.safetensors"
@@ -36,8 +37,8 @@ RANKS = "ranks.json"
 CHECKPOINT = "checkpoint.json"
 REPORT = "report.html"
 BODY = re.compile(r"body\.\d+\.program")
-# What the names of a program's files begin with: of the step's, and of the evaluation's.
-STEP, EVALUATE = "", "evaluate."
+# The programs of an artifact; one built without evaluation has the step alone.
+STEP, EVALUATE = "step", "evaluate"
 
 Json = dict[str, Any]  # an object of a JSON file
 
@@ -53,8 +54,14 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What a manifest says of the evaluation program; the fields are those that `Manifest` has of the step."""
+class ProgramFacts:
+    """What a manifest says of a program.
+
+    costs       those of `memory.costs.Costs`
+    fallbacks   what computes replicated
+    cuts        intervals of all ranks, by the name that decisions use
+    decisions   the strategy of each call that is not computed whole on every rank, by its first result
+    """
 
     costs: Json
     fallbacks: tuple[Json, ...]
@@ -68,26 +75,20 @@ class Manifest:
 
     versions      of the packages that decide the bytes: torch, and those the model's classes come from
     source        sha256 of the model file, its options and the build's options ("" for a model built in Python)
+    config        the options of the build
     compared      what of it the build compared with eager, or why nothing
     constants     what else the batch held when it was built, None, flags, numbers and texts by name
     aliases       further names of parameters and buffers (tied weights): name -> name it is stored under
     trainable     names of the parameters that get gradients
     operators     schema of every operator of the programs
-    cuts          intervals of all ranks, by the name that decisions use
-    decisions     the strategy of each call that is not computed whole on every rank, by its first result
-    evaluation    the same of the evaluation program; None where the artifact has none
+    programs      what is said of each program, by its name: `step`, and `evaluate` where the artifact has it
     """
 
     format: int
     versions: dict[str, str]
     source: str
     compared: str
-    ranks: int
-    target: str
-    recompute: str
-    memory_budget_bytes: int | None
-    tile: str | int
-    offload: str
+    config: BuildConfig
     sequence_dims: dict[str, int]
     batch: tuple[TensorSpec, ...]
     constants: dict[str, Constant]
@@ -96,11 +97,7 @@ class Manifest:
     aliases: dict[str, str]
     trainable: tuple[str, ...]
     operators: dict[str, str]
-    costs: Json
-    fallbacks: tuple[Json, ...]
-    cuts: dict[str, str]
-    decisions: dict[str, str]
-    evaluation: Evaluation | None
+    programs: dict[str, ProgramFacts]
     files: dict[str, str]
 
     @property
@@ -108,16 +105,20 @@ class Manifest:
         return WEIGHTS in self.files
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """Which programs there are."""
-        return (STEP,) if self.evaluation is None else (STEP, EVALUATE)
+    def ranks(self) -> int:
+        return self.config.ranks
 
-    def of(self, kind: str) -> "Manifest | Evaluation":
-        """What is said of one of the programs: costs, fallbacks, cuts and decisions."""
-        if kind == STEP:
-            return self
-        assert self.evaluation is not None, "one of `kinds`"
-        return self.evaluation
+    @property
+    def target(self) -> str:
+        return self.config.target
+
+    @property
+    def step(self) -> ProgramFacts:
+        return self.programs[STEP]
+
+    @property
+    def evaluation(self) -> ProgramFacts | None:
+        return self.programs.get(EVALUATE)
 
     @property
     def vocabulary(self) -> int | None:
@@ -129,6 +130,11 @@ def specs(values: list[Value], vocabularies: Mapping[str, int] | None = None) ->
     """Tensor specs of whole values."""
     known = vocabularies or {}
     return tuple(TensorSpec(v.name, v.dtype, v.whole_shape, known.get(v.name)) for v in values)
+
+
+def file_of(program: str, name: str) -> str:
+    """The file `name` of a program: the step's have no prefix."""
+    return name if program == STEP else f"{program}.{name}"
 
 
 def no_evaluation(where: str) -> Problem:

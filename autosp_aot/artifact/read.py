@@ -11,7 +11,7 @@ from torch import Tensor
 from autosp_aot import __version__
 from autosp_aot.artifact.batches import CONSTANTS
 from autosp_aot.artifact.checkpoint_layout import Recipe, parse_recipe
-from autosp_aot.artifact.config import checked_config
+from autosp_aot.artifact.config import BuildConfig, checked_config
 from autosp_aot.artifact.manifest import (
     BODY,
     BUFFERS,
@@ -25,10 +25,11 @@ from autosp_aot.artifact.manifest import (
     STEP,
     WEIGHTS,
     WHOLE,
-    Evaluation,
     Json,
     Manifest,
+    ProgramFacts,
     TensorSpec,
+    file_of,
     no_evaluation,
     sealed,
     sha256_of,
@@ -37,8 +38,8 @@ from autosp_aot.errors import ArtifactError, BuildError, Problem
 from autosp_aot.ir.program import ITEMSIZE, Program
 from autosp_aot.ir.text import parse_program
 from autosp_aot.ir.verify import verify
+from autosp_aot.targets.devices import KINDS, Device
 
-TARGETS = ("cpu", "cuda", "rocm")
 SECTIONS = {STEP: ("forward", "backward", "sum_gradients"), EVALUATE: ("evaluate",)}
 TEXT_LIMIT_BYTES = 512 * 2**20
 
@@ -60,9 +61,10 @@ def read_manifest(path: str | Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, BuildError, RecursionError) as error:
         raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
     _check_files(path, manifest)
-    for kind in manifest.kinds:
+    for kind in manifest.programs:
         if (count := len(_ranks(path, kind))) != manifest.ranks:
-            raise _damaged("ranks-damaged", f"{path / (kind + RANKS)} has {count} ranks", f"it is for {manifest.ranks}")
+            what = f"{path / file_of(kind, RANKS)} has {count} ranks"
+            raise _damaged("ranks-damaged", what, f"it is for {manifest.ranks}")
     return manifest
 
 
@@ -86,26 +88,19 @@ def _manifest(found: Json) -> Manifest:
         raise ValueError(f"unexpected or missing keys: {sorted(set(found) ^ names)}")
     for key in ("batch", "parameters", "buffers"):
         found[key] = tuple(_tensor_spec(entry) for entry in found[key])
-    for key in ("trainable", "fallbacks"):
-        found[key] = tuple(found[key])
-    found["costs"]["moved"] = tuple(found["costs"]["moved"])
-    if found["evaluation"] is not None:
-        found["evaluation"] = _evaluation(found["evaluation"])
-    if not isinstance(found["ranks"], int) or found["ranks"] < 1:
-        raise ValueError("ranks is not a positive number")
-    if found["target"] not in TARGETS:
-        raise ValueError("no such target")
-    options = (found[key] for key in ("recompute", "memory_budget_bytes", "tile", "offload"))
-    checked_config(found["ranks"], found["target"], *options)
+    found["trainable"] = tuple(found["trainable"])
+    found["config"] = _config(found["config"])
+    found["programs"] = {name: _program_facts(facts) for name, facts in found["programs"].items()}
+    if list(found["programs"]) not in ([STEP], [STEP, EVALUATE], [EVALUATE, STEP]):
+        raise ValueError("its programs are not a step, and an evaluation or none")
     stored = {spec.name for spec in found["parameters"]}
     if not {*found["aliases"].values(), *found["trainable"]} <= stored:
         raise ValueError("an alias or a trainable name is no parameter")
     dims = {spec.name: len(spec.shape) for spec in found["batch"]}
     if not all(dim in range(dims[name]) for name, dim in found["sequence_dims"].items()):
         raise ValueError("a sequence dim is no dim of the input")
-    for key in ("versions", "cuts", "decisions"):
-        if not all(isinstance(text, str) for text in found[key].values()):
-            raise ValueError(f"{key} are not texts")
+    if not all(isinstance(text, str) for text in found["versions"].values()):
+        raise ValueError("versions are not texts")
     if not all(type(value) in CONSTANTS for value in found["constants"].values()):
         raise ValueError("constants are None, flags, numbers or texts")
     if not {"autosp-aot", "torch"} <= set(found["versions"]):
@@ -113,9 +108,24 @@ def _manifest(found: Json) -> Manifest:
     return Manifest(**found)
 
 
-def _evaluation(found: Json) -> Evaluation:
-    found["costs"]["moved"] = tuple(found["costs"]["moved"])
-    return Evaluation(**found | {"fallbacks": tuple(found["fallbacks"])})
+def _config(found: Json) -> BuildConfig:
+    device = None if found["device"] is None else Device(**found["device"])
+    config = BuildConfig(**found | {"device": device})
+    if not isinstance(config.ranks, int) or config.ranks < 1:
+        raise ValueError("ranks is not a positive number")
+    if config.target not in KINDS:
+        raise ValueError("no such target")
+    budget_bytes = config.memory_budget_bytes
+    checked_config(config.ranks, config.target, config.recompute, budget_bytes, config.tile, config.offload)
+    return config
+
+
+def _program_facts(found: Json) -> ProgramFacts:
+    for key in ("cuts", "decisions"):
+        if not all(isinstance(text, str) for text in found[key].values()):
+            raise ValueError(f"{key} are not texts")
+    costs = found["costs"] | {"moved": tuple(found["costs"]["moved"])}
+    return ProgramFacts(**found | {"costs": costs, "fallbacks": tuple(found["fallbacks"])})
 
 
 def _tensor_spec(entry: Json) -> TensorSpec:
@@ -126,8 +136,9 @@ def _tensor_spec(entry: Json) -> TensorSpec:
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
-    required = {CHECKPOINT, BUFFERS, REPORT} | {kind + name for kind in manifest.kinds for name in (WHOLE, RANKS)}
-    bodies = {name for name in manifest.files for kind in manifest.kinds if _is_body(kind, name)}
+    own = {file_of(kind, name) for kind in manifest.programs for name in (WHOLE, RANKS)}
+    required = {CHECKPOINT, BUFFERS, REPORT} | own
+    bodies = {name for name in manifest.files for kind in manifest.programs if _is_body(kind, name)}
     strange = sorted(set(manifest.files) - required - bodies - {WEIGHTS})
     if strange:
         raise _damaged("artifact-files", f"{path} lists {', '.join(strange)}", "no artifact has a file of that name")
@@ -142,7 +153,8 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 
 
 def _is_body(kind: str, name: str) -> bool:
-    return name.startswith(kind) and bool(BODY.fullmatch(name.removeprefix(kind)))
+    prefix = file_of(kind, "")
+    return name.startswith(prefix) and bool(BODY.fullmatch(name.removeprefix(prefix)))
 
 
 def _text(path: Path) -> str:
@@ -153,7 +165,7 @@ def _text(path: Path) -> str:
 
 def read_whole(path: str | Path, kind: str = STEP) -> Program:
     """The unsharded step of an artifact, or its unsharded evaluation."""
-    return _parsed(Path(path) / (kind + WHOLE), {}, 1)
+    return _parsed(Path(path) / file_of(kind, WHOLE), {}, 1)
 
 
 def read_recipe(path: str | Path, manifest: Manifest) -> Recipe:
@@ -223,7 +235,7 @@ def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
 
 def _ranks(path: Path, kind: str) -> list[Json]:
     try:
-        entries: list[Json] = json.loads(_text(path / (kind + RANKS)))
+        entries: list[Json] = json.loads(_text(path / file_of(kind, RANKS)))
         if not isinstance(entries, list):
             raise ValueError("it is no list of ranks")
         for entry in entries:
@@ -233,7 +245,7 @@ def _ranks(path: Path, kind: str) -> list[Json]:
             if not _is_body(kind, entry["body"]) or not (path / entry["body"]).is_file():
                 raise ValueError(f"no body {entry['body']!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged("ranks-damaged", f"{path / (kind + RANKS)} cannot be read", str(error)) from error
+        raise _damaged("ranks-damaged", f"{path / file_of(kind, RANKS)} cannot be read", str(error)) from error
     return entries
 
 

@@ -11,7 +11,7 @@ Rows = list[tuple[str, ...]]
 
 def facts(manifest: Manifest) -> Rows:
     """What was built, and what it costs the rank with the highest peak."""
-    costs = manifest.costs
+    costs, config = manifest.step.costs, manifest.config
     weights = sum(prod(spec.shape) * ITEMSIZE[spec.dtype] for spec in manifest.parameters)
     again = costs["recomputed_flops"] / max(costs["flops"], 1)
     return [
@@ -19,10 +19,10 @@ def facts(manifest: Manifest) -> Rows:
         ("target", manifest.target),
         ("inputs", ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.batch)),
         ("parameters", f"{len(manifest.parameters)}, {bytes_text(weights)} on every rank"),
-        ("recompute", f"{manifest.recompute}, {again:.1%} of matmul and attention FLOPs"),
-        *([("memory budget", bytes_text(budget))] if (budget := manifest.memory_budget_bytes) else []),
-        ("tiles", str(manifest.tile)),
-        ("offload", f"{manifest.offload}{_on_host(costs)}"),
+        ("recompute", f"{config.recompute}, {again:.1%} of matmul and attention FLOPs"),
+        *([("memory budget", bytes_text(budget))] if (budget := config.memory_budget_bytes) else []),
+        ("tiles", str(config.tile)),
+        ("offload", f"{config.offload}{_on_host(costs)}"),
         ("saved for backward", bytes_text(costs["kept_bytes"])),
         ("peak of activations and gradients", f"{bytes_text(costs['peak_bytes'])} at {costs['peak_at']}"),
         ("peak of an evaluation", _evaluation_peak(manifest)),
@@ -41,7 +41,8 @@ def _evaluation_peak(manifest: Manifest) -> str:
 def fallbacks(manifest: Manifest) -> tuple[Json, ...]:
     """What falls back in the step, and what does so in the evaluation alone."""
     others = () if manifest.evaluation is None else manifest.evaluation.fallbacks
-    return *manifest.fallbacks, *(fallback for fallback in others if fallback not in manifest.fallbacks)
+    own = manifest.step.fallbacks
+    return *own, *(fallback for fallback in others if fallback not in own)
 
 
 def _on_host(costs: Json) -> str:
@@ -54,7 +55,7 @@ def traffic(manifest: Manifest) -> Rows:
     """Collectives by section and kind."""
     rows: Rows = [("section", "collective", "count", "received by the worst rank")]
     moved = () if manifest.evaluation is None else manifest.evaluation.costs["moved"]
-    for row in (*manifest.costs["moved"], *moved):
+    for row in (*manifest.step.costs["moved"], *moved):
         rows.append((row["section"], row["op"], str(row["count"]), bytes_text(row["received_bytes"])))
     return rows
 

@@ -24,6 +24,7 @@ from autosp_aot.artifact.manifest import (
     WHOLE,
     Json,
     Manifest,
+    file_of,
     sealed,
     sha256_of,
 )
@@ -105,8 +106,9 @@ def _texts(kind: str, whole: Program, program: Program) -> dict[str, str]:
     """The files of one program, whole and of all ranks."""
     (text, _), (body, constants) = print_program(whole), print_program(program)
     own = [{name: _own(n, rank, program.ranks) for name, n in constants.items()} for rank in range(program.ranks)]
-    entries = [{"body": f"{kind}body.0.program", "constants": numbers} for numbers in own]
-    return {kind + WHOLE: text, f"{kind}body.0.program": body, kind + RANKS: _ranks_text(entries)}
+    first = file_of(kind, "body.0.program")
+    entries = [{"body": first, "constants": numbers} for numbers in own]
+    return {file_of(kind, WHOLE): text, first: body, file_of(kind, RANKS): _ranks_text(entries)}
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autosp_aot.artifact.manifest import CHECKPOINT, RANKS, Evaluation, Manifest
+from autosp_aot.artifact.manifest import CHECKPOINT, EVALUATE, RANKS, STEP, Manifest, ProgramFacts, file_of
 from autosp_aot.artifact.read import read_bodies, read_manifest
 from autosp_aot.ir.operators import COLLECTIVES, FREE
 from autosp_aot.ir.program import RECOMPUTED, Section, instrs_of
 
 Sections = tuple[Section, ...]
-Said = Manifest | Evaluation
 
 CONTEXT_LINES = 2
 TEXT_LINES = 400
@@ -38,9 +37,10 @@ def compare(path_a: str | Path, path_b: str | Path) -> Comparison:
     a, b = read_manifest(path_a), read_manifest(path_b)
     if a == b:
         return Comparison(True, (), "the same")
-    kinds = [kind for kind in a.kinds if kind in b.kinds]
+    kinds = [kind for kind in (STEP, EVALUATE) if kind in a.programs and kind in b.programs]
     first, second = _by_rank(path_a, a, kinds), _by_rank(path_b, b, kinds)
-    of_all = lambda said: (line for kind in kinds for line in said(kind, a.of(kind), b.of(kind)))  # noqa: E731
+    facts = [(file_of(kind, ""), a.programs[kind], b.programs[kind]) for kind in kinds]
+    of_all = lambda said: (line for both in facts for line in said(*both))  # noqa: E731
     meaning = [
         *_versions(a, b),
         *_build(a, b),
@@ -76,12 +76,10 @@ def _versions(a: Manifest, b: Manifest) -> list[str]:
 
 def _build(a: Manifest, b: Manifest) -> list[str]:
     said = []
-    for what in ("ranks", "target", "recompute", "memory_budget_bytes", "tile", "offload", "sequence_dims", "aliases"):
+    said += [f"{what}: {old} -> {new}" for what, old, new in _changed(asdict(a.config), asdict(b.config))]
+    for what in ("sequence_dims", "aliases"):
         if getattr(a, what) != getattr(b, what):
             said.append(f"{what}: {getattr(a, what)} -> {getattr(b, what)}")
-    built = ["no" if manifest.evaluation is None else "yes" for manifest in (a, b)]
-    if built[0] != built[1]:
-        said.append(f"evaluation program: {built[0]} -> {built[1]}")
     for what in ("batch", "parameters", "buffers"):
         specs = [{s.name: f"{s.dtype}{list(s.shape)}" for s in getattr(manifest, what)} for manifest in (a, b)]
         said += _layers_once(f"{what} {name}: {old} -> {new}" for name, old, new in _changed(*specs))
@@ -129,25 +127,25 @@ def _operators(sections: Sections) -> Counter[str]:
     return Counter(f" {op} in {section}" for section, op in calls if op not in (*COLLECTIVES, FREE))
 
 
-def _bytes_moved(_: str, a: Said, b: Said) -> list[str]:
+def _bytes_moved(_: str, a: ProgramFacts, b: ProgramFacts) -> list[str]:
     rows = [
         {f"{row['op']} in {row['section']}": row["received_bytes"] for row in said.costs["moved"]} for said in (a, b)
     ]
     return [f"bytes received by {key}: {_numbers(old or 0, new or 0)}" for key, old, new in _changed(*rows)]
 
 
-def _costs(kind: str, a: Said, b: Said) -> list[str]:
+def _costs(kind: str, a: ProgramFacts, b: ProgramFacts) -> list[str]:
     names = ("recomputed_flops", "peak_bytes", "peak_at", "kept_bytes", "flops")
     costs = [{kind + name: said.costs[name] for name in names} for said in (a, b)]
     return [f"{name}: {_numbers(old, new)}" for name, old, new in _changed(*costs)]
 
 
-def _fallbacks(kind: str, a: Said, b: Said) -> list[str]:
+def _fallbacks(kind: str, a: ProgramFacts, b: ProgramFacts) -> list[str]:
     counts = [Counter(f"{kind}{f['op']} ({f['source']})" for f in said.fallbacks) for said in (a, b)]
     return [f"computed on every rank: {key} {old or 0} -> {new or 0}" for key, old, new in _changed(*counts)]
 
 
-def _decisions(kind: str, a: Said, b: Said) -> list[str]:
+def _decisions(kind: str, a: ProgramFacts, b: ProgramFacts) -> list[str]:
     changed = list(_changed(a.decisions, b.decisions))
     if not changed:
         return []
@@ -177,7 +175,7 @@ def _numbers(old, new) -> str:
 
 def _text_diff(path_a: Path, path_b: Path, a: Manifest, b: Manifest, kinds: Sequence[str]) -> list[str]:
     """Unified diffs of the bodies that ranks run, each pair once, of tables of constants, and of checkpoint.json."""
-    tables = [kind + RANKS for kind in kinds]
+    tables = [file_of(kind, RANKS) for kind in kinds]
     bodies = lambda path, table: [entry["body"] for entry in json.loads((path / table).read_text())]  # noqa: E731
     pairs = [pair for table in tables for pair in zip(bodies(path_a, table), bodies(path_b, table))]
     lines: list[str] = []

@@ -195,7 +195,7 @@ class _Explainer:
 
     def choice(self, meaning: str, placement: Placement | None) -> Iterator[tuple[str, list[str]]]:
         """Label, rule, the strategy taken, which gives `placement` unless that is None, and the others."""
-        taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
+        taken = decisions.read(self.manifest.step.cuts, self.manifest.step.decisions)
         found = weigh(self.whole, self.manifest.sequence_dims, self.manifest.ranks, taken, meaning)
         made = next(i for i in self.whole.instrs() if any(out.name == meaning for out in i.values()))
         placed = dict(zip((out.name for out in made.values()), found.taken.results))
@@ -245,7 +245,7 @@ class _Explainer:
         largest = map_ints(self.program, lambda n: max(n.values) if isinstance(n, PerRank) else n).values()
         away = any(reader.op == "offload" for reader in self.readers.get(name, []))
         if name in backward.takes or away:
-            why = "nothing is recomputed" if self.manifest.recompute == "none" else self.kept()[name]
+            why = "nothing is recomputed" if self.manifest.config.recompute == "none" else self.kept()[name]
             place = "saved in host memory" if away else "saved"
             yield f"{place}, {bytes_text(largest[name].nbytes())} on the rank with the most: {why}"
         elif (again := RECOMPUTED + name) in self.values:
@@ -266,9 +266,9 @@ class _Explainer:
         return "its cost is linear in the sequence, and it follows from what is saved"
 
     def kept(self) -> dict[str, str]:
-        taken = decisions.read(self.manifest.cuts, self.manifest.decisions)
+        taken = decisions.read(self.manifest.step.cuts, self.manifest.step.decisions)
         step = Step(self.whole, self.whole, self.manifest.sequence_dims)
-        early = EarlyBackward(self.manifest.tile, self.manifest.target)
+        early = EarlyBackward(self.manifest.config.tile, self.manifest.target)
         for run in (Partition(self.manifest.ranks, taken), Sections(), early):
             step = run(step)
         return reasons(replace(step, segments=segments(step.program)))

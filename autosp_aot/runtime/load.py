@@ -42,7 +42,7 @@ def load(
         what = f"the artifact is for {manifest.target}, the device is {device.type}"
         why, fix = "kernels are fixed when an artifact is built", f"build with --target for {device.type}"
         raise ArtifactError(Problem("wrong-device", what, str(path), why, fix))
-    programs = {kind: read_rank(path, comm.rank, kind) for kind in manifest.kinds}
+    programs = {kind: read_rank(path, comm.rank, kind) for kind in manifest.programs}
     for program in programs.values():
         check_operators(program, manifest)
     weights = read_weights(path, manifest, None if init_from is None else Path(init_from), device)

@@ -60,4 +60,4 @@ def test_what_is_no_choice_is_refused(options):
 def test_python_takes_sizes_as_text():
     model = plain.build_model(vocab_size=8, hidden_size=4, layers=1, heads=2, kv_heads=1, max_length=8)
     manifest = build(model, plain.example_batch(1, 4), 2, memory_budget="1MiB", tile=2, target="cpu").manifest
-    assert (manifest.recompute, manifest.memory_budget_bytes, manifest.tile) == ("auto", 2**20, 2)
+    assert (manifest.config.recompute, manifest.config.memory_budget_bytes, manifest.config.tile) == ("auto", 2**20, 2)

@@ -8,13 +8,15 @@ import pytest
 
 from autosp_aot import __version__
 from autosp_aot.artifact.checkpoint_layout import Piece, Place, Recipe, Stored
-from autosp_aot.artifact.manifest import FORMAT, READ_BY, Evaluation, Manifest, TensorSpec
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.manifest import FORMAT, READ_BY, Manifest, ProgramFacts, TensorSpec
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.commands.check.numeric import check_numeric
 from autosp_aot.commands.check.proof import read_back
 from autosp_aot.errors import ArtifactError
 from autosp_aot.memory.costs import Costs, Moved
-from autosp_aot.passes.partition import Fallback
+from autosp_aot.passes.step import Fallback
+from autosp_aot.targets.devices import Device
 from tests.sealing import reseal
 
 REFERENCES = {int(path.name[1:]): path for path in Path(__file__).with_name("formats").glob("v[0-9]*")}
@@ -62,7 +64,9 @@ def test_a_later_format_is_read_by_the_version_that_wrote_it(saved):
     )
 
 
-RECORDS = (Manifest, Evaluation, TensorSpec, Costs, Moved, Fallback, Recipe, Stored, Piece, Place)
+RECORDS = (
+    BuildConfig, Device, Manifest, ProgramFacts, TensorSpec, Costs, Moved, Fallback, Recipe, Stored, Piece, Place,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("record", RECORDS)

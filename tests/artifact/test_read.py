@@ -1,10 +1,11 @@
 """What is read is an artifact as it was built, and nothing else is believed."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP
+from autosp_aot.artifact.config import BuildConfig
+from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP, file_of
 from autosp_aot.artifact.read import read_bodies, read_manifest, read_rank
 from autosp_aot.errors import ArtifactError
 from tests.sealing import FILES, edit_ranks, edit_text, reseal
@@ -83,7 +84,7 @@ def test_a_folder_without_manifest_is_no_artifact(tmp_path):
 @pytest.mark.parametrize("changes, why", [
     ({"format": "5"}, "format is no number, or the version that wrote it no text"),
     ({"surprise": 1}, "unexpected or missing keys: ['surprise']"),
-    ({"ranks": 0}, "ranks is not a positive number"),
+    ({"config": asdict(BuildConfig(0))}, "ranks is not a positive number"),
     ({"batch": [{"name": "x", "dtype": "complex", "shape": [1], "vocabulary": None}]}, "x has no valid type"),
     ({"batch": [{"name": "x", "dtype": "f32", "shape": [-1], "vocabulary": None}]}, "x has no valid type"),
 ])  # fmt: skip
@@ -118,7 +119,7 @@ def test_a_rank_evaluates_with_a_body_of_the_evaluation(saved, body):
 
 
 def test_a_step_has_the_sections_of_a_step_and_an_evaluation_its_own(saved):
-    step, evaluation = (saved / f"{kind}body.0.program" for kind in (STEP, EVALUATE))
+    step, evaluation = (saved / file_of(kind, "body.0.program") for kind in (STEP, EVALUATE))
     texts = step.read_text(), evaluation.read_text()
     tables = (saved / "ranks.json").read_text(), (saved / "evaluate.ranks.json").read_text()
     step.write_text(texts[1])
@@ -132,7 +133,7 @@ def test_a_step_has_the_sections_of_a_step_and_an_evaluation_its_own(saved):
 
 
 def test_files_of_an_evaluation_that_the_manifest_denies_are_refused(saved):
-    reseal(saved, evaluation=None)
+    reseal(saved, programs={STEP: asdict(read_manifest(saved).step)})
     assert "lists evaluate.body.0.program, evaluate.ranks.json" in refusal(saved, "artifact-files")
 
 

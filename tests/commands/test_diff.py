@@ -87,7 +87,8 @@ def test_a_change_of_the_evaluation_is_said(tiny2, saved, tmp_path):
     drop = edit(tiny2.evaluation.program, named("all_reduce", "div"), lambda i: [replace(i, op="all_gather")])
     other = replace(tiny2, evaluation=replace(tiny2.evaluation, program=drop)).save(tmp_path / "b")
     evaluation = read_manifest(other).evaluation
-    reseal(other, evaluation=asdict(replace(evaluation, costs=evaluation.costs | {"peak_bytes": 1})))
+    cheaper = replace(evaluation, costs=evaluation.costs | {"peak_bytes": 1})
+    reseal(other, programs={"step": asdict(read_manifest(other).step), "evaluate": asdict(cheaper)})
     found = compare(saved, other)
     assert found.meaning == (
         "collective all_reduce of f64 in evaluate: 1 -> 0",
@@ -99,17 +100,19 @@ def test_a_change_of_the_evaluation_is_said(tiny2, saved, tmp_path):
 
 
 def test_an_evaluation_that_is_gone_is_said(tiny2, saved, tmp_path):
-    manifest = replace(tiny2.manifest, evaluation=None)
+    config = replace(tiny2.manifest.config, evaluation=False)
+    manifest = replace(tiny2.manifest, config=config, programs={"step": tiny2.manifest.step})
     other = replace(tiny2, manifest=manifest, evaluation=None).save(tmp_path / "b")
     assert compare(saved, other).meaning == (
-        "evaluation program: yes -> no",
+        "evaluation: True -> False",
         "files that differ: evaluate.body.0.program, evaluate.ranks.json, evaluate.whole.program, report.html",
     )
 
 
 def test_another_version_of_torch_is_said_first(tiny2, saved, tmp_path):
     other = tiny2.save(tmp_path / "b")
-    reseal(other, versions=read_manifest(other).versions | {"torch": "2.99.0"}, recompute="none")
+    versions = read_manifest(other).versions | {"torch": "2.99.0"}
+    reseal(other, versions=versions, config=asdict(BuildConfig(2, recompute="none")))
     now = read_manifest(saved).versions["torch"]
     assert compare(saved, other).meaning == (f"made by another torch: {now} -> 2.99.0", "recompute: sac -> none")
 
@@ -134,7 +137,9 @@ def test_parameters_of_equal_layers_are_said_once(tiny2, deep, tmp_path):
 
 def test_an_operator_computed_on_every_rank_is_said(tiny2, saved, tmp_path):
     other = tiny2.save(tmp_path / "b")
-    reseal(other, fallbacks=[{"op": "aten.sort.default", "source": "model.py:3"}])
+    programs = asdict(read_manifest(other))["programs"]
+    programs["step"]["fallbacks"] = [{"op": "aten.sort.default", "source": "model.py:3"}]
+    reseal(other, programs=programs)
     assert compare(saved, other).meaning == ("computed on every rank: aten.sort.default (model.py:3) 0 -> 1",)
 
 

@@ -1,6 +1,7 @@
 """`explain`: what it says of each kind of value, and that it is what the program does."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_an_input_and_a_gradient(saved):
 
 def test_without_recomputation_everything_is_kept(tiny2, tmp_path):
     path = tiny2.save(tmp_path / "a")
-    reseal(path, recompute="none")
+    reseal(path, config=asdict(BuildConfig(2, recompute="none")))
     assert rows(path, "add")["backward"][0].endswith("nothing is recomputed")
 
 
@@ -196,8 +197,9 @@ def test_every_value_can_be_explained_and_is_placed_as_the_decisions_say(saved, 
 
 def test_a_decision_that_is_not_the_program_s_is_refused(tiny2, tmp_path):
     path = tiny2.save(tmp_path / "a")
-    left = {name: text for name, text in tiny2.manifest.decisions.items() if name != "blocks.0.gelu"}
-    reseal(path, decisions=left)
+    programs = asdict(tiny2.manifest)["programs"]
+    del programs["step"]["decisions"]["blocks.0.gelu"]
+    reseal(path, programs=programs)
     assert "error[decision-wrong]: the recorded decision of blocks.0.gelu" in refused(path, "blocks.0.gelu")
 
 

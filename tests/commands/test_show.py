@@ -23,7 +23,7 @@ TOKENS = "grad.tokens.embedding_dense_backward.all_reduce"
 
 
 def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
-    costs, evaluation = tiny2.manifest.costs, tiny2.manifest.evaluation.costs
+    costs, evaluation = tiny2.manifest.step.costs, tiny2.manifest.evaluation.costs
     facts = show(saved, 0).split("\n\n")[0]
     assert dict(re.split("  +", line, maxsplit=1) for line in facts.splitlines()) | {"recompute": ""} == {
         "ranks": "2",
@@ -42,8 +42,10 @@ def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
 
 
 def test_show_says_what_waits_in_host_memory(tiny2):
-    costs = tiny2.manifest.costs | {"host_bytes": 1024, "host_moved_bytes": 3072}
-    said = dict(facts(replace(tiny2.manifest, offload="host", costs=costs)))["offload"]
+    manifest = tiny2.manifest
+    step = replace(manifest.step, costs=manifest.step.costs | {"host_bytes": 1024, "host_moved_bytes": 3072})
+    config = replace(manifest.config, offload="host")
+    said = dict(facts(replace(manifest, config=config, programs=manifest.programs | {"step": step})))["offload"]
     assert said == "host, 1.00 KiB of host memory, 3.00 KiB there and back"
 
 
@@ -83,7 +85,7 @@ def test_a_rank_that_is_not_there_is_refused(saved):
 def test_json_has_manifest_collectives_and_program(saved):
     found = json.loads(json.dumps(show_json(saved, 1)))
     assert found["rank"] == 1
-    assert found["manifest"]["costs"]["moved"][0] == {
+    assert found["manifest"]["programs"]["step"]["costs"]["moved"][0] == {
         "section": "forward", "op": "all_to_all", "count": 4, "received_bytes": 768
     }  # fmt: skip
     first = found["collectives"][0]
@@ -94,7 +96,9 @@ def test_json_has_manifest_collectives_and_program(saved):
 
 def test_an_operator_that_every_rank_computes_is_named_with_its_line_and_cost(tiny2, saved):
     fallback = {"op": "aten.sort.default", "source": "model.py:3", "gathered_bytes": 2048}
-    path = replace(tiny2, manifest=replace(tiny2.manifest, fallbacks=(fallback, fallback))).save(saved)
-    assert read_manifest(path).fallbacks == (fallback, fallback)
+    step = replace(tiny2.manifest.step, fallbacks=(fallback, fallback))
+    manifest = replace(tiny2.manifest, programs=tiny2.manifest.programs | {"step": step})
+    path = replace(tiny2, manifest=manifest).save(saved)
+    assert read_manifest(path).step.fallbacks == (fallback, fallback)
     assert re.search("computed on every rank +aten.sort.default\n", show(path, 0))
     assert re.search("\naten.sort.default +model.py:3 +2.00 KiB\n", show(path, 0))

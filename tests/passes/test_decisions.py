@@ -67,11 +67,11 @@ class Distances(nn.Module):
 def test_replay_gives_the_same_program_byte_for_byte(name, ranks):
     batch, config = plain.example_batch(2, 5), BuildConfig(ranks)
     artifact = compile_model(models()[name], batch, DIMS, config, "")
-    decisions = read(artifact.manifest.cuts, artifact.manifest.decisions)
+    decisions = read(artifact.manifest.step.cuts, artifact.manifest.step.decisions)
     again = compile_program(artifact.whole, artifact.manifest.sequence_dims, config, decisions)
     assert print_program(again.program) == print_program(artifact.program)
     assert again.decisions == decisions
-    assert len(again.fallbacks) == len(artifact.manifest.fallbacks)
+    assert len(again.fallbacks) == len(artifact.manifest.step.fallbacks)
 
 
 def test_a_decision_is_taken_although_another_would_be_chosen(tiny2):

@@ -1,12 +1,13 @@
 """From an artifact to a module: what does not fit this machine, this torch or these ranks is refused before it runs."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import autosp_aot
+from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.errors import ArtifactError
 from autosp_aot.runtime.comm import Group
@@ -66,7 +67,7 @@ def test_another_device_is_refused(saved):
 
 
 def test_an_artifact_for_another_target_is_refused(saved):
-    reseal(saved, target="cuda")
+    reseal(saved, config=asdict(BuildConfig(2, "cuda")))
     assert refusal(saved).startswith("error[wrong-device]: the artifact is for cuda, the device is cpu\n")
 
 

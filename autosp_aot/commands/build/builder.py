@@ -16,7 +16,7 @@ from autosp_aot import __version__
 from autosp_aot.artifact.batches import constants_of, tensors_of
 from autosp_aot.artifact.checkpoint_layout import Recipe
 from autosp_aot.artifact.config import BuildConfig, checked_config
-from autosp_aot.artifact.manifest import FORMAT, Evaluation, Manifest, specs
+from autosp_aot.artifact.manifest import EVALUATE, FORMAT, STEP, Manifest, ProgramFacts, specs
 from autosp_aot.artifact.write import Artifact, Programs, refuse_existing
 from autosp_aot.commands.build.eager_check import compare_build
 from autosp_aot.commands.build.pass_dump import Dump
@@ -170,12 +170,7 @@ def compile_model(
         versions=_versions(model),
         source=source,
         compared="nothing: it was not asked for",
-        ranks=config.ranks,
-        target=config.target,
-        recompute=config.recompute,
-        memory_budget_bytes=config.memory_budget_bytes,
-        tile=config.tile,
-        offload=config.offload,
+        config=config,
         sequence_dims=sequence_dims,
         batch=specs(inputs["batch"], vocabularies(whole)),
         constants=constants_of(batch),
@@ -184,8 +179,7 @@ def compile_model(
         aliases=_aliases(model),
         trainable=tuple(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss"),
         operators={op: said for op in sorted(operators - set(STRUCTURE)) if (said := schema(op))},
-        **_taken(compiled, config),
-        evaluation=None if evaluation is None else Evaluation(**_taken(evaluation, config)),
+        programs={name: _facts(step, config) for name, step in zip((STEP, EVALUATE), steps)},
         files={},
     )
     return Artifact(
@@ -227,12 +221,11 @@ def _evaluation(
         return compile_evaluation(whole, sequence_dims, config, shown), constants
 
 
-def _taken(compiled: Step, config: BuildConfig) -> dict:
+def _facts(compiled: Step, config: BuildConfig) -> ProgramFacts:
     """What a manifest says of a program: what it costs, how its calls were placed, what is computed on every rank."""
     cuts, decisions = written(compiled.decisions)
     fallbacks = tuple(asdict(fallback) for fallback in compiled.fallbacks)
-    return {"costs": asdict(costs(compiled.program, config.target)), "fallbacks": fallbacks, "cuts": cuts,
-            "decisions": decisions}  # fmt: skip
+    return ProgramFacts(asdict(costs(compiled.program, config.target)), fallbacks, cuts, decisions)
 
 
 def model_values(model: nn.Module) -> dict[str, Tensor]:

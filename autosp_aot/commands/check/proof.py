@@ -31,7 +31,7 @@ def check(path: str | Path) -> list[str]:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    proved = {kind: _proved(path, manifest, kind) for kind in manifest.kinds}
+    proved = {kind: _proved(path, manifest, kind) for kind in manifest.programs}
     _check_values(manifest, path)
     read_recipe(path, manifest)
     (bodies, lines, meetings), evaluation = proved[STEP], proved.get(EVALUATE)
@@ -50,7 +50,7 @@ def read_back(path: Path) -> None:
     What the manifest repeats of it, decisions and costs, was computed from the same programs and is left to `check`.
     """
     manifest = read_manifest(path)
-    for kind in manifest.kinds:
+    for kind in manifest.programs:
         _prove_read(path, manifest, kind)
     _check_values(manifest, path)
     read_recipe(path, manifest)
@@ -120,7 +120,7 @@ def _check_given(manifest: Manifest, whole: Program, kind: str) -> None:
 
 def _check_decisions(manifest: Manifest, kind: str, whole: Program, programs: list[Program]) -> None:
     """The decisions, taken again, place every value as the programs do (tiles' own left out), and fall back alike."""
-    said = manifest.of(kind)
+    said = manifest.programs[kind]
     taken = decisions.read(said.cuts, said.decisions)
     replayed = Partition(manifest.ranks, taken)(Step(whole, whole, manifest.sequence_dims))
     fallbacks = [asdict(fallback) for fallback in replayed.fallbacks]
@@ -144,7 +144,7 @@ def _check_values(manifest: Manifest, path: Path) -> None:
 
 
 def _check_costs(manifest: Manifest, kind: str, program: Program) -> None:
-    said = manifest.of(kind).costs
+    said = manifest.programs[kind].costs
     for name, number in asdict(costs(program, manifest.target)).items():
         if said.get(name) != number:
             raise _wrong(name, said.get(name), number)

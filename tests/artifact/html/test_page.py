@@ -73,7 +73,8 @@ def test_markup_in_names_is_shown_as_text(tiny2):
     hostile = "<script>alert('&')</script>"
     fallback = {"op": hostile, "source": f'"{hostile}', "gathered_bytes": 1}
     spec = replace(tiny2.manifest.batch[0], name=hostile)
-    manifest = replace(tiny2.manifest, fallbacks=(fallback,), batch=(spec,), versions={hostile: hostile})
+    programs = {"step": replace(tiny2.manifest.step, fallbacks=(fallback,))}
+    manifest = replace(tiny2.manifest, programs=programs, batch=(spec,), versions={hostile: hostile})
     assert f'"{hostile}' in Page(artifact_page(manifest, tiny2.program)).text
 
 
@@ -88,13 +89,13 @@ def test_the_breakdown_is_that_of_the_peak(layers3):
     found = breakdown(layers3.program, state, "cpu")
     assert found["optimizer"] == state.optimizer and found["parameters"] == state.parameters
     peak = sum(found[kind] for kind in KINDS)
-    assert peak == layers3.manifest.costs["peak_bytes"] + 2 * 13 * 8 + 4
+    assert peak == layers3.manifest.step.costs["peak_bytes"] + 2 * 13 * 8 + 4
 
 
 def test_kept_is_what_backward_begins_with_and_gradients_what_is_left_of_it(layers3):
     found = timeline(layers3.program, "cpu")
     last = max(at for at, moment in enumerate(found.moments) if moment.section == "forward")
-    assert found.levels[last]["kept"] == layers3.manifest.costs["kept_bytes"]
+    assert found.levels[last]["kept"] == layers3.manifest.step.costs["kept_bytes"]
     gradients = sum(value.nbytes for value in layers3.weights.values()) if layers3.weights else 0
     state = training_state(layers3.whole, "none", zero=0, ranks=2)
     assert found.levels[-1]["gradients"] >= max(gradients, state.gradients)

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner
 
-from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP
+from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP, file_of
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.commands.check.proof import check
 from autosp_aot.commands.cli import main
@@ -126,13 +126,14 @@ def test_a_shifted_position(saved):
 
 
 def test_the_evaluation_is_proved_as_the_step_is(saved):
-    evaluation = read_manifest(saved).evaluation
+    facts = asdict(read_manifest(saved))["programs"]
+    evaluation = facts["evaluate"]
     for costs in ({"peak_bytes": 1}, {"moved": []}):
-        reseal(saved, evaluation=asdict(replace(evaluation, costs=evaluation.costs | costs)))
+        reseal(saved, programs=facts | {"evaluate": evaluation | {"costs": evaluation["costs"] | costs}})
         assert f"error[manifest-wrong]: the manifest is wrong about {next(iter(costs))}" in refused(saved)
-    reseal(saved, evaluation=asdict(replace(evaluation, decisions={})))
+    reseal(saved, programs=facts | {"evaluate": evaluation | {"decisions": {}}})
     assert "the manifest is wrong about the decision of" in refused(saved)
-    reseal(saved, evaluation=asdict(evaluation))
+    reseal(saved, programs=facts)
     edit_text(saved, "aten.slice.Tensor(%labels, 1, 1, 5, 1)", "aten.slice.Tensor(%labels, 1, 0, 4, 1)", EVALUATE)
     assert "an argument of aten.slice.Tensor is wrong" in refused(saved)
 
@@ -144,7 +145,7 @@ def test_a_shifted_label(saved):
 
 @pytest.mark.parametrize("kind", [STEP, EVALUATE], ids=["step", "evaluation"])
 def test_every_constant_of_every_rank_is_proved(saved, kind):
-    table = json.loads((saved / f"{kind}ranks.json").read_text())
+    table = json.loads((saved / file_of(kind, "ranks.json")).read_text())
     for rank in (0, 1):
         for name, number in table[rank]["constants"].items():
             edit_ranks(saved, lambda ranks: ranks[rank]["constants"].update({name: number + 1}), kind)  # noqa: B023
@@ -220,15 +221,18 @@ def test_a_manifest_about_another_shape(saved):
 
 def test_a_manifest_about_other_inputs_training_or_costs(saved):
     manifest = json.loads((saved / MANIFEST).read_text())["manifest"]
+    facts = manifest["programs"]
+    step = lambda **changes: {"programs": facts | {"step": facts["step"] | changes}}  # noqa: E731
+    decisions = {name: text for name, text in facts["step"]["decisions"].items() if "gelu" not in name}
     extra = {"name": "x", "dtype": "f32", "shape": [], "vocabulary": None}
     for changes, about in (
         ({"batch": [*manifest["batch"], extra]}, "the inputs"),
         ({"batch": [entry | {"vocabulary": 7} for entry in manifest["batch"]]}, "vocabularies"),
         ({"trainable": manifest["trainable"][1:]}, "the trained parameters"),
-        ({"costs": manifest["costs"] | {"peak_bytes": 1}}, "peak_bytes"),
+        (step(costs=facts["step"]["costs"] | {"peak_bytes": 1}), "peak_bytes"),
         ({"buffers": [extra]}, "buffers.safetensors"),
-        ({"fallbacks": [{"op": "aten.sort.default", "source": "", "gathered_bytes": 0}]}, "fallbacks"),
-        ({"decisions": {n: d for n, d in manifest["decisions"].items() if "gelu" not in n}}, "the decision of"),
+        (step(fallbacks=[{"op": "aten.sort.default", "source": "", "gathered_bytes": 0}]), "fallbacks"),
+        (step(decisions=decisions), "the decision of"),
     ):
         reseal(saved, **(manifest | changes | {"files": read_manifest(saved).files}))
         assert f"error[manifest-wrong]: the manifest is wrong about {about}" in refused(saved)

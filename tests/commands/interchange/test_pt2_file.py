@@ -127,7 +127,7 @@ def test_no_weights_and_no_path_of_this_machine_are_in_the_file(tiny2, tmp_path)
 
 def test_a_target_that_is_not_here_is_refused(tiny2, tmp_path):
     other = "cuda" if present_target() != "cuda" else "rocm"
-    manifest = replace(tiny2.manifest, target=other)
+    manifest = replace(tiny2.manifest, config=replace(tiny2.manifest.config, target=other))
     with pytest.raises(ArtifactError, match=f"wrong-device.*the artifact is for {other}"):
         write_pt2(tiny2.program.for_rank(0), manifest, 0, tmp_path, tmp_path / "x.pt2")
     assert not list(tmp_path.iterdir())

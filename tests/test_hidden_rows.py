@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from autosp_aot.ops.attention import blockwise
 from tests.steps import equal_to_eager
 
 S, N, INF = 13, 4, float("inf")
@@ -15,7 +14,7 @@ AT, KEY = torch.arange(S)[:, None], torch.arange(S)[None]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setitem(blockwise.BLOCKS, "cpu", 4)
+    monkeypatch.setitem(TARGETS, "cpu", replace(CPU, attention_block=4))
 
 
 class Attention(nn.Module):

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.targets.devices import DEVICES, KINDS, Device
+from autosp_aot.targets.devices import DEVICES, Device
+from autosp_aot.targets.table import TARGETS
 
 RECOMPUTE = ("auto", "sac", "full", "none")
 OFFLOAD = ("off", "auto", "host")
@@ -60,8 +61,8 @@ def checked_config(
     a budget that nothing would be chosen by.
     """
     _one_of("sp", ranks, isinstance(ranks, int) and ranks >= 1, ("a number of ranks",))
-    _one_of("target", target, target in (*KINDS, *DEVICES), (*KINDS, *DEVICES))
-    device = None if target in KINDS else DEVICES[target]
+    _one_of("target", target, target in (*TARGETS, *DEVICES), (*TARGETS, *DEVICES))
+    device = None if target in TARGETS else DEVICES[target]
     recompute = recompute or ("sac" if memory_budget_bytes is None else "auto")
     _one_of("recompute", recompute, recompute in RECOMPUTE, RECOMPUTE)
     _one_of("offload", offload, offload in OFFLOAD, OFFLOAD)

@@ -38,7 +38,8 @@ from autosp_aot.errors import ArtifactError, BuildError, Problem
 from autosp_aot.ir.program import ITEMSIZE, Program
 from autosp_aot.ir.text import parse_program
 from autosp_aot.ir.verify import verify
-from autosp_aot.targets.devices import KINDS, Device
+from autosp_aot.targets.devices import Device
+from autosp_aot.targets.table import TARGETS
 
 SECTIONS = {STEP: ("forward", "backward", "sum_gradients"), EVALUATE: ("evaluate",)}
 TEXT_LIMIT_BYTES = 512 * 2**20
@@ -113,7 +114,7 @@ def _config(found: Json) -> BuildConfig:
     config = BuildConfig(**found | {"device": device})
     if not isinstance(config.ranks, int) or config.ranks < 1:
         raise ValueError("ranks is not a positive number")
-    if config.target not in KINDS:
+    if config.target not in TARGETS:
         raise ValueError("no such target")
     budget_bytes = config.memory_budget_bytes
     checked_config(config.ranks, config.target, config.recompute, budget_bytes, config.tile, config.offload)

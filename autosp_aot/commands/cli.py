@@ -14,7 +14,8 @@ from autosp_aot.artifact.config import OFFLOAD, RECOMPUTE, checked_config
 from autosp_aot.errors import AutospError
 from autosp_aot.ir.units import bytes_of, length_of
 from autosp_aot.memory.training_state import OPTIMIZERS
-from autosp_aot.targets.devices import DEVICES, KINDS
+from autosp_aot.targets.devices import DEVICES
+from autosp_aot.targets.table import TARGETS
 from autosp_aot.training.learning_rate import SCHEDULES, Schedule
 
 PATH = click.Path(path_type=Path)
@@ -130,7 +131,7 @@ def step_options(command: Callable) -> Callable:
 @click.option("--memory-budget", type=SIZE, help="Limit for parameters, gradients, activations and workspace of a "
               "rank, as 70GiB, excluding optimizer state.")
 @click.option("-o", "--out", metavar="DIR", type=PATH, help="Output folder; default ./<model file stem>.sp<P>.")
-@click.option("--target", type=click.Choice(list(dict.fromkeys((*KINDS, *DEVICES)))),
+@click.option("--target", type=click.Choice(list(dict.fromkeys((*TARGETS, *DEVICES)))),
               help="Target: a kind of device, or a device, whose rates say what is worth recomputing.  "
                    "[default: the kind that torch finds here]")
 @click.option("--strict", is_flag=True, help="Refuse operators without a rule instead of computing them on every rank.")

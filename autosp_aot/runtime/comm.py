@@ -1,4 +1,4 @@
-"""The ranks of a step over torch.distributed: which backend and device a target means, and the two ways ranks meet."""
+"""The ranks of a step over torch.distributed, and the two ways they meet."""
 
 import os
 from dataclasses import dataclass
@@ -8,21 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autosp_aot.errors import ArtifactError, Problem
-
-
-@dataclass(frozen=True)
-class Target:
-    """What differs between targets: the backend of torch.distributed and torch's name of the device."""
-
-    backend: str
-    device_type: str
-
-
-TARGETS = {
-    "cpu": Target("gloo", "cpu"),
-    "cuda": Target("nccl", "cuda"),
-    "rocm": Target("nccl", "cuda"),  # torch calls RCCL nccl, and AMD devices cuda
-}
+from autosp_aot.targets.table import CPU, CUDA, ROCM, TARGETS
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ class Mesh:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         check_devices(target, local_rank + 1)
         kind = TARGETS[target]
-        device = torch.device(kind.device_type, local_rank) if kind.device_type == "cuda" else torch.device("cpu")
+        device = torch.device("cpu") if kind is CPU else torch.device(kind.device_type, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
@@ -148,13 +134,13 @@ def check_size(size: int, sp: int, dp: int | None = None) -> None:
 def present_target() -> str:
     """The target of this machine: what torch was built for and finds, else cpu."""
     if not torch.cuda.is_available():
-        return "cpu"
-    return "rocm" if torch.version.hip else "cuda"
+        return CPU.name
+    return ROCM.name if torch.version.hip else CUDA.name
 
 
 def check_devices(target: str, count: int) -> None:
     """Raises ArtifactError `wrong-device` unless this machine has `count` devices for the target."""
-    if target == "cpu":
+    if target == CPU.name:
         return
     present = present_target()
     if present != target:

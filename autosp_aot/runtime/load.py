@@ -15,6 +15,7 @@ from autosp_aot.runtime.comm import Mesh, check_size
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.module import Comm, ShardedModel
 from autosp_aot.runtime.weights_in import read_weights
+from autosp_aot.targets.table import TARGETS
 
 
 def load(
@@ -38,7 +39,7 @@ def load(
         comm, device = group, device or group.device
     check_size(comm.size, manifest.ranks, dp=1)
     device = torch.device(device or "cpu")
-    if (device.type == "cpu") != (manifest.target == "cpu"):
+    if device.type != TARGETS[manifest.target].device_type:
         what = f"the artifact is for {manifest.target}, the device is {device.type}"
         why, fix = "kernels are fixed when an artifact is built", f"build with --target for {device.type}"
         raise ArtifactError(Problem("wrong-device", what, str(path), why, fix))

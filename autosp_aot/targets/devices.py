@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 
 GIB = 2**30
-KINDS = ("cpu", "cuda", "rocm")
 
 
 @dataclass(frozen=True)
 class Device:
     """One device, one rank.
 
-    kind                    of `KINDS`: what a program is made for
+    kind                    of `table.TARGETS`: what a program is made for
     memory_bytes            its memory, of which drivers keep up to 1 GiB: a reserve has to hold that too
     flops_per_s             dense bf16 products, without sparsity
     memory_bytes_per_s      its own memory

@@ -25,6 +25,7 @@ from autosp_aot.artifact.read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem, need_package
 from autosp_aot.runtime.comm import Mesh, check_devices, check_size
 from autosp_aot.runtime.weights_out import refuse_saving
+from autosp_aot.targets.table import CPU
 from autosp_aot.training.data import Feed, open_feed
 from autosp_aot.training.deepspeed.config import checked_config, read_config
 from autosp_aot.training.label_count import is_items, open_items
@@ -134,7 +135,7 @@ def _worker(training: Training, target: str, ranks: int, feeds: list[Feed], fold
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
-    if target == "cpu":
+    if target == CPU.name:
         os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     try:
         _join_and_train(training, target, ranks, feeds)

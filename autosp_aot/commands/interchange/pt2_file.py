@@ -26,10 +26,11 @@ from autosp_aot.artifact.read import read_tensors
 from autosp_aot.commands.interchange.output import write_whole
 from autosp_aot.ir.operators import COPIES, DTYPES, FREE
 from autosp_aot.ir.program import Instr, Program, rename
-from autosp_aot.runtime.comm import TARGETS, check_devices
+from autosp_aot.runtime.comm import check_devices
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.load import check_operators
 from autosp_aot.runtime.module import place, run
+from autosp_aot.targets.table import TARGETS
 
 GROUP = "0"  # torch's name of the default process group
 collectives = torch.ops._c10d_functional

@@ -20,8 +20,9 @@ from autosp_aot.ir.intervals import HIDDEN, INF
 from autosp_aot.ir.operators import wide
 from autosp_aot.ir.score_expr import evaluate
 from autosp_aot.ops.attention.block_bounds import blocks_of, ends_of
-from autosp_aot.ops.attention.workspace import BLOCKS, gradient, outputs
+from autosp_aot.ops.attention.workspace import gradient, outputs
 from autosp_aot.ops.random import keep
+from autosp_aot.targets.table import TARGETS
 
 # An lse beyond this has lost digits of the weights: they are divided by their sum.
 ROUNDED = 100.0
@@ -148,7 +149,7 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring, shortcuts=True):
         self.q, self.k, self.v, self.vectors, self.scoring = q, k, v, vectors, scoring
         self.dtype = wide(q.dtype)
-        self.size, self.blocks = BLOCKS[q.device.type], _blocks(k, k.shape[2])
+        self.size, self.blocks = TARGETS[q.device.type].attention_block, _blocks(k, k.shape[2])
         keyed = [vector.shape[2] == 1 and not scoring.traced for vector in vectors]
         self.ends = [ends_of(vector, self.size) if known else None for vector, known in zip(vectors, keyed)]
         self.plain: set[int] = set()
@@ -235,7 +236,7 @@ class _Call:
 
 
 def _blocks(like: Tensor, count: int) -> list[slice]:
-    size = BLOCKS[like.device.type]
+    size = TARGETS[like.device.type].attention_block
     return [slice(at, min(at + size, count)) for at in range(0, count, size)]
 
 

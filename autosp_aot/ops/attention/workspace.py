@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autosp_aot.ir.operators import HALF, wide
+from autosp_aot.ir.operators import DTYPE_NAMES, wide
 from autosp_aot.ir.score_expr import walk
+from autosp_aot.targets.table import TARGETS
 
-# Rows and keys of a block of blockwise attention: what caches hold, and on CUDA and ROCm what is worth a launch.
-BLOCKS = {"cpu": 256, "cuda": 1024}
 # Tensors of a block's size that blockwise attention has at once: beside a score expression, for each part of it, for
 # the gradient of a part, and for dropout (64-bit positions and bits).
 SCORING, PART, PART_GRADIENT, DRAWING = 8, 1, 2, 12
@@ -39,14 +38,14 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
-def outputs(q: Tensor, width: int, device_type: str) -> tuple[Tensor, Tensor]:
+def outputs(q: Tensor, width: int, target: str) -> tuple[Tensor, Tensor]:
     """Empty out [B, N, S, width] and lse [B, N, S] of a dense q [B, N, S, D], laid out as flash kernels make them.
 
     CPU's kernel makes lse [B, S, N] in memory; CUDA's makes it [B, N, S], and `mha_bwd` reads it so without a check.
     """
     out = torch.empty_like(q) if width == q.shape[3] else q.new_empty((*q.shape[:3], width))
     batch, heads, rows = q.shape[:3]
-    if device_type != "cpu":
+    if not TARGETS[target].flash.lse_by_row:
         return out, q.new_empty((batch, heads, rows), dtype=wide(q.dtype))
     return out, q.new_empty((batch, rows, heads), dtype=wide(q.dtype)).transpose(1, 2)
 
@@ -57,14 +56,15 @@ def gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty((batch, rows, heads, width), dtype=dtype or like.dtype).transpose(1, 2)
 
 
-def has_kernel(q: Tensor, k: Tensor, v: Tensor, plain: bool, causal: bool, device_type: str) -> bool:
+def has_kernel(q: Tensor, k: Tensor, v: Tensor, plain: bool, causal: bool, target: str) -> bool:
     """Whether flash attention takes a call; `plain` says that softmax is all there is to its scoring.
 
     A causal kernel is given as many rows as keys: kernels differ in which keys the first row sees.
     """
     if not plain or q.shape[-1] != v.shape[-1] or (causal and q.shape[2] != k.shape[2]):
         return False
-    return device_type == "cpu" or (q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0)
+    flash, width = TARGETS[target].flash, q.shape[-1]
+    return DTYPE_NAMES[q.dtype] in flash.dtypes and width <= flash.width_limit and width % flash.width_multiple == 0
 
 
 def head_runs(heads: int, group: int, first_head: int) -> list[tuple[slice, slice]]:
@@ -177,7 +177,7 @@ class _Run:
 
     def backward_bytes(self, lse_has_gradient: bool) -> int:
         if self.has_kernel() and not lse_has_gradient:
-            return 0 if self.target == "cpu" else self.flash_bytes() + self.lse_bytes()
+            return self.flash_bytes() + self.lse_bytes() if TARGETS[self.target].flash.accumulates else 0
         return self.accumulated_bytes() + self.block_bytes(2 * SCORING, PART + PART_GRADIENT)
 
     def vector_gradient_bytes(self, which: int) -> int:
@@ -200,7 +200,7 @@ class _Run:
 
     def block_bytes(self, tensors: int, parts: int) -> int:
         """Of a block of rows and keys: scores, expression, draws, and what is read of q, k, v and vectors, widened."""
-        size, scoring = BLOCKS["cpu" if self.target == "cpu" else "cuda"], self.scoring
+        size, scoring = TARGETS[self.target].attention_block, self.scoring
         itemsize = wide(self.q.dtype).itemsize
         rows, keys = min(size, self.rows), min(size, self.k.shape[2])
         count = sum(1 for _ in walk(scoring.get("score"))) if scoring.get("score") is not None else 0

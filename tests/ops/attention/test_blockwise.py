@@ -16,6 +16,7 @@ from autosp_aot.ops.attention.blockwise import (
     blockwise_backward,
     blockwise_vector_gradient,
 )
+from autosp_aot.targets.table import CPU, TARGETS
 
 INF = float("inf")
 LOWEST = -3e38
@@ -39,7 +40,7 @@ B, N, R, T, D = 2, 2, 10, 10, 4
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setitem(blockwise.BLOCKS, "cpu", 4)
+    monkeypatch.setitem(TARGETS, "cpu", replace(CPU, attention_block=4))
 
 
 def normal(*shape):

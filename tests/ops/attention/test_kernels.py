@@ -1,10 +1,13 @@
 """Every kernel against the softmax of all scores in fp64, differentiated by autograd."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosp_aot.ops.attention import blockwise, kernels
+from autosp_aot.targets.table import CPU, TARGETS
 
 SCALE = 0.7
 
@@ -82,7 +85,7 @@ def test_queries_see_all_keys_where_their_numbers_differ(rows, keys, v_width):
     (9, 9, True), (9, 9, False), (4, 11, False), (11, 4, False), (11, 6, True), (6, 11, True), (4, 4, True),
 ])  # fmt: skip
 def test_blocks_of_rows_and_keys_add_up(monkeypatch, rows, keys, causal):
-    monkeypatch.setitem(blockwise.BLOCKS, "cpu", 4)
+    monkeypatch.setitem(TARGETS, "cpu", replace(CPU, attention_block=4))
     q, k, v, grad_out = tensors(2, 2, rows, keys, v_width=3)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     expected = reference(*leaves, causal)
@@ -93,12 +96,12 @@ def test_blocks_of_rows_and_keys_add_up(monkeypatch, rows, keys, causal):
 
 
 def test_more_rows_than_a_block_are_several_blocks():
-    rows = 2 * blockwise.BLOCKS["cpu"] + 3
+    rows = 2 * CPU.attention_block + 3
     assert_like_reference(*tensors(1, 1, rows, rows, width=2, v_width=3), True)
 
 
 def test_scores_beyond_the_range_of_exp_do_not_overflow(monkeypatch):
-    monkeypatch.setitem(blockwise.BLOCKS, "cpu", 2)
+    monkeypatch.setitem(TARGETS, "cpu", replace(CPU, attention_block=2))
     q, k, v, _ = tensors(1, 1, 5, 5)
     q *= 1000
     assert_close(blockwise.blockwise(q, k, v, [], blockwise.Scoring(SCALE, True)), reference(q, k, v, True))

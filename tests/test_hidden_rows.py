@@ -1,11 +1,14 @@
 """Attention at its edges, loss and every gradient against eager, in several blocks: rows that see nothing, parameters
 that change no score yet, masks that are written again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from autosp_aot.targets.table import CPU, TARGETS
 from tests.steps import equal_to_eager
 
 S, N, INF = 13, 4, float("inf")

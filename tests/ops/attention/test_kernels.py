@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosp_aot.ops.attention import blockwise, kernels
-from autosp_aot.targets.table import CPU, TARGETS
+from autosp_aot.targets.table import CPU, CUDA, TARGETS
 
 SCALE = 0.7
 
@@ -222,11 +222,17 @@ class LseOfCuda(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.fixture
+def meta_is_cuda(monkeypatch):
+    """Tensors without data stand for CUDA's: torch has its kernels' layouts."""
+    monkeypatch.setitem(TARGETS, "meta", CUDA)
+
+
 def on_meta(*shape):
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
 
-def test_cuda_is_given_lse_as_its_backward_reads_it():
+def test_cuda_is_given_lse_as_its_backward_reads_it(meta_is_cuda):
     q, k, grad_out = on_meta(2, 4, 16, 8), on_meta(2, 2, 16, 8), on_meta(2, 4, 16, 8)
     out, lse = attention(q, k, k, SCALE, True, 2, 0)
     assert lse.is_contiguous()
@@ -235,7 +241,7 @@ def test_cuda_is_given_lse_as_its_backward_reads_it():
     assert seen.found == [((2, 2, 16), True)] * 2
 
 
-def test_so_it_is_for_intervals_of_heads_and_rows():
+def test_so_it_is_for_intervals_of_heads_and_rows(meta_is_cuda):
     q, k = on_meta(2, 24, 8), on_meta(2, 2, 16, 8)
     out, lse = attention_rows(q, k, k, SCALE, False, 1, 16, 0)
     with LseOfCuda() as seen:

@@ -28,7 +28,6 @@ LATENT = dict(
 )  # fmt: skip
 MODELS = {
     "deepseek_v3": (hf.DeepseekV3ForCausalLM, hf.DeepseekV3Config, LATENT | {"num_key_value_heads": 4}),
-    "gpt_oss": (hf.GptOssForCausalLM, hf.GptOssConfig, LOCAL),
     "granitemoe": (hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig, LOCAL),
     "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, LOCAL),
     "olmoe": (hf.OlmoeForCausalLM, hf.OlmoeConfig, EXPERTS),
@@ -55,9 +54,9 @@ def batch():
     return half_labelled(13)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_loss_and_gradients_equal_eager_s(name, batch):
-    model = built(name)
+def test_loss_and_gradients_equal_eager_s(batch):
+    """Of those with an auxiliary loss below; mixtral, gpt_oss and qwen3_moe are in `tests.architectures` besides."""
+    model = built("deepseek_v3")
     compiled, results = sharded(model, batch, 3)
     assert not compiled.fallbacks
     assert worst(by_looping(model, batch), results) <= 1e-6
@@ -82,7 +81,7 @@ def test_a_rank_without_tokens_and_as_many_tokens_as_channels(length, batch):
 
 
 @pytest.mark.parametrize("name", AUXILIARY)
-def test_the_router_s_auxiliary_loss_equals_eager_s(name, batch):
+def test_loss_with_the_router_s_and_gradients_equal_eager_s(name, batch):
     model = built(name, output_router_logits=True, router_aux_loss_coef=0.5)
     compiled, results = sharded(model, batch, 3)
     assert not compiled.fallbacks

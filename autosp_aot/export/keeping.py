@@ -13,7 +13,6 @@ import os
 import random
 import sys
 import types
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -31,16 +30,19 @@ from autosp_aot.export.user_code import OURS, STDLIB, TORCH
 CLOSED = ("torch._", "torch.nn", "torch.fx", "torch.distributed", "torch.utils", "logging", "threading", "importlib")
 # What torch keeps in modules: tensors and modules have names of their own, the rest is no state of forward.
 TORCHS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
-INDEXED = (list, tuple, deque, dict)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place with something in it: its path, and the namespace, sequence, object or cell that holds it."""
+    """A place with something in it: its path, and the namespace, sequence, object or cell that holds it.
+
+    `slotted` is one of an object's __slots__: what is a list or a dict may have attributes too.
+    """
 
     path: str
     owner: Any
     key: Any
+    slotted: bool = False
 
     @property
     def value(self):
@@ -48,15 +50,15 @@ class Slot:
             return self.owner.cell_contents
         if isinstance(self.owner, type):
             return vars(self.owner)[self.key]
-        return self.owner[self.key] if isinstance(self.owner, INDEXED) else getattr(self.owner, self.key)
+        return getattr(self.owner, self.key) if self.slotted else self.owner[self.key]
 
     def put(self, value) -> None:
         if isinstance(self.owner, types.CellType):
             self.owner.cell_contents = value
-        elif isinstance(self.owner, (list, deque, dict)):
-            self.owner[self.key] = value
-        elif not isinstance(self.owner, tuple):
+        elif self.slotted or isinstance(self.owner, type):
             setattr(self.owner, self.key, value)
+        elif not isinstance(self.owner, tuple):
+            self.owner[self.key] = value
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
@@ -195,7 +197,7 @@ def _attributes(path: str, owner: object) -> list[Slot]:
     slotted = [name for kind in type(owner).__mro__ for name in _slotted(kind)]
     namespace = owner if isinstance(owner, type) else vars(owner) if names else {}
     return [Slot(f"{path}.{name}", namespace, name) for name in names] + [
-        Slot(f"{path}.{name}", owner, name) for name in slotted
+        Slot(f"{path}.{name}", owner, name, slotted=True) for name in slotted
     ]
 
 

@@ -33,6 +33,14 @@ class Slotted:
         self.n = 0
 
 
+class SlottedList(list):
+    __slots__ = ("n",)
+
+    def __init__(self, *elements):
+        super().__init__(*elements)
+        self.n = 0
+
+
 @dataclass
 class Counting:
     n: int = 0
@@ -147,6 +155,7 @@ COUNTS = {
     "a namespace": (types.SimpleNamespace(n=0), lambda m: up(m.n)),
     "an object": (Counting(), lambda m: up(m.n)),
     "an object with slots": (Slotted(), lambda m: up(m.n)),
+    "an attribute of a list in slots": (SlottedList(), lambda m: up(m.n)),
     "an object in a list": ([Counting()], lambda m: up(m.n[0])),
     "a module in a list": ([Layer()], lambda m: up(m.n[0])),
     "an object with private slots": (Private(), lambda m: m.n.up()),

@@ -189,7 +189,8 @@ def test_inputs_that_come_and_go_with_the_length_are_refused(model_file):
 
 
 @pytest.mark.parametrize(
-    "made", ["torch.ones([1] * seq_len)", "torch.ones(1, dtype=[torch.int, torch.long][seq_len == 4])"]
+    "made", ["torch.ones([1] * seq_len)", "torch.ones(1, dtype=[torch.int, torch.long][seq_len == 4])",
+             "torch.ones(1) if seq_len == 4 else 1"]
 )
 def test_an_input_whose_dtype_or_dims_change_with_the_length_is_refused(model_file, made):
     path = model_file(("torch.ones(batch_size)", made))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autosp_aot.ir.program import Instr, Program
 from autosp_aot.memory.costs import costs, curve, heaviest
-from autosp_aot.runtime.execute import Executor, Run
+from autosp_aot.runtime.execute import Executor, Run, Step
 from autosp_aot.runtime.module import run
 from autosp_aot.runtime.simulate import lockstep
 from examples import llama
@@ -58,20 +58,15 @@ def measured(program: Program, rank: int, inputs: dict[str, Tensor], heard: list
     executor, values, comm = Executor(program.for_rank(rank), rank, CPU), dict(inputs), Replay(heard)
     storages, found = Storages([*values.values(), *(buffer.memory for buffer in executor.host.buffers)]), []
 
-    def watched(meets, step):
-        def met(values):
-            storages.peak_bytes = storages.live_bytes
-            yield from step(values)
-            found.append((storages.live_bytes, storages.peak_bytes))
-
+    def watched(step: Step) -> Step:
         def called(values):
             storages.peak_bytes = storages.live_bytes
-            step(values)
+            yield from step(values) or ()
             found.append((storages.live_bytes, storages.peak_bytes))
 
-        return meets, met if meets else called
+        return called
 
-    executor.steps = {name: [watched(*step) for step in steps] for name, steps in executor.steps.items()}
+    executor.steps = {name: [watched(step) for step in steps] for name, steps in executor.steps.items()}
     with storages:
         for section in program.sections:
             run(executor, section.name, values, comm)

@@ -83,6 +83,7 @@ LEGAL = TEXT.format(lines=f"""\
     ("aten.exp.default(%x)", "aten.permute.default(%x, [0, 1])", "v is written into"),
     ("aten.reshape.default(%a, [24])\n  free(%a)", "aten._unsafe_view.default(%a, [24])", "v is written into"),
     ("aten.neg.default", "aten.cumsum.default", "aten.cumsum.default cannot write into v"),
+    ("%y: f32[24] @ Replicate = aten.neg", "_ = aten.neg", "aten.neg.default cannot write into v"),
     ("%y: f32[24]", "%y: f32[4, 6]", "y is of another type than v, into which it is written"),
 ])  # fmt: skip
 def test_what_may_not_be_written_into(old, new, said):

@@ -150,7 +150,7 @@ def test_what_cannot_be_met_is_refused_with_what_it_takes_and_for_what(deep):
 
 def test_where_gradients_and_sums_of_them_have_no_room_no_other_length_is_advised(deep):
     (problem,) = deep.refused(10_000).problems
-    assert problem.what.endswith(", the budget is 9.77 KiB")
+    assert problem.what.endswith("; budget is 9.77 KiB")
     assert "or train fewer or narrower parameters: with gradients and sums" in problem.fix
     assert "which neither more ranks nor a shorter sequence changes" in problem.fix and "--" not in problem.fix
 

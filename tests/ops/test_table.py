@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from autosp_aot.commands.check.undrawn import undrawn
-from autosp_aot.commands.interchange.onnx_calls import named
 from autosp_aot.ir.operators import DTYPE_NAMES
 from autosp_aot.ir.placement import REPLICATE
 from autosp_aot.ir.program import Dtype, Input, Instr, PerRank, Program, Ref, Section, Value, flatten, map_args
@@ -70,7 +69,6 @@ def outcomes(program: Program, tensors: dict[str, Tensor], first_head: Instr) ->
     operands = [program.values()[name] for name in instr.refs()]
     readers: tuple[Callable[[], object], ...] = (
         lambda: table.schema(instr.op),
-        lambda: list(named(instr)),
         lambda: table.spec_of(instr, operands, 2).extents,
         lambda: costs(program, "cpu"),
         lambda: unlike_ranks(replace(program, ranks=2, sections=(replace(program.sections[0], instrs=(first_head,)),))),

@@ -11,8 +11,9 @@ import click
 from click.core import ParameterSource
 
 from autosp_aot.artifact.config import OFFLOAD, RECOMPUTE, checked_config
+from autosp_aot.commands.option_types import SIZE, Units, pairs_to_options, ranks, tiles
 from autosp_aot.errors import AutospError
-from autosp_aot.ir.units import bytes_of, length_of
+from autosp_aot.ir.units import length_of
 from autosp_aot.memory.training_state import OPTIMIZERS
 from autosp_aot.targets.devices import DEVICES
 from autosp_aot.targets.table import TARGETS
@@ -24,40 +25,6 @@ OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 POSITIVE = click.IntRange(min=1)
 NOT_NEGATIVE = click.FloatRange(min=0)
 IN_DEEPSPEED = ("accumulate", "lr", "warmup", "schedule", "min_lr", "weight_decay", "clip", "zero", "dump")
-CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
-
-
-class Units(click.ParamType):
-    """What `autosp_aot.ir.units` reads; with `many`, a list of it between commas, each once and in order."""
-
-    def __init__(self, name: str, read: Callable[[str], object], many: bool = False):
-        self.name, self.read, self.many = name, read, many
-
-    def convert(self, value, param, ctx):
-        if not isinstance(value, str):
-            return value
-        try:
-            found = [self.read(text) for text in (value.split(",") if self.many else [value])]
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        return tuple(sorted(set(found))) if self.many else found[0]
-
-
-def _tiles(text: str) -> str | int:
-    if text in ("auto", "off"):
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is not auto, off or a number of slices")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is not a number of ranks")
-    return int(text)
-
-
-SIZE = Units("size", bytes_of)
 
 
 class Commands(click.Group):
@@ -80,33 +47,11 @@ def main() -> None:
     """
 
 
-def _options(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]) -> dict[str, object]:
-    """`key=value` pairs; a value is a number, true, false, none or a JSON list where it reads as one, else text."""
-    options: dict[str, object] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise click.BadParameter(f"{pair!r} is not key=value")
-        if key in options:
-            raise click.BadParameter(f"{key!r} is given twice")
-        options[key] = _value(text)
-    return options
-
-
-def _value(text: str) -> object:
-    if text.lower() in CONSTANTS:
-        return CONSTANTS[text.lower()]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
 STEP_OPTIONS = (
     click.option("--batch", type=POSITIVE, default=1, help="Sequences in a batch."),
-    click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
+    click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=pairs_to_options,
                  help="An option of build_model; may be repeated."),
-    click.option("--tile", type=Units("auto|off|n", _tiles), default="auto",
+    click.option("--tile", type=Units("auto|off|n", tiles), default="auto",
                  help="Compute loss and MLP in slices of the sequence: as many as pay (auto), none (off), or N."),
     click.option("--offload", type=click.Choice(OFFLOAD), default="off",
                  help="Saved values go to host memory: none (off), those that the budget needs (auto), all (host)."),
@@ -169,7 +114,7 @@ def build(model: Path, sp: int, seq: int, batch: int, options: dict, tile: str |
 
 @main.command()
 @click.argument("model", metavar="MODEL.py", type=EXISTING)
-@click.option("--sp", "sps", metavar="N,...", type=Units("numbers", _count, many=True), required=True,
+@click.option("--sp", "sps", metavar="N,...", type=Units("numbers", ranks, many=True), required=True,
               help="Numbers of ranks that share every sequence.")
 @click.option("--seq", "seqs", metavar="LENGTH,...", type=Units("lengths", length_of, many=True), required=True,
               help="Tokens of a sequence; 128k is 131072.")
@@ -293,7 +238,7 @@ def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
 @click.option("--eager", metavar="MODEL.py", type=EXISTING,
               help="Then compare SGD steps of all ranks, in one process, with those of the model itself.")
 @click.option("--steps", type=POSITIVE, default=2, help="Steps of --eager.")
-@click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=_options,
+@click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=pairs_to_options,
               help="An option of build_model, for --eager; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
 def check(artifact: Path, numeric: bool, eager: Path | None, steps: int, options: dict, as_json: bool) -> None:

@@ -127,7 +127,7 @@ def _kind(error: Exception) -> str:
     return "number" if entry is None else _kind_of(_chain(entry.tb_frame.f_code, entry.tb_lasti))
 
 
-def _kind_of(chain: list[ast.AST], assignments: tuple[ast.AST, ...] = ()) -> str:
+def _kind_of(chain: list[ast.AST], assignments: tuple[ast.AST, ...] = ()) -> str:  # noqa: C901  (a table, row by row)
     """What is read for: by what is around the expression that reads, the first of `chain`.
 
     `assignments` are those whose name's uses have led here.

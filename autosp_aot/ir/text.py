@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.ir.escapes import SPACES, escaped, unescaped
 from autosp_aot.ir.operators import TILES
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Bounds, Cut, Placement
 from autosp_aot.ir.program import (
@@ -54,8 +55,6 @@ KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")
 INTO = "into"  # as a keyword, the operand whose memory the result takes
 DEPTH = 300  # of lists in an argument; a score expression has at most 256 parts
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
-ESCAPED = re.compile(r"[\s,:;=()\[\]{}@#%$\"\\]")  # in a name
-SPACES = re.compile(r"[\s\\]")  # in where an instruction comes from
 
 
 # --- print --------------------------------------------------------------------------------------------------------
@@ -142,22 +141,8 @@ class _Printer:
         return repr(arg)
 
 
-def escaped(text: str, characters: re.Pattern[str] = ESCAPED) -> str:
-    """A name as the text has it."""
-    return characters.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def unescaped(text: str, characters: re.Pattern[str] = ESCAPED) -> str:
-    """The name that `escaped` has made a text of. Raises ValueError for a text that it does not make."""
-    name = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
-    if escaped(name, characters) != text:
-        raise ValueError(f"not a name: {text!r}")
-    return name
-
-
 # --- parse --------------------------------------------------------------------------------------------------------
 
-_ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
 _INPUT = re.compile(rf"({'|'.join(KINDS)}) (.+)")
 _SECTION = re.compile(r"section (\w+) takes \((.*)\)")
 _VALUE = re.compile(rf"%({NAME}): (\w+)\[([^\]]*)\] @ (.+)")

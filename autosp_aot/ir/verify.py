@@ -77,10 +77,8 @@ class _Verifier:
             self.tiles(instr, instr.body)
         elif instr.op.partition(".")[0] not in ("aten", "autosp") and instr.op not in (*MOVES, *COPIES):
             raise illegal(f"{instr.op} is not an operator", instr)
-        if instr.op in MOVES and instr.op != "all_reduce" and (len(refs) != 1 or len(instr.values()) != 1):
-            raise illegal(f"{instr.op} moves one value", instr)
-        if instr.op == "all_reduce" and (not refs or len(refs) != len(instr.values())):
-            raise illegal("an all_reduce has operands, and a result for each", instr)
+        if instr.op in MOVES:
+            _check_move(instr)
         if instr.op in COPIES:
             self.host.copied(instr, [self.alive[name] for name in refs])
         if instr.into is not None:
@@ -194,3 +192,12 @@ class _Host:
             if at < hi and lo < end:
                 raise illegal(f"{value.name} is put at bytes {at} to {end}, where {name} is until byte {hi}", instr)
         return at, end
+
+
+def _check_move(instr: Instr) -> None:
+    """An all_reduce has as many results as operands; all else moves one value."""
+    operands, results = len(instr.refs()), len(instr.values())
+    if instr.op == "all_reduce" and (not operands or operands != results):
+        raise illegal("an all_reduce has operands, and a result for each", instr)
+    if instr.op != "all_reduce" and (operands, results) != (1, 1):
+        raise illegal(f"{instr.op} moves one value", instr)

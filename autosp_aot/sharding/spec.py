@@ -83,14 +83,7 @@ class Spec:
     def instantiate(self, strategy: Strategy) -> tuple[tuple[Placement, ...], tuple[Placement, ...]] | None:
         """Placements of the operands and of the results under a strategy; None where the laws forbid it."""
         factor, bounds = strategy.factor, strategy.bounds
-        if factor in self.whole or (strategy.partial and strategy.partial not in self.linear):
-            return None
-        if strategy.outer != 1 and factor in self.flat:
-            return None
-        summed = (axis for at in strategy.partial for axes in self.operands[at] for axis in axes)
-        if any(axis.reach and axis.factor == factor for axis in summed):
-            return None  # of a place that two ranks read, each would have only a share
-        if factor in self.filled and any(lo == hi for lo, hi in bounds):
+        if self._forbids(strategy):
             return None
         placed = [self._placed(dims, strategy) for dims in (*self.operands, *self.results)]
         tensors = [placement for placement in placed if placement is not None]
@@ -112,6 +105,18 @@ class Spec:
         if strategy.partial and factor is not None and any(p.cut is None for p in cut):
             return None
         return tuple(operands), tuple(results)
+
+    def _forbids(self, strategy: Strategy) -> bool:
+        """Whether a strategy is against what is said of factors."""
+        factor = strategy.factor
+        if factor in self.whole or (strategy.partial and strategy.partial not in self.linear):
+            return True
+        if strategy.outer != 1 and factor in self.flat:
+            return True
+        summed = (axis for at in strategy.partial for axes in self.operands[at] for axis in axes)
+        if any(axis.reach and axis.factor == factor for axis in summed):
+            return True  # of a place that two ranks read, each would have only a share
+        return factor in self.filled and any(lo == hi for lo, hi in strategy.bounds)
 
     def _placed(self, dims: Dims, strategy: Strategy) -> Placement | None:
         """Where a tensor is under a strategy: None where the dims cannot be cut so."""

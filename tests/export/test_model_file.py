@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from autosp_aot.errors import BuildError
-from autosp_aot.export.model_file import guess_sequence_dims, make_batch, make_model, read_model_file
+from autosp_aot.export.example_batch import guess_sequence_dims, make_batch
+from autosp_aot.export.model_file import make_model, read_model_file
 
 MODEL = """\
 import torch

@@ -25,15 +25,9 @@ from autosp_aot.commands.check.random_inputs import vocabularies
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical.canonical import DTYPES, canonical_program, unsupported
 from autosp_aot.export.evaluation import capture_evaluation, in_eval_mode
+from autosp_aot.export.example_batch import checked_sequence_dims, flat_batch, guess_sequence_dims, make_batch
 from autosp_aot.export.joint import Joint, capture
-from autosp_aot.export.model_file import (
-    checked_sequence_dims,
-    flat_batch,
-    guess_sequence_dims,
-    make_batch,
-    make_model,
-    read_model_file,
-)
+from autosp_aot.export.model_file import make_model, read_model_file
 from autosp_aot.export.subject import Subject
 from autosp_aot.ir.operators import STRUCTURE
 from autosp_aot.ir.program import Program, Value

@@ -14,8 +14,9 @@ from autosp_aot.commands.check.numeric import refuse_large
 from autosp_aot.commands.check.oracle import Built, EagerFailed, compare
 from autosp_aot.commands.check.undrawn import NotComparable, draws
 from autosp_aot.errors import ArtifactError, BuildError, Problem
+from autosp_aot.export.example_batch import ask_batch
 from autosp_aot.export.loss import forward_at
-from autosp_aot.export.model_file import ModelFile, ask_batch, make_model, read_model_file
+from autosp_aot.export.model_file import ModelFile, make_model, read_model_file
 from autosp_aot.export.user_code import raised_at, said
 from autosp_aot.ir.operators import DTYPES
 

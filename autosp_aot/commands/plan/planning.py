@@ -18,7 +18,8 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.commands.build.builder import capture_model
 from autosp_aot.commands.plan.max_seq_search import longest
 from autosp_aot.errors import BuildError
-from autosp_aot.export.model_file import make_batch, make_model, read_model_file
+from autosp_aot.export.example_batch import make_batch
+from autosp_aot.export.model_file import make_model, read_model_file
 from autosp_aot.export.subject import Subject
 from autosp_aot.ir.operators import FREE, makes_view
 from autosp_aot.ir.program import Program, values_of

@@ -1,16 +1,16 @@
 """Host memory while a program runs: copies done at any time the text allows, buffers for every step under way."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import autosp_aot
 from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.commands.build.builder import compile_model, model_values
+from autosp_aot.commands.cli import main
 from autosp_aot.errors import ArtifactError
 from autosp_aot.ir.text import parse_program
 from autosp_aot.runtime import host_pool
@@ -143,10 +143,9 @@ def test_two_real_ranks_train_to_the_gradients_of_eager(tmp_path):
     assert built.manifest.step.costs["host_moved_bytes"] > 0
     path = replace(built, weights=model_values(model())).save(tmp_path / "a")
     save_file(tokens(0), tmp_path / "batch")
-    command = [sys.executable, "-c", "from autosp_aot.commands.cli import main; main()", "run", path]
-    options = ["--batch-file", tmp_path / "batch", "--dump", tmp_path / "dump"]
-    result = subprocess.run([*map(str, [*command, *options])], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    command = ["run", path, "--batch-file", tmp_path / "batch", "--dump", tmp_path / "dump"]
+    result = CliRunner().invoke(main, [*map(str, command)], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
     dump = load_file(tmp_path / "dump")
     gradients = {name.removeprefix("grad."): grad for name, grad in dump.items() if name != "loss"}
     assert difference(eager(model(), tokens(0)), dump["loss"], gradients) <= 1e-12

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.commands.build.builder import build
+from autosp_aot.commands.cli import main
 from autosp_aot.training.data import open_feed
 from autosp_aot.training.learning_rate import Schedule
 from examples import plain
@@ -36,9 +38,9 @@ def model(artifact):
     return model
 
 
-def run(*args):
-    command = [sys.executable, "-c", "from autosp_aot.commands.cli import main; main()", "run", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def run(*args) -> Result:
+    """The launcher in this process; ranks are processes of their own."""
+    return CliRunner().invoke(main, ["run", *map(str, args)], catch_exceptions=False)
 
 
 def test_two_replicas_of_two_ranks_train_and_save_what_one_device_does(artifact, model, tmp_path):
@@ -46,7 +48,7 @@ def test_two_replicas_of_two_ranks_train_and_save_what_one_device_does(artifact,
     options += ["--schedule", "linear", "--warmup", 2, "--min-lr", 0.001]
     files = ["--save", tmp_path / "saved", "--metrics", tmp_path / "m.jsonl"]
     result = run(artifact, "--steps", 6, *options, *files)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     feed, schedule = open_feed(read_manifest(artifact).batch, 0, None, None), Schedule(0.01, "linear", 6, 2, 0.001)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
@@ -68,31 +70,31 @@ def test_what_would_stop_a_run_at_its_end_stops_it_before(artifact, tmp_path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "mine.txt").write_text("not weights")
     result = run(artifact, "--save", tmp_path / "saved")
-    assert result.returncode == 2 and result.stdout == ""
+    assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith("error[output-exists]")
     result = run(artifact, "--save", tmp_path / "saved" / "mine.txt" / "x")
-    assert result.returncode == 2 and result.stdout == ""
+    assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith("error[output-unwritable]")
 
 
 def test_what_is_no_file_is_not_replaced_by_gradients(artifact, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     result = run(artifact, "--dump", tmp_path / "pipe")
-    assert result.returncode == 2 and result.stderr.startswith("error[output-unwritable]: --dump ")
+    assert result.exit_code == 2 and result.stderr.startswith("error[output-unwritable]: --dump ")
     assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("option", ["--metrics", "--dump"])
 def test_a_file_in_the_artifact_is_refused(artifact, option):
     result = run(artifact, option, artifact / "file")
-    assert result.returncode == 2 and result.stderr.startswith(f"error[output-inside]: {option} ")
+    assert result.exit_code == 2 and result.stderr.startswith(f"error[output-inside]: {option} ")
     read_manifest(artifact)
 
 
 def test_fp16_without_a_scaled_loss_is_refused(tmp_path):
     build(plain.build_model(**TINY | {"dtype": "float16"}), plain.example_batch(2, 5), 1, tmp_path / "a", target="cpu")
     result = run(tmp_path / "a")
-    assert result.returncode == 3 and result.stderr.startswith("error[no-loss-scaling]")
+    assert result.exit_code == 3 and result.stderr.startswith("error[no-loss-scaling]")
 
 
 def test_dump_holds_the_loss_and_every_gradient_of_eager(artifact, model, tmp_path):
@@ -100,7 +102,7 @@ def test_dump_holds_the_loss_and_every_gradient_of_eager(artifact, model, tmp_pa
     batch = {"input_ids": torch.arange(10).view(2, 5) % 8, "labels": labels}
     save_file(batch, tmp_path / "batch")
     result = run(artifact, "--batch-file", tmp_path / "batch", "--dump", tmp_path / "dump")
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     dump = load_file(tmp_path / "dump")
     loss = model(**batch)
     loss.backward()
@@ -113,7 +115,9 @@ def test_dump_holds_the_loss_and_every_gradient_of_eager(artifact, model, tmp_pa
 
 def test_the_error_of_a_rank_is_the_only_thing_said(artifact, tmp_path):
     save_file({"tokens.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    result = run(artifact, "--init-from", tmp_path / "weights.safetensors")
+    options = ["run", artifact, "--init-from", tmp_path / "weights.safetensors"]
+    command = [sys.executable, "-c", "from autosp_aot.commands.cli import main; main()", *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 3
     assert result.stdout == ""
     assert result.stderr.startswith("error[weights-mismatch]") and result.stderr.count("error[") == 1

@@ -1,16 +1,16 @@
 """Real DeepSpeed engines on CPU ranks, against eager training on one device."""
 
 import json
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import autosp_aot
+from autosp_aot.commands.cli import main
 from autosp_aot.runtime.comm import Group
 from tests.processes import json_lines, run_ranks
 from tests.training.deepspeed.replicas import DECAY, LR, config, error, micro_batches, model, reference, steps
@@ -49,9 +49,8 @@ def test_every_label_weighs_alike_where_the_model_takes_their_number(tmp_path):
         assert error(found, expected) < 1e-5, run
 
 
-def command(*args) -> subprocess.CompletedProcess:
-    said = [sys.executable, "-c", "from autosp_aot.commands.cli import main; main()", *map(str, args)]
-    return subprocess.run(said, capture_output=True, text=True, timeout=300)
+def command(*args) -> Result:
+    return CliRunner().invoke(main, [*map(str, args)], catch_exceptions=False)
 
 
 def test_run_with_a_config_is_run_with_options(tmp_path):
@@ -63,7 +62,7 @@ def test_run_with_a_config_is_run_with_options(tmp_path):
     engine = ["--deepspeed", tmp_path / "ds.json", "--metrics", tmp_path / "b", "--save", tmp_path / "saved"]
     for said in (options, engine):
         result = command(*shared, *said)
-        assert result.returncode == 0, result.stderr
+        assert result.exit_code == 0, result.stderr
     rows = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "ab"]
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in rows[0]] == pytest.approx([row[key] for row in rows[1]], rel=1e-6)
@@ -74,7 +73,7 @@ def test_run_with_a_config_is_run_with_options(tmp_path):
 def test_options_that_the_config_says_are_refused_beside_it(tmp_path):
     (tmp_path / "ds.json").write_text("{}")
     result = command("run", tmp_path, "--deepspeed", tmp_path / "ds.json", "--clip", 1, "--min-lr", 0)
-    assert result.returncode == 2
+    assert result.exit_code == 2
     assert "--min-lr, --clip and --deepspeed exclude each other" in result.stderr
 
 

@@ -1,16 +1,16 @@
 """DeepSpeed engines in loops that are not the plain one: forwards without steps, sums for averages, and `run`'s."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch.nn import functional
 
 import autosp_aot
+from autosp_aot.commands.cli import main
 from tests.processes import json_lines, run_ranks
 from tests.training.deepspeed.replicas import LR, config, micro_batches, model
 
@@ -58,9 +58,8 @@ def test_run_counts_micro_batches_where_the_config_leaves_that_to_the_loop(tmp_p
     rows = []
     for said in (["--deepspeed", tmp_path / "ds.json"], ["--accumulate", 3, "--lr", LR, "--weight-decay", 0.1]):
         command = ["run", tmp_path / "artifact", "--steps", 2, "--metrics", tmp_path / "metrics", *said]
-        command = [sys.executable, "-c", "from autosp_aot.commands.cli import main; main()", *map(str, command)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+        result = CliRunner().invoke(main, [*map(str, command)], catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
         rows.append([json.loads(line) for line in (tmp_path / "metrics").read_text().splitlines()])
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in rows[0]] == pytest.approx([row[key] for row in rows[1]], rel=1e-6)

@@ -1,6 +1,7 @@
 """A rank's program as a module: forward gives the loss, backward fills `.grad`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,20 @@ class Comm(Protocol):
         """The sum of `buffer` over all ranks."""
 
 
+@dataclass(frozen=True)
+class StepState:
+    """What a step depends on beside weights and batch, the same on every rank.
+
+    What the step draws (dropout) follows from `seed` and `number` alone, both i64. `loss_scale` is what the loss is
+    multiplied by before `backward`: gradients computed with the loss take it as their tangent, and are rescaled, which
+    rounds, where it was another.
+    """
+
+    seed: int = 0
+    number: int = 0
+    loss_scale: float = 1.0
+
+
 class ShardedModel(nn.Module):
     """The model of an artifact on one of its ranks, with the original's parameter names.
 
@@ -43,13 +58,10 @@ class ShardedModel(nn.Module):
     every rank; `backward` adds the gradients of the whole step to `.grad`, the same on every rank. Without
     `sum_gradients` what it adds are partial sums: summed over the ranks they are those gradients, of the same shapes.
 
-    What the step draws (dropout) follows from `seed` and `step` alone, both plain numbers and the same on every rank:
-    `step` goes up by one with each forward in training mode. To resume before step k, set both.
+    `step_state` is what a step depends on beside weights and batch: its number goes up by one with each forward in
+    training mode. To resume before step k, set it to `StepState(seed, k)`.
 
     In eval mode forward is `evaluate`, whose loss has no gradient: there is one backward, and it is that of training.
-
-    Set `loss_scale` to what the loss is multiplied by before `backward`: gradients computed with the loss take it as
-    their tangent, and are rescaled, which rounds, where it was another.
     """
 
     path: Path
@@ -58,9 +70,7 @@ class ShardedModel(nn.Module):
     comm: Comm
     sum_gradients: bool
     evaluation: Program | None
-    seed: int
-    step: int
-    loss_scale: float
+    step_state: StepState
     guesses: list[Value]
     constants: dict[str, Tensor]
 
@@ -78,7 +88,7 @@ class ShardedModel(nn.Module):
         super().__init__()
         self.path, self.manifest, self.executor, self.comm = path, manifest, executor, comm
         self.sum_gradients, self.evaluation = sum_gradients, evaluation
-        self.seed, self.step, self.loss_scale = 0, 0, 1.0
+        self.step_state = StepState()
         self.guesses = [entry.value for entry in executor.program.inputs if entry.kind == "guess"]
         self.constants = {name: tensor.to(executor.device) for name, tensor in buffers.items()}
         refuse_taken(manifest)
@@ -111,15 +121,16 @@ class ShardedModel(nn.Module):
         if not self.training:
             return self.evaluate(**batch)
         values, device = self._values(self.executor, batch), self.executor.device
-        values |= {v.name: torch.tensor(self.loss_scale, dtype=DTYPES[v.dtype], device=device) for v in self.guesses}
+        scale = self.step_state.loss_scale
+        values |= {v.name: torch.tensor(scale, dtype=DTYPES[v.dtype], device=device) for v in self.guesses}
         trainable = {name: p for name, p in self.named_parameters() if name in self.manifest.trainable}
-        self.step += 1
+        self.step_state = replace(self.step_state, number=self.step_state.number + 1)
         return _Step.apply(self, values, list(trainable), *trainable.values())
 
     def evaluate(self, **batch) -> Tensor:
         """The loss that the model gives in eval mode, without a gradient, the same on every rank; all ranks call it.
 
-        Takes a batch as forward does, and nothing is kept for a backward. It is the same in either mode, and `step`
+        Takes a batch as forward does, and nothing is kept for a backward. It is the same in either mode. `step_state`
         stays: what a model draws in eval mode too follows from it. Raises ArtifactError: `batch-mismatch`, and
         `no-evaluation` where the artifact was built without that program.
         """
@@ -142,7 +153,8 @@ class ShardedModel(nn.Module):
         state = {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         check_state(self.manifest, state, executor.device)
         seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
-        return {**self.constants, **state, **batch, **{name: step_seed(self.seed, self.step) for name in seeds}}
+        seed = step_seed(self.step_state.seed, self.step_state.number)
+        return {**self.constants, **state, **batch, **dict.fromkeys(seeds, seed)}
 
 
 def refuse_taken(manifest: Manifest) -> None:

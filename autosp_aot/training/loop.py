@@ -8,7 +8,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autosp_aot.runtime.comm import Mesh
 from autosp_aot.runtime.load import load
-from autosp_aot.runtime.module import ShardedModel
+from autosp_aot.runtime.module import ShardedModel, StepState
 from autosp_aot.training.data import Feed
 from autosp_aot.training.label_count import Items, open_items
 from autosp_aot.training.learning_rate import Schedule
@@ -143,7 +143,7 @@ class Loop:
         batches = {n: self.feed.at(n) for n in range(first, first + count * replicas, replicas)}
         losses = []
         for number, batch in zip(batches, self.given(list(batches.values()))):
-            self.module.step = number
+            self.module.step_state = replace(self.module.step_state, number=number)
             losses.append(self.engine.accumulate(batch))
         tokens = replicas * sum(map(_tokens, batches.values()))
         total = float(self.mesh.sum_replicas(torch.stack(losses).double().sum()))
@@ -156,7 +156,7 @@ class Loop:
         batches = {n: self.held_out.at(n) for n in range(self.mesh.replica, count, self.mesh.replicas)}
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.world.device)
         for number, batch in zip(batches, self.given(list(batches.values()))):
-            self.module.step = number
+            self.module.step_state = replace(self.module.step_state, number=number)
             total += self.module.evaluate(**batch)
         return float(self.mesh.sum_replicas(total)) * scale_of(self.items, count)
 
@@ -176,7 +176,7 @@ def train(training: Training, feed: Feed, mesh: Mesh, held_out: Feed | None = No
     `held_out` is what is evaluated on, needed for `eval_every`.
     """
     module = load(training.artifact, training.init_from, mesh.world.device, mesh.sequence, sum_gradients=False)
-    module.seed = training.seed
+    module.step_state = StepState(training.seed)
     items = open_items(training.artifact, module.manifest)
     engine = _engine(module, training, mesh, scale_of(items, mesh.replicas * training.accumulate))
     loop = Loop(engine, module, training, feed, held_out, items, mesh)

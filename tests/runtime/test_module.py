@@ -8,6 +8,7 @@ from torch import nn
 import autosp_aot
 from autosp_aot.errors import ArtifactError
 from autosp_aot.runtime.comm import Group
+from autosp_aot.runtime.module import StepState
 from examples import plain
 
 SIZES = {"vocab_size": 8, "hidden_size": 4, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8, "dtype": "float64"}
@@ -84,14 +85,14 @@ class Named(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.step, self.seed = nn.Embedding(8, 2), nn.Parameter(torch.randn(2))
+        self.step_state, self.path = nn.Embedding(8, 2), nn.Parameter(torch.randn(2))
 
     def forward(self, input_ids):
-        return (self.step(input_ids) * self.seed).square().sum()
+        return (self.step_state(input_ids) * self.path).square().sum()
 
 
 def test_parts_that_are_named_as_the_modules_own_are_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="error.name-taken.: parts of the model are called seed, step\n"):
+    with pytest.raises(ArtifactError, match="error.name-taken.: parts of the model are called path, step_state\n"):
         built(Named(), {"input_ids": torch.zeros(1, 4, dtype=torch.long)}, tmp_path / "named")
 
 
@@ -244,10 +245,10 @@ def test_draws_follow_from_seed_and_step_and_a_forward_in_training_is_a_step(tmp
     first, again = (built(Dropping(), batch, tmp_path / "artifact") for _ in range(2))
     again.load_state_dict(first.state_dict())
     losses = [first(**batch).item() for _ in range(3)]
-    assert len(set(losses)) == 3 and (first.seed, first.step) == (0, 3)
-    again.step = 1
+    assert len(set(losses)) == 3 and first.step_state == StepState(0, 3)
+    again.step_state = StepState(0, 1)
     assert [again(**batch).item() for _ in range(2)] == losses[1:]
-    again.seed, again.step = 1, 0
+    again.step_state = StepState(1)
     assert again(**batch).item() not in losses
 
 
@@ -257,12 +258,12 @@ def test_evaluate_gives_the_loss_of_eval_mode_in_either_mode_and_is_no_step(tmp_
     module = built(model, batch, tmp_path / "artifact")
     wanted = model.eval()(**batch)
     trained = [module(**batch).item() for _ in range(2)]
-    module.step = 0
+    module.step_state = StepState()
     assert [module(**batch).item(), module.evaluate(**batch).item(), module(**batch).item()] == [
         trained[0], pytest.approx(wanted.item(), rel=1e-6), trained[1]
     ]  # fmt: skip
     found = module.eval()(**batch)
-    assert found == module.evaluate(**batch) and not found.requires_grad and module.step == 2
+    assert found == module.evaluate(**batch) and not found.requires_grad and module.step_state.number == 2
 
 
 def test_evaluate_reads_the_parameters_as_they_are_now(module, model):

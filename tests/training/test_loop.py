@@ -9,6 +9,7 @@ from autosp_aot.artifact.read import read_manifest
 from autosp_aot.commands.build.builder import build
 from autosp_aot.runtime.comm import Group, Mesh
 from autosp_aot.runtime.load import load
+from autosp_aot.runtime.module import StepState
 from autosp_aot.training.data import open_feed
 from autosp_aot.training.learning_rate import Schedule
 from autosp_aot.training.loop import Training, train
@@ -65,7 +66,7 @@ def test_a_step_draws_by_the_seed_and_its_number(tmp_path, seed):
     feed = open_feed(read_manifest(path).batch, seed, None, tmp_path / "batch")
     train(Training(path, steps=3, schedule=Schedule(0.0), metrics=tmp_path / "m.jsonl", seed=seed), feed, ALONE)
     module = load(path, comm=ALONE.sequence)
-    module.seed, module.step = seed, 1
+    module.step_state = StepState(seed, 1)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert len(set(losses)) == 3 and [float(module(**batch).detach()) for _ in range(2)] == losses[1:]
 

@@ -12,6 +12,7 @@ does, which is what partial sums need.
 """
 
 from collections.abc import Callable, Iterable, Sized
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -101,8 +102,8 @@ class Preparation:
         if module.training:
             self.further = self.further + 1 if number == self.number else 0
             self.number = number
-        module.step = self.further * FURTHER + number * mesh.replicas + mesh.replica
-        module.loss_scale = scale * self.factor / accumulate
+        drawn = self.further * FURTHER + number * mesh.replicas + mesh.replica
+        module.step_state = replace(module.step_state, number=drawn, loss_scale=scale * self.factor / accumulate)
 
 
 class Driven:

@@ -1,4 +1,4 @@
-"""README and docs against the repository: widths, links, paths, and every `autosp-aot` command.
+"""README and docs against the repository: widths, links, paths, diffs, and every `autosp-aot` command.
 
 All commands are parsed as the command line would. README's are also run, in order, in a folder where `model.py` is
 examples/llama.py; what would take minutes is made smaller (`SMALLER`).
@@ -20,7 +20,7 @@ from autosp_aot.commands.cli import main as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-DOCS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WIDTH = 120
 PATHS = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|txt|toml))(?:::\w+)?`|`((?:ci|benchmarks|tests)/[\w/.-]+)`")
 MODULES = re.compile(r"python -m ((?:benchmarks|tests)\.\w+)")
@@ -36,7 +36,8 @@ SMALLER = {
 
 
 def main() -> int:
-    problems = [problem for path in DOCS for problem in (*widths(path), *links(path), *paths(path), *parsed(path))]
+    checks = (widths, links, paths, diffs, parsed)
+    problems = [problem for path in DOCS for check in checks for problem in check(path)]
     print("\n".join(problems), end="\n" if problems else "")
     return 1 if problems or not run() else 0
 
@@ -64,6 +65,18 @@ def paths(path: Path) -> Iterator[str]:
     for name in MODULES.findall(text):
         if not (ROOT / (name.replace(".", "/") + ".py")).exists():
             yield f"{path.name}: there is no module {name}"
+
+
+def diffs(path: Path) -> Iterator[str]:
+    """Lines that a diff adds to a file which has no such line."""
+    for block in re.findall(r"^```diff\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+        lines: list[str] = []
+        for line in block.splitlines():
+            if line.startswith("+++ b/"):
+                file = line.removeprefix("+++ b/")
+                lines = (ROOT / file).read_text().splitlines() if (ROOT / file).exists() else []
+            elif line.removeprefix("+") not in lines:
+                yield f"{path.name}: {file} has no line {line.removeprefix('+')!r}"
 
 
 def commands(text: str) -> list[str]:

@@ -36,6 +36,12 @@ def run_ranks(size: int, script: Path, *args: object, timeout_s: int = 300) -> l
     return done
 
 
+def command(*args: object, timeout_s: int = 300) -> subprocess.CompletedProcess:
+    """What `autosp-aot` does with these arguments in a process of its own."""
+    said = [sys.executable, "-c", "from autosp_aot.commands.cli import main; main()", *map(str, args)]
+    return subprocess.run(said, capture_output=True, text=True, timeout=timeout_s)
+
+
 def json_lines(result: subprocess.CompletedProcess) -> list[dict]:
     """The lines of a rank's output that are JSON objects."""
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]

@@ -36,7 +36,7 @@ def equal_to_eager(
 ) -> Step:
     """Build for `ranks` ranks; loss and every gradient of every rank are eager's, infinities and nan included.
 
-    `options` are BuildConfig's.
+    `options` are BuildConfig's, and `step` what was captured before.
     """
     compiled, results = sharded(model, batch, ranks, dims, **options)
     reference = eager(model, batch)
@@ -47,6 +47,11 @@ def equal_to_eager(
         else:
             torch.testing.assert_close((result["loss"], gradients), reference, equal_nan=True)
     return compiled
+
+
+def captured(model: nn.Module, batch: dict[str, Tensor]) -> Captured:
+    """A model's step, to be built in several ways."""
+    return capture_model(Subject(model, batch, "cpu"))
 
 
 def sharded(
@@ -77,7 +82,7 @@ def built(
     **options,
 ) -> tuple[Step, dict[str, Tensor]]:
     """What a model is built to, and all inputs of its programs, tangents of one among them."""
-    step = step or capture_model(Subject(model, batch, "cpu"))
+    step = step or captured(model, batch)
     compiled = compile_program(step.whole, dims or _dims(batch), BuildConfig(ranks, **options), watch=watch)
     tangents = [entry.value for entry in compiled.program.inputs if entry.kind in ("tangent", "guess")]
     ones = {value.name: torch.ones((), dtype=DTYPES[value.dtype]) for value in tangents}
@@ -88,7 +93,7 @@ def evaluation(
     model: nn.Module, batch: dict[str, Tensor], ranks: int, step: Captured | None = None, **options
 ) -> tuple[Step, dict[str, Tensor]]:
     """What a model's eval mode is built to, and all inputs of its programs."""
-    step, known = step or capture_model(Subject(model, batch, "cpu")), _values(model)
+    step, known = step or captured(model, batch), _values(model)
     whole, constants = capture_evaluation(Subject(model, batch, "cpu"), step.joint, step.whole, known | step.constants)
     compiled = compile_evaluation(whole, _dims(batch), BuildConfig(ranks, **options))
     return compiled, known | step.constants | constants | batch

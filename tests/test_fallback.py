@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosp_aot.commands.build.builder import Captured
 from autosp_aot.sharding import table
 from examples import plain
-from tests.steps import equal_to_eager
+from tests.steps import captured, equal_to_eager
 
 B, S, H, V = 2, 7, 8, 11
 
@@ -57,23 +58,39 @@ def without(monkeypatch):
     table._spec.cache_clear()
 
 
-def check(model: nn.Module, op: str, ranks: int) -> None:
+def batch() -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    batch = {name: torch.randint(V, (B, S), generator=draw) for name in ("input_ids", "labels")}
-    compiled = equal_to_eager(model.double(), batch, ranks)
+    return {name: torch.randint(V, (B, S), generator=draw) for name in ("input_ids", "labels")}
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """A model and its step, which is captured without any rule."""
+    torch.manual_seed(0)
+    model = plain.build_model(V, H, 1, 4, 2, 8, dtype="float64")
+    return model, captured(model, batch())
+
+
+@pytest.fixture(scope="module")
+def various():
+    torch.manual_seed(0)
+    model = Various().double()
+    return model, captured(model, batch())
+
+
+def check(model: nn.Module, step: Captured, op: str, ranks: int) -> None:
+    compiled = equal_to_eager(model, batch(), ranks, step=step)
     assert {fallback.op for fallback in compiled.fallbacks} <= {op}
     assert op in {instr.op for instr in compiled.program.instrs()}
 
 
 @pytest.mark.parametrize("op", DECODER)
-def test_a_decoder_without_the_rule_of_one_operator(op, without):
-    torch.manual_seed(0)
+def test_a_decoder_without_the_rule_of_one_operator(op, without, decoder):
     without(op)
-    check(plain.build_model(V, H, 1, 4, 2, 8, dtype="float64"), op, 3)
+    check(*decoder, op, 3)
 
 
 @pytest.mark.parametrize("op", VARIOUS)
-def test_other_operators_without_their_rule(op, without):
-    torch.manual_seed(0)
+def test_other_operators_without_their_rule(op, without, various):
     without(op)
-    check(Various(), op, 3)
+    check(*various, op, 3)

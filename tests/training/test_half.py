@@ -18,6 +18,13 @@ def artifacts(tmp_path_factory):
     return {sp: runs.artifact(runs.model(dtype="bfloat16"), sp, folder / f"llama.sp{sp}") for sp in (1, 2, 4)}
 
 
+@pytest.fixture(scope="module")
+def exact_and_own(artifacts):
+    """Eager's losses and parameters in fp32, and in bf16."""
+    feed = runs.random_tokens(artifacts[1])
+    return eager(feed, torch.float32), eager(feed, torch.bfloat16)
+
+
 def eager(feed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Losses and parameters of 6 micro-batches a step, computed in `dtype` and stepped in fp32."""
     model = runs.model(dtype="bfloat16").to(dtype)
@@ -47,9 +54,8 @@ def _end_to_end(parameters) -> Tensor:
 
 
 @pytest.mark.parametrize("dp, sp, zero", [(1, 1, 0), (2, 2, 1), (1, 4, 0), (6, 1, 1)])
-def test_twenty_steps_are_as_near_to_fp32_as_eager_s(artifacts, tmp_path, dp, sp, zero):
-    feed = runs.random_tokens(artifacts[sp])
-    exact, own = eager(feed, torch.float32), eager(feed, torch.bfloat16)
+def test_twenty_steps_are_as_near_to_fp32_as_eager_s(artifacts, exact_and_own, tmp_path, dp, sp, zero):
+    feed, (exact, own) = runs.random_tokens(artifacts[sp]), exact_and_own
     training = Training(
         artifacts[sp], STEPS, dp, COUNT // dp, Schedule(LR), zero, CLIP, metrics=tmp_path / "m.jsonl"
     )

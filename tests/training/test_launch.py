@@ -18,6 +18,7 @@ from autosp_aot.commands.cli import main
 from autosp_aot.training.data import open_feed
 from autosp_aot.training.learning_rate import Schedule
 from examples import plain
+from tests.processes import command
 
 TINY = {"vocab_size": 8, "hidden_size": 4, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8, "dtype": "float64"}
 
@@ -115,9 +116,7 @@ def test_dump_holds_the_loss_and_every_gradient_of_eager(artifact, model, tmp_pa
 
 def test_the_error_of_a_rank_is_the_only_thing_said(artifact, tmp_path):
     save_file({"tokens.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    options = ["run", artifact, "--init-from", tmp_path / "weights.safetensors"]
-    command = [sys.executable, "-c", "from autosp_aot.commands.cli import main; main()", *map(str, options)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = command("run", artifact, "--init-from", tmp_path / "weights.safetensors")
     assert result.returncode == 3
     assert result.stdout == ""
     assert result.stderr.startswith("error[weights-mismatch]") and result.stderr.count("error[") == 1

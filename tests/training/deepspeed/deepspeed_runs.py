@@ -1,6 +1,6 @@
 """One rank of real DeepSpeed engines, one after the other; started by test_engine.py.
 
-    python deepspeed_runs.py ARTIFACT RUNS.json OUT        RUNS: a list of {"zero": 1, "accumulate": 3, "clip": 0.3}
+    python deepspeed_runs.py RUNS.json OUT        {"artifact": "tiny.sp2", "zero": 1, "accumulate": 3, "clip": 0.3}, ...
 
 Writes OUT/<number of the run>.safetensors: the losses of all steps and the parameters at the end.
 """
@@ -21,10 +21,11 @@ from autosp_aot.training.label_count import is_items
 from tests.training.deepspeed.replicas import STEPS, config, steps
 
 
-def main(artifact: str, runs: str, out: str) -> None:
+def main(runs: str, out: str) -> None:
     logger.setLevel(logging.ERROR)
-    half = "bf16" in {spec.dtype for spec in read_manifest(artifact).parameters}
     for number, run in enumerate(json.loads(Path(runs).read_text())):
+        artifact = run.pop("artifact")
+        half = "bf16" in {spec.dtype for spec in read_manifest(artifact).parameters}
         engine = autosp_aot.initialize(artifact, config(**run, bf16=half))
         losses = train(engine, run["accumulate"])
         tensors = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}

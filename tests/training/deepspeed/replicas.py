@@ -4,6 +4,8 @@ AdamW's epsilon is above the rounding of a gradient: an element that is zero but
 one such element moves eager by 7e-6 when the rows of its batches change places, at 1e-6 all of it by 1e-7.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,7 @@ def config(zero: int, accumulate: int, clip: float, bf16: bool = False, epsilon:
     }
 
 
+@functools.cache
 def reference(accumulate: int, clip: float, dtype: str = "float32", items: bool = False) -> dict[str, Tensor]:
     """`losses` of all steps and the parameters at the end, of eager training with `accumulate` micro-batches a step.
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import autosp_aot
 from autosp_aot.commands.cli import main
-from tests.processes import json_lines, run_ranks
+from tests.processes import command, json_lines, run_ranks
 from tests.training.deepspeed.replicas import LR, config, micro_batches, model
 
 SCRIPT = Path(__file__).with_name("deepspeed_loops.py")
@@ -55,11 +55,11 @@ def test_run_counts_micro_batches_where_the_config_leaves_that_to_the_loop(tmp_p
     own = config(zero=1, accumulate=3, clip=0.0, epsilon=1e-8) | {"managed_gradient_accumulation": False}
     del own["compile"]
     (tmp_path / "ds.json").write_text(json.dumps(own))
-    rows = []
-    for said in (["--deepspeed", tmp_path / "ds.json"], ["--accumulate", 3, "--lr", LR, "--weight-decay", 0.1]):
-        command = ["run", tmp_path / "artifact", "--steps", 2, "--metrics", tmp_path / "metrics", *said]
-        result = CliRunner().invoke(main, [*map(str, command)], catch_exceptions=False)
-        assert result.exit_code == 0, result.stderr
-        rows.append([json.loads(line) for line in (tmp_path / "metrics").read_text().splitlines()])
+    shared = ["run", tmp_path / "artifact", "--steps", 2, "--metrics"]
+    result = command(*shared, tmp_path / "a", "--deepspeed", tmp_path / "ds.json")
+    assert result.returncode == 0, result.stderr
+    options = ["--accumulate", 3, "--lr", LR, "--weight-decay", 0.1]
+    CliRunner().invoke(main, [*map(str, [*shared, tmp_path / "b", *options])], catch_exceptions=False)
+    rows = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "ab"]
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in rows[0]] == pytest.approx([row[key] for row in rows[1]], rel=1e-6)

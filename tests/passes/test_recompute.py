@@ -18,13 +18,14 @@ from autosp_aot.passes.analysis.segments import segments
 from autosp_aot.passes.keep.policy import by_policy
 from autosp_aot.passes.partition import Partition
 from autosp_aot.passes.pipeline import compile_program
-from autosp_aot.passes.recompute import recompute
+from autosp_aot.passes.recompute import Recompute, recompute
 from autosp_aot.passes.release import release
 from autosp_aot.passes.sections import Sections
 from autosp_aot.passes.step import Step
 from autosp_aot.proof.derive import derive
 from autosp_aot.runtime.simulate import simulate
 from examples import llama
+from tests.passes.texts import after, parsed
 
 LAYERS, RANKS = 3, 3
 DIMS = {"input_ids": 1, "labels": 1}
@@ -123,3 +124,40 @@ def test_the_pipeline_follows_the_policy(step):
     for policy in ("none", "sac", "full"):
         program = compile_program(step.whole, DIMS, BuildConfig(RANKS, recompute=policy)).program
         assert (ops(program, "backward")[ATTENTION] > 0) == (policy == "full")
+
+
+TEXT = """\
+autosp program 1
+ranks 1
+parameter %w: f32[4, 4] @ Replicate
+batch %x: f32[5, 4] @ Replicate
+tangent %t: f32[] @ Replicate
+section forward takes ()
+  %a: f32[5, 4] @ Replicate = aten.mm.default(%x, %w)
+  %b: f32[5, 4] @ Replicate = aten.exp.default(%a)
+  %c: f32[5, 4] @ Replicate = aten.sin.default(%b)
+  %loss: f32[] @ Replicate = aten.sum.default(%c)
+gives (loss=%loss)
+section backward takes (TAKES)
+AGAIN  %d: f32[5, 4] @ Replicate = aten.cos.default(%BACK)
+  %e: f32[5, 4] @ Replicate = aten.mul.Tensor(%d, %t)
+  %f: f32[5, 4] @ Replicate = aten.mul.Tensor(%e, %BACK)
+  %y: f32[4, 5] @ Replicate = aten.permute.default(%x, [1, 0])
+  %g: f32[4, 4] @ Replicate = aten.mm.default(%y, %f)
+gives (grad.w=%g)
+"""
+
+
+def text_of(takes: str, again: str, back: str) -> str:
+    return TEXT.replace("TAKES", takes).replace("AGAIN", again).replace("BACK", back)
+
+
+@pytest.mark.parametrize("kept, takes, again", [
+    ("a", "%a", "  %recompute.b: f32[5, 4] @ Replicate = aten.exp.default(%a)\n"),
+    ("", "", "  %recompute.a: f32[5, 4] @ Replicate = aten.mm.default(%x, %w)\n"
+             "  %recompute.b: f32[5, 4] @ Replicate = aten.exp.default(%recompute.a)\n"),
+])  # fmt: skip
+def test_what_is_not_kept_is_made_from_what_is_right_before_its_first_use(kept, takes, again):
+    given = parsed(text_of("%b", "", "b"))
+    given = replace(given, segments=segments(given.program), kept=dict.fromkeys(kept, ""))
+    assert after(Recompute(), given) == text_of(takes, again, "recompute.b")

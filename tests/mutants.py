@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from autosp_aot.ir.operators import writer
 from autosp_aot.ir.placement import Bounds, Placement
-from autosp_aot.ir.program import Dtype, Instr, PerRank, Program, Ref, rename
+from autosp_aot.ir.program import Body, Dtype, Instr, PerRank, Program, Ref, rename
 from autosp_aot.passes.release import release
 from tests.edits import edit, named
 
@@ -18,10 +19,14 @@ def made(name: str) -> Callable[[Instr], bool]:
 
 def planted(program: Program, plant: Plant) -> Program:
     """The program with a rewrite, and released anew: what is used later lives longer, and nothing is written into."""
-    bare = replace(program, sections=tuple(
-        replace(s, instrs=tuple(replace(i, into=None) for i in s.instrs if i.op != "free")) for s in program.sections
-    ))  # fmt: skip
+    bare = replace(program, sections=tuple(replace(s, instrs=_bare(s.instrs)) for s in program.sections))
     return release(plant(bare))
+
+
+def _bare(instrs: tuple[Instr, ...]) -> tuple[Instr, ...]:
+    """Instructions of a section or body that release nothing and write into nothing."""
+    body = lambda b: b and replace(b, instrs=_bare(b.instrs))  # noqa: E731
+    return tuple(replace(instr, into=None, body=body(instr.body)) for instr in instrs if instr.op != "free")
 
 
 # --- reductions and moves -----------------------------------------------------------------------------------------
@@ -123,6 +128,43 @@ def released_too_early(program: Program) -> Program:
     at = next(i for i, instr in enumerate(section.instrs) if instr.op == "free" and i > 3)
     instrs = (*section.instrs[: at - 1], section.instrs[at], section.instrs[at - 1], *section.instrs[at + 1 :])
     return program.with_section(replace(section, instrs=instrs))
+
+
+def written_too_early(program: Program) -> Program:
+    """A result is written into an operand that is read once more."""
+    section, values = program.section("backward"), program.values()
+    for at, instr in enumerate(section.instrs):
+        later = {name for other in section.instrs[at + 1 :] if other.op != "free" for name in other.refs()}
+        for place, name in enumerate(instr.refs()):
+            operand, outs = values.get(name), instr.values()
+            if writer(instr.op) and name in later and (operand.dtype, operand.shape) == (outs[0].dtype, outs[0].shape):
+                instrs = (*section.instrs[:at], replace(instr, into=place), *section.instrs[at + 1 :])
+                return program.with_section(replace(section, instrs=instrs))
+    raise AssertionError("no operand is read once more")
+
+
+# --- tiles --------------------------------------------------------------------------------------------------------
+
+
+def in_tiles(result: str, change: Callable[[Body], Body]) -> Plant:
+    """What the tiles that make `result` do is another."""
+    changed = lambda instr: [replace(instr, body=change(instr.body))]  # noqa: E731
+    return lambda program: edit(program, made(result), changed)
+
+
+def results_swapped(a: str, b: str) -> Callable[[Body], Body]:
+    """Two results of tiles in each other's place."""
+    other = {a: b, b: a}
+    return lambda body: replace(body, gives=tuple(other.get(name, name) for name in body.gives))
+
+
+def reads(name: str, at: int, other: str) -> Callable[[Body], Body]:
+    """A call of a tile reads another value."""
+
+    def change(instr: Instr) -> Instr:
+        return replace(instr, args=(*instr.args[:at], Ref(other), *instr.args[at + 1 :]))
+
+    return lambda body: replace(body, instrs=tuple(change(i) if made(name)(i) else i for i in body.instrs))
 
 
 # --- calls --------------------------------------------------------------------------------------------------------

@@ -61,11 +61,13 @@ MODELS = {
     "plain": lambda: plain.build_model(**PLAIN, heads=6, dtype="float64"),  # rank 1 has heads of both groups
     "dropout": lambda: Dropout().double(),
     "masked": lambda: Masked().double(),
+    "stowed": lambda: llama.build_model("float64", **LLAMA),  # in tiles, backward begun early, kept values on the host
     "rows": lambda: plain.build_model(**PLAIN, heads=2, dtype="float64"),  # fewer heads than ranks
 }
 L = "model.layers.0"
 LOSS = "div.all_reduce"
 ATTENTION, ROWS = named("autosp.attention"), named("autosp.attention_rows")
+AS_IT_IS = (m.released_too_early, m.written_too_early)  # not released anew
 FIRST_TWO_LAST = m.bounds(lambda b: (b[0], b[2], b[1]))
 ILLEGAL, MEETING, WRONG = "program-illegal", "collective-mismatch", "placement-wrong"
 
@@ -153,6 +155,18 @@ MUTANTS = [
     Mutant("another operator", "llama",
            m.call(f"{L}.mlp.act_fn.silu", "aten.sigmoid.default", f"%{L}.mlp.gate_proj.reshape.1"), WRONG),
     Mutant("released too early", "llama", m.released_too_early, ILLEGAL, runs=False),
+    Mutant("written into what is read once more", "llama", m.written_too_early, ILLEGAL),
+    Mutant("rescaled the other way", "stowed", m.call("grad.lm_head.mm", "autosp.rescale", "%early.grad.lm_head.mm",
+           "%early.grad_loss", "%grad_loss"), WRONG),
+    Mutant("not rescaled", "stowed", m.without("grad.lm_head.mm"), WRONG),
+    Mutant("what is fetched is another value", "stowed", m.operand(f"{L}.self_attn.add.1.all_to_all.fetch", 0,
+           f"{L}.self_attn.permute.2.all_to_all.host"), ILLEGAL),
+    Mutant("stored where another value waits", "stowed",
+           m.argument(m.made(f"{L}.self_attn.attention_1.offload"), 1, lambda at: 0), ILLEGAL),
+    Mutant("results of tiles in each other's place", "stowed", m.in_tiles(f"early.grad.{L}.mlp.up_proj.mm",
+           m.results_swapped(f"tile.early.grad.{L}.mlp.up_proj.mm", f"tile.early.grad.{L}.mlp.gate_proj.mm")), WRONG),
+    Mutant("a tile with another weight", "stowed", m.in_tiles("early.grad.lm_head.mm",
+           m.reads(f"tile.early.grad.{L}.post_attention_layernorm.mul", 1, "model.norm.weight")), WRONG),
 ]  # fmt: skip
 
 
@@ -161,13 +175,15 @@ def built():
     """Artifacts and inputs, by the name of the model."""
     torch.manual_seed(0)
     batch = llama.example_batch(2, 13)
-    artifacts = {name: compile_model(make(), batch, DIMS, BuildConfig(3), "") for name, make in MODELS.items()}
+    configs = {"stowed": BuildConfig(3, tile=3, offload="host")}
+    config = lambda name: configs.get(name, BuildConfig(3))  # noqa: E731
+    artifacts = {name: compile_model(make(), batch, DIMS, config(name), "") for name, make in MODELS.items()}
     return {name: (artifact, made_up(artifact.whole) | artifact.buffers) for name, artifact in artifacts.items()}
 
 
 def bodies(mutant, program):
     """The mutated program on its ranks, the right one on the others."""
-    wrong = mutant.plant(program) if mutant.plant is m.released_too_early else m.planted(program, mutant.plant)
+    wrong = mutant.plant(program) if mutant.plant in AS_IT_IS else m.planted(program, mutant.plant)
     others = tuple(rank for rank in range(3) if rank not in mutant.ranks)
     return [(mutant.ranks, wrong), *([(others, program)] if others else [])]
 

@@ -20,7 +20,7 @@ from autosp_aot.commands.cli import main as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-DOCS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 WIDTH = 120
 PATHS = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|txt|toml))(?:::\w+)?`|`((?:ci|benchmarks|tests)/[\w/.-]+)`")
 IN_BLOCKS = re.compile(r"^    +(?:\| +)?((?:\w+/)+\w+\.py)", re.MULTILINE)

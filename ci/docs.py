@@ -20,9 +20,10 @@ from autosp_aot.commands.cli import main as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-DOCS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 WIDTH = 120
 PATHS = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|txt|toml))(?:::\w+)?`|`((?:ci|benchmarks|tests)/[\w/.-]+)`")
+IN_BLOCKS = re.compile(r"^    +(?:\| +)?((?:\w+/)+\w+\.py)", re.MULTILINE)
 MODULES = re.compile(r"python -m ((?:benchmarks|tests)\.\w+)")
 WRITTEN = ("weights/", "build/")  # paths in an artifact, and what a command of the page makes
 SMALLER = {
@@ -57,8 +58,8 @@ def links(path: Path) -> Iterator[str]:
 def paths(path: Path) -> Iterator[str]:
     """Files that are named, from the root, the package or the page's folder, and modules that are run."""
     text = path.read_text()
-    for match in PATHS.finditer(text):
-        name = match[1] or match[2]
+    named = [match[1] or match[2] for match in PATHS.finditer(text)]
+    for name in [*named, *IN_BLOCKS.findall(text)]:
         places = (ROOT, ROOT / "autosp_aot", path.parent)
         if not name.startswith(WRITTEN) and not any((place / name).exists() for place in places):
             yield f"{path.name}: there is no {name}"

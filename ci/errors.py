@@ -141,8 +141,8 @@ class Sources:
                         for have, more in zip(found.setdefault(code, [{}, {}, {}, {}]), rest):
                             have.update(dict.fromkeys(more))
         return {
-            code: Entry(tuple(sorted(classes)), tuple(sorted(modules)), tuple(whats), tuple(fixes))
-            for code, (classes, modules, whats, fixes) in found.items()
+            code: Entry(*(tuple(sorted(part)) for part in parts))
+            for code, parts in found.items()
         }
 
     def problems(self, name: str, call: ast.Call, given: Mapping[str, ast.expr]) -> Iterator[tuple]:

@@ -1,8 +1,8 @@
 """The gradient of the loss is computed with the loss, while the logits are there: in the tiles that make them.
 
-    forward    logits = h @ W                          [S, V], the most that is alive at a time
+    forward    logits = h @ W                          [S, V], the peak
                loss = cross_entropy(logits)
-    backward   grad_logits = f(logits, grad_loss)      reads the logits: they are kept or made again
+    backward   grad_logits = f(logits, grad_loss)      reads the logits: they are saved or recomputed
                grad_h, grad_W = ...
 
     forward    logits = h @ W; loss = ...
@@ -10,7 +10,7 @@
                early.grad_h, early.grad_W = ...
     backward   grad_h = rescale(early.grad_h, grad_loss, early.grad_loss)
 
-What is computed early takes a guess of the loss's tangent, `early.grad_loss`, and is rescaled by the real one: it has
+What is computed early assumes a loss scale, `early.grad_loss`, and is rescaled by the real tangent: it has
 to be homogeneous in it. Method: fused loss (Arctic Long Sequence Training, arXiv:2506.13996; Liger Kernel,
 arXiv:2410.10989).
 """

@@ -1,10 +1,10 @@
-"""Instructions in the order in which the least memory is alive at once.
+"""Instruction scheduling for peak memory.
 
     %g = mm(%big.t, %x)                 %y = mul(%big, 2)          each goes
     %y = mul(%big, 2)            ->     %g = mm(%big.t, %x)        up to where its operands are, if more dies with it
     %s = cos(%p)                        ...                        than it makes (products for weights),
     ...                                 %s = cos(%p)               down to its first reader, if it makes more (what is
-    %z = mul(%y, %s)                    %z = mul(%y, %s)           computed again)
+    %z = mul(%y, %s)                    %z = mul(%y, %s)           recomputed)
 
 Over the instructions that it passes, a move raises the most that is alive nowhere, and lowers the sum, or at the peak
 the most: the peak never rises. Collectives and copies keep their order; a view stands before its first reader.

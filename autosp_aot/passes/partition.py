@@ -41,7 +41,7 @@ class Choice:
     """A strategy for a call: where it places operands and results, and what it costs.
 
     `gathers` says that nothing is cut though data has to come first: the last resort. `received_bytes` are the worst
-    rank's, for the operands; `home_bytes` what it takes to bring the results home; `work` is local, in bytes received.
+    rank's, for the operands; `home_bytes` to reshard the results home; `work` is local, in bytes received.
     """
 
     strategy: Strategy
@@ -93,7 +93,7 @@ def _refused(fallback: Fallback) -> Problem:
 
 @dataclass(frozen=True)
 class Weighed:
-    """How one call was placed: its rule (None: it has none), what was possible, cheapest first, and what was taken.
+    """A call's candidates, cheapest first, and chosen strategy; `spec` is its rule (None: it has none).
 
     `small` says that it is token ids, labels or positions, for which nothing but the whole is considered.
     """
@@ -144,7 +144,7 @@ class _Partition:
         return Program(self.ranks, inputs, (replace(step, instrs=tuple(self.instrs), gives=gives),))
 
     def given(self, label: str, name: str) -> str:
-        """A result of the step: whole on every rank, or (gradients, summed later) a summand."""
+        """A result of the step: whole on every rank, or (gradients, summed later) a partial sum."""
         versions = self.versions[name]
         if label != "loss" and PARTIAL in versions and REPLICATE not in versions:
             return versions[PARTIAL]
@@ -201,8 +201,8 @@ class _Partition:
     def choices(self, instr: Instr, spec: Spec) -> list[Choice]:
         """All that is allowed of: home, where the operands are now, what the rule proposes, everything whole.
 
-        Each also for summands. Where home or what is now cannot be, or nothing is free, and the rule proposes nothing:
-        every factor in even shares too.
+        Each also for partial sums. Where home or what is now cannot be, or nothing is free, and the rule proposes
+        nothing: every factor in even shares too.
         """
         if self.ranks == 1 or self.is_small(instr):
             return list(self.allowed(instr, spec, [Strategy()]))
@@ -240,7 +240,7 @@ class _Partition:
         return any(placement.partial for placement in self.versions[name])
 
     def reachable(self, instr: Instr, operands: tuple[Placement, ...]) -> bool:
-        """A summand cannot be made, only kept."""
+        """A partial sum cannot be made, only kept."""
         return all(not p.partial or p in self.versions[name] for name, p in zip(instr.refs(), operands))
 
     def priced(self, instr: Instr, spec: Spec, strategy: Strategy, operands, results) -> Choice:

@@ -1,4 +1,4 @@
-"""What backward reads of forward and was not kept is computed again, right before its first use.
+"""What backward reads of forward and was not saved is recomputed right before its first use.
 
     forward    h1 = ...                              kept: h1, q k v after their collectives, attention's results
                n = norm(h1); q = all_to_all(n @ Wq)
@@ -9,8 +9,8 @@
 
 Where the boundary of a segment is not kept, the way to it leads through the segments before. What costs much there
 (boundaries, attention, collectives) is held until its own segment is differentiated; all else is released on the way
-and computed once more then, as `recompute.recompute.n`. So is what is large and cheap, such as a norm in fp32, where it
-is read before and after the gradient of an attention: tiles that make it twice need not hold it in between.
+and recomputed a second time then, as `recompute.recompute.n`. So is what is large and cheap, such as a norm in fp32,
+where it is read before and after the gradient of an attention: tiles that make it twice need not hold it in between.
 
 Method: checkpointing (Chen et al. 2016, arXiv:1604.06174) selective by operator cost (Korthikanti et al. 2022,
 arXiv:2205.05198; AutoSP, ICLR 2026).
@@ -42,7 +42,7 @@ class Recompute:
 
 
 def recompute(program: Program, segments: tuple[Segment, ...], kept: Collection[str]) -> Program:
-    """Keep of the values of forward those in `kept` for backward, and compute the others again there."""
+    """Save the values of forward in `kept` for backward, and recompute the others there."""
     return _Recomputation(program, segments, kept).run()
 
 

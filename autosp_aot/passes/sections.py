@@ -1,4 +1,4 @@
-"""One list of instructions becomes the sections of a step; gradients that are summands are summed in the last.
+"""One list of instructions becomes the sections of a step; gradients that are partial sums are summed in the last.
 
     step                  forward        what the loss needs
       ...          ->     backward       the rest, takes grad_loss and what it reads of forward

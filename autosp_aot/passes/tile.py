@@ -3,12 +3,12 @@
     h [S, H], gate = silu(h @ Wg)           y, grad_W = tiles(h, Wg, Wd, grad) in 8
     y = gate @ Wd                    ->       tile.h = shard(h)                       a tile's rows
     ...                                       tile.gate = silu(tile.h @ Wg)           [S/8, I]
-    grad_W = grad^T @ gate                    tile.grad_W = tile.grad^T @ tile.gate   a summand
+    grad_W = grad^T @ gate                    tile.grad_W = tile.grad^T @ tile.gate   a partial sum
                                             gives (tile.y, tile.grad_W)               joined, added up
 
-Tiles are ranks in time: an instruction is local where its sharding rule, cut at every tile's home, needs of operands
-the tile alone (or the whole of what is no sequence) and makes parts or summands of its results. Method: tiled MLP and
-loss (Arctic Long Sequence Training, arXiv:2506.13996), found by the rules for whatever is local.
+A tile is a virtual rank executed sequentially: an instruction is local where its sharding rule, cut at every tile's
+home, needs of operands the tile alone (or the whole of what is no sequence) and makes parts or partial sums of results.
+Method: tiled MLP and loss (Arctic Long Sequence Training, arXiv:2506.13996), found by the rules for whatever is local.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -153,7 +153,7 @@ class Rules:
         return True
 
     def gives(self, instr: Instr, results: Iterable[Placement]) -> bool:
-        """What the tiles make are parts or summands of what the rank made."""
+        """What the tiles make are parts or partial sums of what the rank made."""
         summed = PARTIAL if self.ranks > 1 else REPLICATE
         return all(
             out.placement == (summed if placement == PARTIAL else joined_tiles(placement, self.ranks))
@@ -161,7 +161,7 @@ class Rules:
         )
 
     def grows(self, instr: Instr, placed: _Placed) -> bool:
-        """It makes summands larger than what they are made of: an embedding's gradient."""
+        """It makes partial sums larger than what they are made of: an embedding's gradient."""
         read = sum(self.values[n].nbytes() for n, placement in zip(instr.refs(), placed.operands) if placement.cut)
         return any(p == PARTIAL and out.nbytes() > read for out, p in zip(instr.values(), placed.results))
 
@@ -231,7 +231,7 @@ class Region:
         return [*self.before, loop, *self.after] if loop else self.instrs
 
     def tiles(self, rules: Rules, outs: list[Value]) -> int:
-        """How many tiles keep what they hold within the limit; 1 where adding up summands would take as much."""
+        """How many tiles keep what they hold within the limit; 1 where accumulating them would take as much."""
         held = self.held_bytes(rules, outs)
         summed = (out for out in outs if self.made[out.name] == PARTIAL)
         sums = sum(prod(out.whole_shape) * wide(DTYPES[out.dtype]).itemsize for out in summed)

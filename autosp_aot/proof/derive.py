@@ -1,8 +1,9 @@
-"""The static proof that a partitioned program is the whole program: every line is derived again from the rules.
+"""The static proof that a partitioned program is equivalent to the unsharded one: every line is derived from the rules.
 
-Each value of a rank's program stands for one value of the whole program, with a placement. Inputs stand for themselves;
-a move keeps what a value stands for and must be legal between its placements; a call must be the whole program's call
-of that operator on what its operands stand for, under a strategy its rule allows, with the arguments that follow.
+Each value of a rank's program stands for one value of the unsharded program, with a placement. Inputs stand for
+themselves; a move keeps what a value stands for and must be legal between its placements; a call must be the unsharded
+program's call of that operator on what its operands stand for, under a strategy its rule allows, with the arguments
+that follow.
 
     whole     %h = aten.mul.Tensor(%x, %w)
     ranks     %h @ Shard(1) = aten.mul.Tensor(%x @ Shard(1), %w @ Replicate)        derived: cut factor 1 of 3
@@ -65,7 +66,7 @@ class _Derivation:
 
     def run(self) -> None:
         if set(map(_whole_name, self.program.inputs)) != set(self.whole_inputs):
-            raise _wrong("the inputs are not those of the whole program")
+            raise _wrong("the inputs are not those of the unsharded program")
         for entry in self.program.inputs:
             name = _whole_name(entry)
             wanted = self.whole_inputs[name]
@@ -73,7 +74,7 @@ class _Derivation:
                 self.early.add(entry.value.name)
                 wanted = Input("guess", replace(wanted.value, name=EARLY + name))
             if entry != wanted:
-                raise _wrong(f"input {entry.value.name} is not the whole program's")
+                raise _wrong(f"input {entry.value.name} is not the unsharded program's")
             self.know(entry.value, name)
         for section in self.program.sections:
             for instr in section.instrs:
@@ -150,10 +151,10 @@ class _Derivation:
         first = stands_for(instr.values()[0].name)
         origin = self.calls.get(first)
         if origin is None or origin.op != instr.op:
-            raise _wrong(f"the whole program has no {instr.op} that makes {first}", instr)
+            raise _wrong(f"the unsharded program has no {instr.op} that makes {first}", instr)
         means = [self.stands_for[name] for name in instr.refs()]
         if means != origin.refs():
-            why = f"in the whole program from {', '.join(origin.refs())}"
+            why = f"in the unsharded program from {', '.join(origin.refs())}"
             raise _wrong(f"{first} is computed from {', '.join(means)}", instr, why)
         outs = [out and stands_for(out.name) for out in instr.outs]
         if outs != [out and out.name for out in origin.outs]:
@@ -196,7 +197,7 @@ class _Derivation:
     def check_value(self, value: Value, meaning: str, instr: Instr) -> None:
         dtype, shape = self.whole_values[meaning].dtype, self.whole_shapes[meaning]
         if value.dtype != dtype:
-            raise _wrong(f"{value.name} is {value.dtype}", instr, f"in the whole program it is {dtype}")
+            raise _wrong(f"{value.name} is {value.dtype}", instr, f"in the unsharded program it is {dtype}")
         rank = _misfit(value.shape, shape, value.placement, self.ranks)
         if rank is not None:
             expected = local_shape(shape, value.placement, rank)
@@ -226,7 +227,7 @@ class _Derivation:
         return Local.shape(self.whole_shapes[name], placement, self.boxes)
 
     def results(self) -> None:
-        """Loss and gradients are the whole program's, whole on every rank at the end."""
+        """Loss and gradients are the unsharded program's, whole on every rank at the end."""
         given: dict[str, str] = {}
         for section in self.program.sections:
             if len(dict(section.gives)) != len(section.gives):
@@ -236,11 +237,11 @@ class _Derivation:
                 if name in self.early:
                     raise _wrong(f"{label} is {name}, computed with a guess of the tangent")
                 if self.stands_for[name] != wanted:
-                    raise _wrong(f"{label} is {self.stands_for[name]}, in the whole program {wanted}")
+                    raise _wrong(f"{label} is {self.stands_for[name]}, in the unsharded program {wanted}")
             given |= dict(section.gives)
         if set(given) != set(self.whole_gives):
             odd = sorted(set(given) ^ set(self.whole_gives))
-            raise _wrong(f"the program gives {odd} more or less than the whole program")
+            raise _wrong(f"the program gives {odd} more or less than the unsharded program")
         for label, name in given.items():
             last = self.program.sections[-1].name == "sum_gradients"
             if self.placements[name] != REPLICATE and (last or label == "loss"):
@@ -249,7 +250,7 @@ class _Derivation:
 
 
 def _whole_name(entry: Input) -> str:
-    """The name of the whole program's input that an input, or a guess of it, is."""
+    """The name of the unsharded program's input that an input, or a guess of it, is."""
     return entry.value.name.removeprefix(EARLY if entry.kind == "guess" else "")
 
 

@@ -110,4 +110,5 @@ def test_a_label_given_twice_or_for_another_value_is_found(tiny2):
     twice = replace(section, gives=(*section.gives, section.gives[0]))
     assert "gives one label twice" in refused(tiny2.program.with_section(twice), tiny2.whole)
     wrong = replace(section, gives=(*section.gives, ("grad.head.weight", section.gives[0][1])))
-    assert "grad.head.weight is div, in the whole program" in refused(tiny2.program.with_section(wrong), tiny2.whole)
+    said = refused(tiny2.program.with_section(wrong), tiny2.whole)
+    assert "grad.head.weight is div, in the unsharded program" in said

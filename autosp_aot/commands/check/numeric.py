@@ -1,4 +1,4 @@
-"""`autosp-aot check --numeric`: all ranks' programs against the whole step, on made-up inputs, in one process.
+"""`autosp-aot check --numeric`: all ranks' programs against the unsharded program, on random inputs, in one process.
 
     whole.program   --one rank-->   loss, gradients    reference
     body.*.program  --lockstep-->   loss, gradients of every rank: |g - ref| / max(|ref|, 1e-4 r)
@@ -37,7 +37,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the ranks are from the whole step: the worst of all ranks, by `loss` and `grad.<parameter>`."""
+    """How far the ranks are from the unsharded program: the worst of all ranks, by `loss` and `grad.<parameter>`."""
 
     errors: dict[str, float]
     limit: float
@@ -50,7 +50,7 @@ class Difference:
 
 
 def check_numeric(path: str | Path) -> list[str]:
-    """Run an artifact's programs against its whole step; what was compared, a line each. Raises ArtifactError.
+    """Run an artifact's programs against its unsharded step; what was compared, a line each. Raises ArtifactError.
 
     Parameters and the batch are made up; buffers are the artifact's. Programs with bf16 or fp16 run a second time with
     fp32 in their place, those in fp32 with fp64, where a small mistake is not taken for rounding. `numeric-too-large`
@@ -91,7 +91,7 @@ def _what(compared: Difference) -> str:
 
 
 def difference(whole: Program, programs: list[Program], inputs: Mapping[str, Tensor], single=0.0) -> Difference:
-    """Run the whole step and all ranks (`programs[r]` is rank r's) on the same inputs.
+    """Run the unsharded step and all ranks (`programs[r]` is rank r's) on the same inputs.
 
     The limit is 1e-12 where all is fp64, and 1e-6 where an fp64 step casts to fp32 inside. Else it is twice the whole
     step's own difference from itself in the next wider dtype, which then is the reference; in fp32 at least 1e-5, or
@@ -134,7 +134,7 @@ def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
     wanted = {label: tensor.double() for label, tensor in reference.items()}
     if not all(tensor.isfinite().all() for tensor in wanted.values()):
         raise ArtifactError(Problem(
-            "numeric-not-finite", "the whole step itself gives no finite numbers for the inputs made up for it",
+            "numeric-not-finite", "the unsharded step itself gives no finite numbers for random inputs",
             why="there is nothing to compare with", fix="check without --numeric proves the artifact"))  # fmt: skip
     norms = [tensor.norm() for label, tensor in wanted.items() if label != "loss"]
     floor = 1e-4 * torch.stack(norms).square().mean().sqrt() if norms else torch.tensor(0.0)
@@ -181,7 +181,7 @@ def refuse_large(manifest: Manifest, whole: Program) -> None:
         gib = lambda count: f"{count / 2**30:.1f} GiB"  # noqa: E731
         raise ArtifactError(Problem(
             "numeric-too-large", f"running {manifest.ranks} ranks in one process takes {gib(needed)}",
-            why=f"inputs {gib(inputs)}, all ranks together {gib(together)}, the whole step {gib(alone)}; "
+            why=f"inputs {gib(inputs)}, all ranks together {gib(together)}, the unsharded step {gib(alone)}; "
             f"twice that in wider dtypes where they are not fp64; the limit is {gib(MEMORY_LIMIT_BYTES)}",
             fix="build the model for the same --sp with a smaller --seq, narrower or with fewer layers, and check that;"
             " check without --numeric proves this artifact"))  # fmt: skip
@@ -190,6 +190,6 @@ def refuse_large(manifest: Manifest, whole: Program) -> None:
 def _differ(found: Difference, whole: str) -> ArtifactError:
     worst = [f"{label}: {error:.1e}" for label, error in found.beyond.items()][:5]
     return ArtifactError(Problem(
-        "numbers-differ", f"{len(found.beyond)} of {len(found.errors)} results are not the whole {whole}'s",
+        "numbers-differ", f"{len(found.beyond)} of {len(found.errors)} results differ from the unsharded {whole}",
         why=f"relative differences, at most {found.limit:.0e} is rounding\n" + "\n".join(worst),
         fix="build the artifact again"))  # fmt: skip

@@ -1,4 +1,4 @@
-"""`autosp-aot check`: the proof that an artifact's programs, all ranks together, are the whole step and evaluation."""
+"""`autosp-aot check`: the proof that an artifact's per-rank programs are equivalent to the unsharded ones."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +25,9 @@ def check(path: str | Path) -> list[str]:
     """Prove an artifact; what was proved, a line each. Raises ArtifactError at the first thing that does not hold.
 
     Files have their hashes; programs parse and are legal; operators are allowed and unchanged; every line follows from
-    the whole step by the sharding rules, with every rank's numbers; all ranks meet in the same collectives with equal
-    sizes; the manifest says of inputs, values, decisions and costs what the programs and files hold; a checkpoint is
-    made up of the parameters, and they of it.
+    the unsharded program by the sharding rules, with every rank's numbers; all ranks meet in the same collectives with
+    equal sizes; the manifest says of inputs, values, decisions and costs what the programs and files hold; a checkpoint
+    is made up of the parameters, and they of it.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -37,7 +37,7 @@ def check(path: str | Path) -> list[str]:
     (bodies, lines, meetings), evaluation = proved[STEP], proved.get(EVALUATE)
     return [
         f"files       {len(manifest.files)} with the hashes of the manifest",
-        f"programs    {manifest.ranks} ranks, {bodies} bodies, {lines} lines, each derived from the whole step",
+        f"programs    {manifest.ranks} ranks, {bodies} bodies, {lines} lines, each derived from the unsharded program",
         f"collectives {meetings} a rank: kind, order, sizes and dtype agree",
         *([f"evaluation  {evaluation[1]} lines, {evaluation[2]} collectives a rank: the same"] if evaluation else []),
         f"operators   {len(manifest.operators)} allowed, with the schemas of this torch",
@@ -80,7 +80,7 @@ def _proved(path: Path, manifest: Manifest, kind: str) -> tuple[int, int, int]:
 
 
 def prove(whole: Program, bodies: list[tuple[tuple[int, ...], Program]]) -> int:
-    """Prove that `bodies`, legal programs with the ranks that run each, are the whole step; how often the ranks meet.
+    """Prove that `bodies`, legal programs with the ranks that run each, are equivalent to `whole`; how often they meet.
 
     Raises ArtifactError: `collective-mismatch`, `placement-wrong`.
     """
@@ -94,7 +94,7 @@ def prove(whole: Program, bodies: list[tuple[tuple[int, ...], Program]]) -> int:
 
 
 def _check_inputs(manifest: Manifest, whole: Program) -> None:
-    """The manifest's inputs are the whole program's."""
+    """The manifest's inputs are the unsharded program's."""
     state = {spec.name: _type(spec) for spec in (*manifest.parameters, *manifest.buffers)}
     batch = {spec.name: _type(spec) for spec in manifest.batch}
     for entry in whole.inputs:

@@ -1,8 +1,8 @@
-"""Which values may stay summands to the end of the step: those from which only gradients follow, linearly.
+"""Which values may stay partial sums to the end of the step: those from which only gradients follow, linearly.
 
-    g = mm(x^T, grad)        x and grad cut along rows: g is a summand on every rank
+    g = mm(x^T, grad)        x and grad cut along rows: g is a partial sum on every rank
     h = permute(g)           grad.w is h, summed in the last section at no further cost: g, h
-    y = bmm(decay, states)   read by forward: a summand of it would have to be summed right away
+    y = bmm(decay, states)   read by forward: a partial sum of it would have to be reduced right away
 """
 
 from autosp_aot.ir.program import Program

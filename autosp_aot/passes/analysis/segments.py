@@ -1,8 +1,8 @@
-"""The forward pass as a chain of segments, cut where least is alive: between the layers of most models.
+"""The forward pass as a chain of segments, split at liveness minima: between the layers of most models.
 
     h0 = ...                       segment 0
     ------------------------ {h0}  all that the rest of forward reads of what is above
-    q, k, v = f(h0)                segment 1: one attention, up to the last place before the next where least is alive
+    q, k, v = f(h0)                segment 1: one attention, up to the last liveness minimum before the next
     o = attention(q, k, v)
     h1 = h0 + g(o)
     ------------------------ {h1}

@@ -1,11 +1,11 @@
-"""Which values forward keeps for backward: by policy, or by what a budget has room for.
+"""Which values forward saves for backward: by policy, or by what a budget has room for.
 
     none    all that backward reads
-    sac     the boundaries of segments, what attention and collectives make: neither is ever done twice
+    sac     the boundaries of segments, what attention and collectives make: neither is ever recomputed
     full    the boundaries alone
     auto    what takes least time within the budget, chosen segment by segment; `sac` without a budget
 
-The last segment is always kept: backward begins there, and would compute it again while all else is alive.
+The last segment is always saved: backward begins there, and would recompute it while everything else is live.
 """
 
 from collections.abc import Callable, Collection

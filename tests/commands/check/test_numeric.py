@@ -141,13 +141,13 @@ def test_an_artifact_whose_numbers_differ_is_refused(tiny2, tmp_path):
     edit_text(path, "aten.slice.Tensor(%labels, 1, 1, 5, 1)", "aten.slice.Tensor(%labels, 1, 0, 4, 1)")
     with pytest.raises(ArtifactError) as caught:
         check_numeric(path)
-    assert "error[numbers-differ]: 18 of 18 results are not the whole step's" in str(caught.value)
+    assert "error[numbers-differ]: 18 of 18 results differ from the unsharded step" in str(caught.value)
 
 
 def test_so_is_one_whose_evaluation_differs(tiny2, tmp_path):
     path = tiny2.save(tmp_path / "a")
     edit_text(path, "aten.slice.Tensor(%labels, 1, 1, 5, 1)", "aten.slice.Tensor(%labels, 1, 0, 4, 1)", EVALUATE)
-    with pytest.raises(ArtifactError, match="1 of 1 results are not the whole evaluation's"):
+    with pytest.raises(ArtifactError, match="1 of 1 results differ from the unsharded evaluation"):
         check_numeric(path)
 
 
@@ -169,7 +169,7 @@ def test_what_is_too_large_for_one_process_is_refused_with_sizes(tmp_path):
     with pytest.raises(ArtifactError) as caught:
         check_numeric(path)
     assert "error[numeric-too-large]: running 2 ranks in one process takes 64.4 GiB" in str(caught.value)
-    assert "GiB, the whole step" in str(caught.value) and "a smaller --seq" in str(caught.value)
+    assert "GiB, the unsharded step" in str(caught.value) and "a smaller --seq" in str(caught.value)
 
 
 @pytest.mark.parametrize("path", sorted(REFERENCE.iterdir()), ids=lambda path: path.name)

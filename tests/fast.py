@@ -33,7 +33,6 @@ SLOW = (
     "tests/export/test_reads.py",
     "tests/export/test_sharing.py",
     "tests/export/test_state.py",
-    "tests/passes/test_early_backward.py",
     "tests/test_fallback.py",
     "tests/test_hidden_rows.py",
     "tests/test_module_names.py",

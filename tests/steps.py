@@ -1,6 +1,7 @@
 """A model's step on all ranks in one process, against eager."""
 
 import copy
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -93,10 +94,19 @@ def evaluation(
     model: nn.Module, batch: dict[str, Tensor], ranks: int, step: Captured | None = None, **options
 ) -> tuple[Step, dict[str, Tensor]]:
     """What a model's eval mode is built to, and all inputs of its programs."""
+    ((compiled, inputs),) = evaluations(model, batch, [ranks], step, **options)
+    return compiled, inputs
+
+
+def evaluations(
+    model: nn.Module, batch: dict[str, Tensor], several: Iterable[int], step: Captured | None = None, **options
+) -> Iterator[tuple[Compiled, dict[str, Tensor]]]:
+    """The same for several numbers of ranks, from one capture."""
     step, known = step or captured(model, batch), _values(model)
     whole, constants = capture_evaluation(Subject(model, batch, "cpu"), step.joint, step.whole, known | step.constants)
-    compiled = compile_evaluation(whole, _dims(batch), BuildConfig(ranks, **options))
-    return compiled, known | step.constants | constants | batch
+    for ranks in several:
+        compiled = compile_evaluation(whole, _dims(batch), BuildConfig(ranks, **options))
+        yield compiled, known | step.constants | constants | batch
 
 
 def losses(compiled: Step, inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from autosp_aot.ops.random import step_seed
 from examples import llama, plain
 from tests.draws import Draws
 from tests.memory.test_memory import answers, compare
-from tests.steps import built, eager_loss, evaluation, losses
+from tests.steps import built, eager_loss, evaluation, evaluations, losses
 from tests.test_randomness import BATCH, Model, model_of
 
 SEED = step_seed(3, 5)
@@ -104,8 +104,7 @@ def wrapped(inner: nn.Module) -> nn.Module:
 def test_the_loss_is_eager_s_in_eval_mode_at_any_number_of_ranks(model, limit):
     model = model()
     step, wanted = capture_model(Subject(model, BATCH, "cpu")), eager_loss(model, BATCH)
-    for ranks in (1, 2, 3, 4):
-        compiled, inputs = evaluation(model, BATCH, ranks, step)
+    for compiled, inputs in evaluations(model, BATCH, (1, 2, 3, 4), step):
         assert not compiled.fallbacks
         found = losses(compiled, inputs)
         assert all((loss - wanted).abs() <= limit * wanted.abs() for loss in found)

@@ -1,5 +1,6 @@
 """`check --numeric`: its limits by dtype, what it makes up, and what it refuses."""
 
+import functools
 
 import pytest
 import torch
@@ -33,30 +34,35 @@ def compiled(model, ranks=3, batch=None, dims=DIMS):
     return compile_model(model, batch or llama.example_batch(2, 13), dims, BuildConfig(ranks), "")
 
 
+@functools.cache
+def llama_of(dtype):
+    return compiled(llama.build_model(dtype, **SMALL))
+
+
 def found(artifact):
     programs = [artifact.program.for_rank(rank) for rank in range(artifact.manifest.ranks)]
     return difference(artifact.whole, programs, made_up(artifact.whole) | artifact.buffers)
 
 
-@pytest.mark.parametrize(("model", "limit"), [
-    (lambda: plain.build_model(**TINY | {"max_length": 16}, dtype="float64"), 1e-12),
-    (lambda: llama.build_model("float64", **SMALL), 1e-6),
-    (lambda: llama.build_model("float32", **SMALL), 1e-5),
+@pytest.mark.parametrize(("artifact", "limit"), [
+    (lambda: compiled(plain.build_model(**TINY | {"max_length": 16}, dtype="float64")), 1e-12),
+    (lambda: llama_of("float64"), 1e-6),
+    (lambda: llama_of("float32"), 1e-5),
 ])  # fmt: skip
-def test_the_limit_follows_the_dtypes_of_the_step(model, limit):
-    result = found(compiled(model()))
+def test_the_limit_follows_the_dtypes_of_the_step(artifact, limit):
+    result = found(artifact())
     assert result.limit == limit and not result.beyond
     assert 0 < max(result.errors.values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_dtypes_are_measured_against_the_same_step_in_fp32(dtype):
-    result = found(compiled(llama.build_model(dtype, **SMALL)))
+    result = found(llama_of(dtype))
     assert 1e-4 < result.limit < 0.2 and not result.beyond
 
 
 def test_no_gradient_vanishes_on_the_inputs_made_up():
-    whole = compiled(llama.build_model("float64", **SMALL), ranks=1)
+    whole = llama_of("float64")
     inputs = made_up(whole.whole) | whole.buffers
     (results,) = simulate([whole.whole], inputs, torch.ones((), dtype=torch.float32))
     assert all(tensor.norm() > 1e-2 for tensor in results.values())
@@ -152,7 +158,7 @@ def test_so_is_one_whose_evaluation_differs(tiny2, tmp_path):
 
 
 def test_in_bf16_a_mistake_that_rounding_would_hide_is_found_in_fp32(tmp_path):
-    path = compiled(llama.build_model("bfloat16", **SMALL)).save(tmp_path / "a")
+    path = llama_of("bfloat16").save(tmp_path / "a")
     assert [line.split("loss")[0].strip() for line in check_numeric(path)] == [
         "numbers", "in fp32", "evaluation", "in fp32"
     ]  # fmt: skip

@@ -100,7 +100,7 @@ def evaluation(
 
 def evaluations(
     model: nn.Module, batch: dict[str, Tensor], several: Iterable[int], step: Captured | None = None, **options
-) -> Iterator[tuple[Compiled, dict[str, Tensor]]]:
+) -> Iterator[tuple[Step, dict[str, Tensor]]]:
     """The same for several numbers of ranks, from one capture."""
     step, known = step or captured(model, batch), _values(model)
     whole, constants = capture_evaluation(Subject(model, batch, "cpu"), step.joint, step.whole, known | step.constants)

@@ -33,6 +33,7 @@ SLOW = (
     "tests/export/test_reads.py",
     "tests/export/test_sharing.py",
     "tests/export/test_state.py",
+    "tests/runtime/test_host_pool.py::test_two_real_ranks_train_to_the_gradients_of_eager",
     "tests/test_fallback.py",
     "tests/test_hidden_rows.py",
     "tests/test_module_names.py",

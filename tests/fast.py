@@ -26,6 +26,8 @@ SLOW = (
     "tests/commands/plan/test_planning.py",
     "tests/commands/test_diff.py",
     "tests/commands/test_explain.py",
+    "tests/export/canonical/test_decompose.py",
+    "tests/export/canonical/test_indices.py",
     "tests/export/test_fake.py",
     "tests/export/test_fixes_files.py",
     "tests/export/test_fixes_steps.py",
@@ -33,11 +35,14 @@ SLOW = (
     "tests/export/test_reads.py",
     "tests/export/test_sharing.py",
     "tests/export/test_state.py",
+    "tests/passes/test_early_backward.py",
+    "tests/runtime/test_host_pool.py::test_two_real_ranks_train_to_the_gradients_of_eager",
     "tests/test_fallback.py",
     "tests/test_hidden_rows.py",
     "tests/test_module_names.py",
     "tests/test_plain_models.py",
     "tests/test_sequences.py",
+    "tests/training/test_unshifted.py",
 )
 
 

@@ -1,5 +1,6 @@
 """Planning: the budget is kept by what is really scheduled, the numbers stay, and what cannot be met is refused."""
 
+import functools
 import re
 from collections import Counter
 from dataclasses import replace
@@ -30,7 +31,7 @@ SHARES = (0.9, 0.6, 0.3, 0.1, 0.0)  # of the way from the least budget to what `
 
 
 class Model:
-    """A model's step, and what it takes."""
+    """A model's step, and what it takes; what it is built to is planned once for the same options."""
 
     def __init__(self, model: torch.nn.Module, ranks: int, length: int):
         self.ranks = ranks
@@ -38,6 +39,7 @@ class Model:
         self.whole, constants = canonical_program(capture(Subject(model, batch, "cpu")))
         self.inputs = model_values(model) | dict(model.named_buffers()) | constants | batch
 
+    @functools.cache
     def build(
         self, recompute: str, budget_bytes: int | None = None, offload: str = "off", device: Device | None = None
     ) -> Program:
@@ -48,6 +50,7 @@ class Model:
     def taken(self, program: Program) -> int:
         return sum(entry.value.nbytes() for entry in program.inputs) + costs(program, "cpu").peak_bytes
 
+    @functools.cache
     def refused(self, budget_bytes: int) -> BudgetTooSmall:
         with pytest.raises(BudgetTooSmall) as caught:
             self.build("auto", budget_bytes)

@@ -275,9 +275,9 @@ knows their names.
 
 Masks: none; `attention_mask` of ones; padding on the right and on the left of a row; two documents a row packed through
 `position_ids`. Losses: all labels; half a row without; none on the first rank; `num_items_in_batch` given. Every two of
-architecture, mask, loss, length and number of ranks meet in some case; recompute {RECOMPUTE}, tile {TILES} and
-offload {OFFLOAD} take turns. "Worst" is the worst difference of any rank's
-loss or gradients from eager, as [exactness.md](exactness.md) measures it.
+architecture, mask, loss, length and number of ranks meet in some case; recompute (none, sac, full), tiles (none, 3) and
+offload (off, host) take turns. "Worst" is the worst difference of any rank's loss or gradients from eager, as
+[exactness.md](exactness.md) measures it.
 
 | architecture | masks | losses | cases | worst | computed on every rank |
 |---|---|---|---|---|---|

@@ -36,7 +36,7 @@ from autosp_aot.passes import decisions
 from autosp_aot.passes.analysis.segments import segments
 from autosp_aot.passes.early_backward import EarlyBackward
 from autosp_aot.passes.keep.policy import reasons
-from autosp_aot.passes.partition import Choice, Partition, Weighed, weigh
+from autosp_aot.passes.partition import Candidate, Partition, Weighed, weigh
 from autosp_aot.passes.sections import Sections
 from autosp_aot.passes.step import Step
 from autosp_aot.sharding.describe import (
@@ -291,7 +291,7 @@ def _last_before_release(instrs: Iterable[Instr], name: str) -> str | None:
     return None
 
 
-def _priced(found: Weighed, choice: Choice) -> str:
+def _priced(found: Weighed, choice: Candidate) -> str:
     said = strategy_text(found.spec, choice.strategy)
     if any(placement.partial for placement in choice.results):
         said += ", the result a partial sum"

@@ -40,7 +40,7 @@ APPLY = vars(torch.autograd.Function)["apply"].__func__
 
 
 @dataclass(frozen=True)
-class Call:
+class FunctionCall:
     """One `apply` of a Function: its arguments as they were given, and the line."""
 
     function: type[torch.autograd.Function]
@@ -64,14 +64,14 @@ class Call:
 
 
 @contextlib.contextmanager
-def marked_functions() -> Iterator[list[Call]]:
+def marked_functions() -> Iterator[list[FunctionCall]]:
     """While it holds, what users' Functions take and give is marked; the calls, in order."""
-    calls: list[Call] = []
+    calls: list[FunctionCall] = []
 
     def apply(torchs, function, *args, **kwargs):
         if function.__module__.partition(".")[0] == "torch":
             return torchs(function, *args, **kwargs)
-        number, call = len(calls), Call(function, args, called_at())
+        number, call = len(calls), FunctionCall(function, args, called_at())
         if any(isinstance(leaf, Tensor) for arg in args if not isinstance(arg, Tensor) for leaf in tree_leaves(arg)):
             raise BuildError(call.problem("is given a tensor inside of an argument"))
         calls.append(call)
@@ -95,7 +95,7 @@ def _tensors(values) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def restore_functions(exported: ExportedProgram, calls: list[Call]) -> None:
+def restore_functions(exported: ExportedProgram, calls: list[FunctionCall]) -> None:
     """Put the calls back into the graph, in place. BuildError for each that reads a tensor that is not its argument."""
     graph, problems = exported.graph, []
     literals = exported.graph_signature.inputs_to_lifted_tensor_constants
@@ -127,7 +127,7 @@ def _reads_others(given: Node, taken: Node | None, known: set[str]) -> bool:
     return False
 
 
-def _restore(graph: Graph, operands: list[Node], given: Node, call: Call) -> None:
+def _restore(graph: Graph, operands: list[Node], given: Node, call: FunctionCall) -> None:
     with graph.inserting_before(given):
         node = graph.call_function(call.again(), tuple(operands))
         node.meta = {key: value for key, value in given.args[0][0].meta.items() if key != "val"}

@@ -29,7 +29,7 @@ from autosp_aot.export.diagnose import (
 )
 from autosp_aot.export.experts.routing import canonical_routing
 from autosp_aot.export.flags import eager_flags
-from autosp_aot.export.functions import Call, marked_functions, restore_functions
+from autosp_aot.export.functions import FunctionCall, marked_functions, restore_functions
 from autosp_aot.export.keeping import left_alone
 from autosp_aot.export.loss import LossOnly
 from autosp_aot.export.modules import refuse_modules
@@ -70,7 +70,7 @@ class Forward:
 
     exported: torch.export.ExportedProgram
     wrapped: LossOnly
-    functions: list[Call]
+    functions: list[FunctionCall]
     batch: Mapping[str, Tensor]
     mode: FakeTensorMode
     place: str

@@ -48,7 +48,7 @@ SIZES: dict[object, str] = {
 }  # fmt: skip
 
 WHY = "one program serves all batches, and values of the batch are not known when it is built"
-KINDS = {
+PURPOSES = {
     "assertion": ("an assertion reads a value of the batch", "assert it as torch._assert_async((labels < 100).all()), "
                   "which a program leaves out, or delete the line"),
     "log": ("a log reads a value of the batch", "keep the tensor, as in self.logged = loss.detach(), and read it after "
@@ -84,7 +84,7 @@ def read_here(frame: FrameType) -> Problem:
 
 
 def _problem(kind: str, place: str) -> Problem:
-    what, fix = KINDS[kind]
+    what, fix = PURPOSES[kind]
     return Problem("data-dependent", what, place, WHY, fix)
 
 

@@ -20,7 +20,7 @@ from autosp_aot.ir.program import Arg
 
 NODES = 256  # of one expression
 # Elementwise operators that torch does not tag so.
-UNTAGGED = ("aten.__and__.Tensor", "aten.__or__.Tensor", "aten.where.Scalar", "aten.where.ScalarSelf",
+UNTAGGED_IN_SCORES = ("aten.__and__.Tensor", "aten.__or__.Tensor", "aten.where.Scalar", "aten.where.ScalarSelf",
             "aten.where.ScalarOther")  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def evaluate(score: Arg, leaves: Mapping[str, Tensor]) -> Tensor:
 def elementwise(name: str) -> bool:
     """True for an allowed operator that works element by element."""
     overload = operators.overload(name)
-    return overload is not None and (torch.Tag.pointwise in overload.tags or name in UNTAGGED)
+    return overload is not None and (torch.Tag.pointwise in overload.tags or name in UNTAGGED_IN_SCORES)
 
 
 def check(score: Arg, vectors: int) -> None:

@@ -51,7 +51,7 @@ from autosp_aot.ir.program import (
 )
 
 HEADER = "autosp program 1"
-KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")
+INPUT_KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")
 INTO = "into"  # as a keyword, the operand whose memory the result takes
 DEPTH = 300  # of lists in an argument; a score expression has at most 256 parts
 NAME = r"[^\s,:;=()\[\]{}@#%$\"]+"
@@ -143,7 +143,7 @@ class _Printer:
 
 # --- parse --------------------------------------------------------------------------------------------------------
 
-_INPUT = re.compile(rf"({'|'.join(KINDS)}) (.+)")
+_INPUT = re.compile(rf"({'|'.join(INPUT_KINDS)}) (.+)")
 _SECTION = re.compile(r"section (\w+) takes \((.*)\)")
 _VALUE = re.compile(rf"%({NAME}): (\w+)\[([^\]]*)\] @ (.+)")
 _SHARD = re.compile(rf"Shard\((\d+), ({NAME})(?:, outer=(\d+))?(, partial)?\)")

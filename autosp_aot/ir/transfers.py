@@ -113,7 +113,7 @@ def narrowed(tensor: Tensor, box: Box) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """A part of a value that goes from one rank to another: (dim, start, stop) of each dim that is cut on either side.
 
     In coordinates of the whole; what is not named goes whole.
@@ -143,7 +143,7 @@ class Piece:
         return tuple(found)
 
 
-def transfers(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Piece]:
+def transfers(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Chunk]:
     """What `sender` gives `receiver` when a value goes from `source` to `target`; deterministic, in ascending order.
 
     Partial sums all travel. Of several copies the receiver takes its own, then that of the lowest rank that holds it.
@@ -152,24 +152,24 @@ def transfers(source: Placement, target: Placement, shape: tuple[int, ...], send
     if a is None:
         if not source.partial and sender != receiver:
             return []
-        return [Piece(())] if b is None else [Piece(((b.dim, *box),)) for box in _intervals(b, shape, receiver)]
+        return [Chunk(())] if b is None else [Chunk(((b.dim, *box),)) for box in _intervals(b, shape, receiver)]
     needed = _intervals(b, shape, receiver) if b is not None and a.dim == b.dim else [(0, shape[a.dim])]
     given = _given(a, source.partial, shape, needed, sender, receiver)
     if b is None or a.dim == b.dim:
-        return [Piece(((a.dim, *box),)) for box in given]
+        return [Chunk(((a.dim, *box),)) for box in given]
     wanted = _intervals(b, shape, receiver)
-    return [Piece(((a.dim, *mine), (b.dim, *theirs))) for mine in given for theirs in wanted]
+    return [Chunk(((a.dim, *mine), (b.dim, *theirs))) for mine in given for theirs in wanted]
 
 
-def common(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Piece]:
+def common(source: Placement, target: Placement, shape: tuple[int, ...], sender: int, receiver: int) -> list[Chunk]:
     """What box `sender` of one placement and box `receiver` of another have in common, where at most one dim is cut."""
     cuts = [(p.cut, box) for p, box in ((source, sender), (target, receiver)) if p.cut is not None]
     if not cuts:
-        return [Piece(())]
+        return [Chunk(())]
     boxes = _intervals(cuts[0][0], shape, cuts[0][1])
     for cut, box in cuts[1:]:
         boxes = _meet(boxes, _intervals(cut, shape, box))
-    return [Piece(((cuts[0][0].dim, *box),)) for box in boxes]
+    return [Chunk(((cuts[0][0].dim, *box),)) for box in boxes]
 
 
 @lru_cache(maxsize=4096)

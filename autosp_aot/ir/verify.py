@@ -6,7 +6,7 @@ from autosp_aot.ir.operators import COLLECTIVES, COPIES, FREE, MOVES, writer
 from autosp_aot.ir.placement import covers
 from autosp_aot.ir.program import ITEMSIZE, Body, Instr, Program, Section, Value, followed
 
-SECTIONS = (("step",), ("forward", "backward", "sum_gradients"), ("evaluate",))
+SECTION_NAMES = (("step",), ("forward", "backward", "sum_gradients"), ("evaluate",))
 
 
 def verify(program: Program) -> None:
@@ -33,8 +33,8 @@ class _Verifier:
 
     def run(self) -> None:
         names = tuple(section.name for section in self.program.sections)
-        if names not in SECTIONS:
-            raise illegal(f"sections {', '.join(names)}", why=f"a program has {' or '.join(map(str, SECTIONS))}")
+        if names not in SECTION_NAMES:
+            raise illegal(f"sections {', '.join(names)}", why=f"a program has {' or '.join(map(str, SECTION_NAMES))}")
         for entry in self.program.inputs:
             if entry.kind == "seed" and (entry.value.dtype, entry.value.shape) != ("i64", ()):
                 raise illegal(f"the seed {entry.value.name} is not one i64 number")

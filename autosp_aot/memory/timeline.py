@@ -14,7 +14,7 @@ from autosp_aot.ir.program import Program
 from autosp_aot.memory.costs import Lifetime, Moment, highest, lifetimes
 from autosp_aot.memory.training_state import TrainingState
 
-KINDS = ("gradients", "kept", "working", "communication")
+MEMORY_KINDS = ("gradients", "kept", "working", "communication")
 STATE = ("parameter", "buffer")
 
 
@@ -51,14 +51,14 @@ def timeline(program: Program, target: str) -> Timeline:
         level.update(change)
         meanwhile = "communication" if moment.name in collectives else "working"
         extra = Counter({meanwhile: moment.peak_bytes - moment.alive_bytes})
-        levels.append({kind: level[kind] + extra[kind] for kind in KINDS})
+        levels.append({kind: level[kind] + extra[kind] for kind in MEMORY_KINDS})
     return Timeline(tuple(moments), tuple(levels), storages)
 
 
 def breakdown(program: Program, state: TrainingState, target: str) -> dict[str, int]:
     """Bytes by kind at the moment of the peak, parameters and optimizer state included."""
     found = timeline(program, target)
-    level = found.levels[found.peak_at] if found.levels else dict.fromkeys(KINDS, 0)
+    level = found.levels[found.peak_at] if found.levels else dict.fromkeys(MEMORY_KINDS, 0)
     return {"parameters": state.parameters, "optimizer": state.optimizer, **level}
 
 

@@ -37,7 +37,7 @@ FLOATS = ("f64", "f32", "bf16", "f16")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidate:
     """A strategy for a call: where it places operands and results, and what it costs.
 
     `gathers` says that nothing is cut though data has to come first: the last resort. `received_bytes` are the worst
@@ -100,8 +100,8 @@ class Weighed:
 
     spec: Spec | None
     small: bool
-    choices: tuple[Choice, ...]
-    taken: Choice
+    choices: tuple[Candidate, ...]
+    taken: Candidate
     labels: Labels
 
 
@@ -171,15 +171,15 @@ class _Partition:
     def spec(self, instr: Instr) -> Spec | None:
         return spec_of(instr, [self.whole[name] for name in instr.refs()], self.ranks)
 
-    def fall_back(self, instr: Instr) -> Choice:
+    def fall_back(self, instr: Instr) -> Candidate:
         """No rule: operands whole, computed on every rank."""
         gathered = sum(self.price(name, REPLICATE) for name in instr.refs())
         if self.ranks > 1 and instr.refs():
             self.fallbacks.append(Fallback(instr.op, instr.where.source, gathered))
         operands, results = (tuple(REPLICATE for _ in values) for values in (instr.refs(), instr.values()))
-        return Choice(Strategy(), operands, results, gathered > 0, gathered, 0, 0.0)
+        return Candidate(Strategy(), operands, results, gathered > 0, gathered, 0, 0.0)
 
-    def choose(self, instr: Instr, spec: Spec) -> Choice:
+    def choose(self, instr: Instr, spec: Spec) -> Candidate:
         """The cheapest, or the one that was given; what cuts nothing but has to gather only where there is no other."""
         if self.replay is None:
             return min(self.choices(instr, spec), key=lambda choice: choice.price)
@@ -198,7 +198,7 @@ class _Partition:
         found = sorted(self.choices(instr, spec), key=lambda choice: choice.price)
         return Weighed(spec, self.is_small(instr), tuple(found), self.choose(instr, spec), self.labels)
 
-    def choices(self, instr: Instr, spec: Spec) -> list[Choice]:
+    def choices(self, instr: Instr, spec: Spec) -> list[Candidate]:
         """All that is allowed of: home, where the operands are now, what the rule proposes, everything whole.
 
         Each also for partial sums. Where home or what is now cannot be, or nothing is free, and the rule proposes
@@ -223,7 +223,7 @@ class _Partition:
             found += self.allowed(instr, spec, [split for split in even if split not in cuts])
         return found
 
-    def allowed(self, instr: Instr, spec: Spec, strategies: list[Strategy]) -> Iterator[Choice]:
+    def allowed(self, instr: Instr, spec: Spec, strategies: list[Strategy]) -> Iterator[Candidate]:
         """Those of the strategies that the rule allows and the operands can have, with what they cost."""
         for strategy in strategies:
             placed = spec.instantiate(strategy)
@@ -243,7 +243,7 @@ class _Partition:
         """A partial sum cannot be made, only kept."""
         return all(not p.partial or p in self.versions[name] for name, p in zip(instr.refs(), operands))
 
-    def priced(self, instr: Instr, spec: Spec, strategy: Strategy, operands, results) -> Choice:
+    def priced(self, instr: Instr, spec: Spec, strategy: Strategy, operands, results) -> Candidate:
         received = sum(self.price(name, placement) for name, placement in dict.fromkeys(zip(instr.refs(), operands)))
         home_bytes, touched = 0, 0
         for out, placement in zip(instr.values(), results):
@@ -264,7 +264,8 @@ class _Partition:
                 share = longest / max(spec.extents[strategy.factor], 1)
             flops = 2.0 * prod(spec.extents) * share
         gathers = strategy.factor is None and received > 0
-        return Choice(strategy, operands, results, gathers, received, home_bytes, touched * LOCAL_BYTE + flops * FLOP)
+        work = touched * LOCAL_BYTE + flops * FLOP
+        return Candidate(strategy, operands, results, gathers, received, home_bytes, work)
 
     def price(self, name: str, placement: Placement) -> int:
         return self.source(name, placement)[0]

@@ -40,7 +40,7 @@ class Sum:
 Meeting = Exchange | Sum
 # What is sent at first is None, and then what the ranks made of each meeting: a list of one, for it to be taken out.
 Answer = list[Tensor] | None
-Run = Generator[Meeting, Answer, dict[str, Tensor]]
+SectionRun = Generator[Meeting, Answer, dict[str, Tensor]]
 # An instruction over the values; one where ranks meet is a generator.
 Step = Callable[[dict[str, Tensor]], Generator[Meeting, Answer, None] | None]
 
@@ -59,7 +59,7 @@ class Executor:
         self.steps = {section.name: self._prepare(section) for section in program.sections}
         self.gives = {section.name: section.gives for section in program.sections}
 
-    def run(self, section: str, values: dict[str, Tensor]) -> Run:
+    def run(self, section: str, values: dict[str, Tensor]) -> SectionRun:
         """Run a section over `values` (by name; it adds to them and releases from them); its results by label.
 
         Raises ArtifactError (`instruction-failed`) where torch refuses an instruction, as for an id beyond a table.

@@ -14,7 +14,7 @@ from autosp_aot.artifact.manifest import Manifest, no_evaluation
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.program import Program, Value
 from autosp_aot.ops.random import step_seed
-from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, Run
+from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, SectionRun
 from autosp_aot.runtime.same_batch import check_same_batch
 from autosp_aot.runtime.weights_out import save_weights
 
@@ -236,7 +236,7 @@ def _apart(gradients: list[Tensor]) -> list[Tensor]:
 
 def run(executor: Executor, section: str, values: dict[str, Tensor], comm: Comm) -> dict[str, Tensor]:
     """Run a section to its end, meeting the other ranks over `comm`; the caller's autocast does not reach into it."""
-    generator: Run = executor.run(section, values)
+    generator: SectionRun = executor.run(section, values)
     answer: list[Tensor] | None = None
     with torch.autocast(executor.device.type, enabled=False):
         while True:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from autosp_aot.ir.program import Program
-from autosp_aot.runtime.execute import Exchange, Executor, Meeting, Run, Sum
+from autosp_aot.runtime.execute import Exchange, Executor, Meeting, SectionRun, Sum
 
 
 def simulate(
@@ -29,7 +29,7 @@ def simulate(
     return results
 
 
-def lockstep(runs: list[Run]) -> list[dict[str, Tensor]]:
+def lockstep(runs: list[SectionRun]) -> list[dict[str, Tensor]]:
     """Advance all ranks from meeting to meeting; raises AssertionError where they do not meet alike."""
     answers: list[list[Tensor] | None] = [None] * len(runs)
     while True:

@@ -2,13 +2,13 @@
 
 import torch
 
-from autosp_aot.ir.score_expr import UNTAGGED as SCORES
+from autosp_aot.ir.score_expr import UNTAGGED_IN_SCORES
 from autosp_aot.sharding.call import Call
 from autosp_aot.sharding.spec import Axis, Spec
 
 # Elementwise operators that torch does not tag so.
 UNTAGGED = (
-    *SCORES, "aten._prelu_kernel.default", "aten._prelu_kernel_backward.default", "aten._to_copy.default",
+    *UNTAGGED_IN_SCORES, "aten._prelu_kernel.default", "aten._prelu_kernel_backward.default", "aten._to_copy.default",
     "aten.elu_backward.default", "aten.empty_like.default", "aten.fill.Scalar", "aten.floor_divide.default",
     "aten.floor_divide.Scalar", "aten.full_like.default", "aten.hardsigmoid_backward.default", "aten.hardswish.default",
     "aten.hardswish_backward.default", "aten.hardtanh_backward.default", "aten.leaky_relu_backward.default",

@@ -25,7 +25,7 @@ BUCKET = 2**22
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
-class Piece(NamedTuple):
+class ParameterRun(NamedTuple):
     """A run of a parameter's elements, `stop` excluded."""
 
     parameter: nn.Parameter
@@ -47,7 +47,7 @@ class Bucket:
     `part` is what of it this rank has state of. `master` holds parameters that are narrower than the state.
     """
 
-    def __init__(self, pieces: list[Piece], world: Group, zero: int):
+    def __init__(self, pieces: list[ParameterRun], world: Group, zero: int):
         parameter = pieces[0].parameter
         self.pieces, self.dtype, self.device = pieces, parameter.dtype, parameter.device
         self.wide = torch.promote_types(self.dtype, torch.float32)
@@ -162,9 +162,9 @@ class AdamW:
         return found
 
 
-def _buckets(parameters: list[nn.Parameter]) -> list[list[Piece]]:
+def _buckets(parameters: list[nn.Parameter]) -> list[list[ParameterRun]]:
     """The parameters end to end, cut every BUCKET elements."""
-    buckets: list[list[Piece]] = []
+    buckets: list[list[ParameterRun]] = []
     room = 0
     for parameter in parameters:
         start = 0
@@ -173,6 +173,6 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[Piece]]:
                 buckets.append([])
                 room = BUCKET
             stop = min(parameter.numel(), start + room)
-            buckets[-1].append(Piece(parameter, start, stop))
+            buckets[-1].append(ParameterRun(parameter, start, stop))
             room, start = room - (stop - start), stop
     return buckets

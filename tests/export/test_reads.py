@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from autosp_aot.export.reads import KINDS
+from autosp_aot.export.reads import PURPOSES
 from tests.export.mend import Mend, Model, V
 
 
@@ -315,7 +315,7 @@ class Stayed(Model):
 
 
 MENDS = [
-    Mend("data-dependent", KINDS[kind][1], refused, mended)
+    Mend("data-dependent", PURPOSES[kind][1], refused, mended)
     for kind, refused, mended in (
         ("assertion", Asserted, AssertedByTorch), ("assertion", Raised, AssertedByTorch),
         ("log", Warned, LoggedLater), ("log", Logged, LoggedLater), ("log", Printed, LoggedLater),

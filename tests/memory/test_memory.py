@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autosp_aot.ir.program import Instr, Program
 from autosp_aot.memory.costs import costs, curve, heaviest
-from autosp_aot.runtime.execute import Executor, Run, Step
+from autosp_aot.runtime.execute import Executor, SectionRun, Step
 from autosp_aot.runtime.module import run
 from autosp_aot.runtime.simulate import lockstep
 from examples import llama
@@ -37,7 +37,7 @@ def answers(program: Program, inputs: dict[str, Tensor]) -> list[list[Tensor]]:
     """What each rank is answered in a step."""
     heard: list[list[Tensor]] = [[] for _ in range(program.ranks)]
 
-    def listening(run: Run, mine: list[Tensor]) -> Generator:
+    def listening(run: SectionRun, mine: list[Tensor]) -> Generator:
         answer = None
         while True:
             try:

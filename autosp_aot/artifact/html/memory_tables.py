@@ -7,18 +7,18 @@ from itertools import groupby, zip_longest
 from autosp_aot.artifact.tables import Rows
 from autosp_aot.ir.program import Program, Where
 from autosp_aot.ir.units import bytes_text
-from autosp_aot.memory.timeline import KINDS, STATE, Timeline
+from autosp_aot.memory.timeline import MEMORY_KINDS, STATE, Timeline
 
 LISTED = 20
 
 
 def by_section(found: Timeline, parameters: int) -> Rows:
     """Each section's worst moment, by kind."""
-    rows: Rows = [("section", "peak", "parameters", *KINDS, "at")]
+    rows: Rows = [("section", "peak", "parameters", *MEMORY_KINDS, "at")]
     for name, group in groupby(enumerate(found.moments), key=lambda entry: entry[1].section):
         at = max((at for at, _ in group), key=lambda at: sum(found.levels[at].values()))
         level = found.levels[at]
-        sizes = (parameters + sum(level.values()), parameters, *(level[kind] for kind in KINDS))
+        sizes = (parameters + sum(level.values()), parameters, *(level[kind] for kind in MEMORY_KINDS))
         rows.append((name, *map(bytes_text, sizes), found.moments[at].name))
     return rows
 

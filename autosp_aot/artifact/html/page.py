@@ -9,7 +9,7 @@ from autosp_aot.artifact.manifest import Manifest
 from autosp_aot.artifact.tables import Rows, facts, fallbacks, replicated, traffic
 from autosp_aot.ir.program import Program
 from autosp_aot.ir.units import bytes_text
-from autosp_aot.memory.timeline import KINDS, timeline
+from autosp_aot.memory.timeline import MEMORY_KINDS, timeline
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--rule:#d5d9de;--faint:#57606a;
@@ -56,7 +56,7 @@ def _memory(manifest: Manifest, program: Program) -> list[str]:
         starts.setdefault(moment.section, at)
     peak = sum(levels[found.peak_at].values())
     said = f"The peak is {bytes_text(peak)}, at {found.moments[found.peak_at].name}. The table below has the figures."
-    chart = areas("Memory of a rank over one step", said, levels, ("parameters", *KINDS), starts)
+    chart = areas("Memory of a rank over one step", said, levels, ("parameters", *MEMORY_KINDS), starts)
     note = "<p>Of the rank with the highest peak; excluding optimizer state.</p>"
     return [
         section("Memory over the step", note, chart, table(by_section(found, parameters), head=True)),

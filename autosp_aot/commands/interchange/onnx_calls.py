@@ -44,7 +44,7 @@ class Standard:
     attributes: Mapping[str, object] = field(default_factory=dict)
 
 
-class Call:
+class AtenCall:
     """An ATen call as rows read it: arguments by name, operands as values, defaults filled in."""
 
     def __init__(self, instr: Instr, values: Mapping[str, Value]):

@@ -12,11 +12,11 @@ number would lose in the dtype of its operand ONNX would compute without, so suc
 
 from collections.abc import Callable, Mapping
 
-from autosp_aot.commands.interchange.onnx_calls import TYPES, Call, Constant, Standard, fits
+from autosp_aot.commands.interchange.onnx_calls import TYPES, AtenCall, Constant, Standard, fits
 from autosp_aot.ir.operators import DTYPES
 from autosp_aot.ir.program import Instr, Value
 
-Row = Callable[[Call], Standard | None]
+Row = Callable[[AtenCall], Standard | None]
 
 
 def standard(instr: Instr, values: Mapping[str, Value]) -> Standard | None:
@@ -24,7 +24,7 @@ def standard(instr: Instr, values: Mapping[str, Value]) -> Standard | None:
     row = ROWS.get(instr.op)
     if row is None:
         return None
-    call = Call(instr, values)
+    call = AtenCall(instr, values)
     found = row(call)
     return found if found is not None and call.all_read and fits(found, instr.outs) else None
 
@@ -51,13 +51,13 @@ def _boolean(op: str, bitwise: str, *names: str) -> Row:
     return lambda call: _of(op if call["self"].dtype == "b8" else bitwise, *names)(call)
 
 
-def _reshape(call: Call) -> Standard:
+def _reshape(call: AtenCall) -> Standard:
     call["shape"]
     attributes = {"allowzero": 1} if 0 in call.shape else {}
     return Standard("Reshape", (call["self"], _ints(*call.shape)), attributes)
 
 
-def _permute(call: Call) -> Standard:
+def _permute(call: AtenCall) -> Standard:
     return Standard("Transpose", (call["self"],), {"perm": _positive(call["dims"], call["self"])})
 
 
@@ -65,36 +65,36 @@ def _positive(dims: tuple[int, ...], of: Value) -> tuple[int, ...]:
     return tuple(dim % max(len(of.shape), 1) for dim in dims)
 
 
-def _expand(call: Call) -> Standard:
+def _expand(call: AtenCall) -> Standard:
     call["size"]
     return Standard("Expand", (call["self"], _ints(*call.shape)))
 
 
-def _cast(call: Call) -> Standard:
+def _cast(call: AtenCall) -> Standard:
     call["dtype"]
     return Standard("Cast", (call["self"],), {"to": TYPES[call.dtype]})
 
 
-def _cat(call: Call) -> Standard | None:
+def _cat(call: AtenCall) -> Standard | None:
     tensors = call["tensors"]
     alike = all(len(tensor.shape) == len(call.shape) for tensor in tensors)
     return Standard("Concat", tensors, {"axis": call["dim"]}) if alike else None
 
 
-def _slice(call: Call) -> Standard:
+def _slice(call: AtenCall) -> Standard:
     dim = call["dim"]
     start, end = (default if given is None else given for given, default in
                   ((call["start"], 0), (call["end"], call["self"].shape[dim])))  # fmt: skip
     return Standard("Slice", (call["self"], _ints(start), _ints(end), _ints(dim), _ints(call["step"])))
 
 
-def _flip(call: Call) -> Standard:
+def _flip(call: AtenCall) -> Standard:
     dims, shape = call["dims"], call["self"].shape
     minus, ends = (-1,) * len(dims), tuple(-shape[dim] - 1 for dim in dims)
     return Standard("Slice", (call["self"], _ints(*minus), _ints(*ends), _ints(*dims), _ints(*minus)))
 
 
-def _slice_backward(call: Call) -> Standard | None:
+def _slice_backward(call: AtenCall) -> Standard | None:
     sizes, dim, grad = call["input_sizes"], call["dim"], call["grad_output"]
     start, _ = call["start"], call["end"]
     size = sizes[dim]
@@ -105,50 +105,50 @@ def _slice_backward(call: Call) -> Standard | None:
     return None if call["step"] != 1 else Standard("Pad", (grad, _ints(*lead, *trail), Constant(grad.dtype, 0)))
 
 
-def _pad(call: Call) -> Standard | None:
+def _pad(call: AtenCall) -> Standard | None:
     source, pad = call.operands("self", "value"), call["pad"]
     rest = (0,) * (len(call.shape) - len(pad) // 2)
     lead, trail = rest + pad[-2::-2], rest + pad[::-2]
     return None if min(pad, default=0) < 0 else Standard("Pad", (source[0], _ints(*lead, *trail), source[1]))
 
 
-def _sum(call: Call) -> Standard:
+def _sum(call: AtenCall) -> Standard:
     call["dtype"]
     dims = call["dim"]
     axes = (_ints(*dims),) if dims else ()
     return Standard("ReduceSum", (call["self"], *axes), {"keepdims": int(call["keepdim"])})
 
 
-def _sum_all(call: Call) -> Standard:
+def _sum_all(call: AtenCall) -> Standard:
     call["dtype"]
     return Standard("ReduceSum", (call["self"],), {"keepdims": 0})
 
 
-def _cumsum(call: Call) -> Standard:
+def _cumsum(call: AtenCall) -> Standard:
     call["dtype"]
     return Standard("CumSum", (call["self"], Constant("i64", call["dim"])))
 
 
-def _embedding(call: Call) -> Standard:
+def _embedding(call: AtenCall) -> Standard:
     for unused_forward in ("padding_idx", "scale_grad_by_freq", "sparse"):
         call[unused_forward]
     return Standard("Gather", call.operands("weight", "indices"), {"axis": 0})
 
 
-def _index(call: Call) -> Standard | None:
+def _index(call: AtenCall) -> Standard | None:
     indices = call["indices"]
     at = [dim for dim, index in enumerate(indices) if index is not None]
     return Standard("Gather", (call["self"], indices[at[0]]), {"axis": at[0]}) if len(at) == 1 else None
 
 
-def _gather(call: Call) -> Standard | None:
+def _gather(call: AtenCall) -> Standard | None:
     source, index = call["self"], call["index"]
     (dim,) = _positive((call["dim"],), source)
     return Standard("GatherElements", (source, index), {"axis": dim}) if _along(source, index, dim) else None
 
 
 def _scatter(**attributes) -> Row:
-    def row(call: Call) -> Standard | None:
+    def row(call: AtenCall) -> Standard | None:
         source, index, src = call["self"], call["index"], call["src"]
         (dim,) = _positive((call["dim"],), source)
         if index.shape != src.shape or not _along(source, index, dim):
@@ -163,7 +163,7 @@ def _along(source: Value, index: Value, dim: int) -> bool:
     return source.shape[:dim] + source.shape[dim + 1 :] == index.shape[:dim] + index.shape[dim + 1 :]
 
 
-def _masked_fill(call: Call) -> Standard:
+def _masked_fill(call: AtenCall) -> Standard:
     source, value = call.operands("self", "value")
     return Standard("Where", (call["mask"], value, source))
 
@@ -171,7 +171,7 @@ def _masked_fill(call: Call) -> Standard:
 def _filled(name: str | None, number: int = 0) -> Row:
     """A row whose result is one number everywhere: that of an argument, or a known one."""
 
-    def row(call: Call) -> Standard | None:
+    def row(call: AtenCall) -> Standard | None:
         for argument in list(call.unread):
             call[argument]
         value = Constant(call.dtype, (call[name] if name else number,))
@@ -180,7 +180,7 @@ def _filled(name: str | None, number: int = 0) -> Row:
     return row
 
 
-def _arange(call: Call) -> Standard | None:
+def _arange(call: AtenCall) -> Standard | None:
     dtype, numbers = call.dtype, (call["start"], call["end"], call["step"])
     call["dtype"]
     whole = not DTYPES[dtype].is_floating_point and all(isinstance(number, int) for number in numbers)
@@ -191,24 +191,24 @@ def _tril(op_upper: int) -> Row:
     return lambda call: Standard("Trilu", (call["self"], Constant("i64", call["diagonal"])), {"upper": op_upper})
 
 
-def _topk(call: Call) -> Standard:
+def _topk(call: AtenCall) -> Standard:
     order = {"axis": call["dim"], "largest": int(call["largest"]), "sorted": int(call["sorted"])}
     return Standard("TopK", (call["self"], _ints(call["k"])), order)
 
 
-def _layer_norm(call: Call) -> Standard:
+def _layer_norm(call: AtenCall) -> Standard:
     sizes, operands = call["normalized_shape"], call.operands("input", "weight", "bias")
     return Standard("LayerNormalization", operands, {"axis": -len(sizes), "epsilon": call["eps"]})
 
 
-def _nll_loss(call: Call) -> Standard:
+def _nll_loss(call: AtenCall) -> Standard:
     reduction = ("none", "mean", "sum")[call["reduction"]]
     operands = tuple(operand for operand in call.operands("self", "target", "weight") if operand is not None)
     attributes = {"reduction": reduction, "ignore_index": call["ignore_index"]}
     return Standard("NegativeLogLikelihoodLoss", operands, attributes)
 
 
-def _convolution(call: Call) -> Standard | None:
+def _convolution(call: AtenCall) -> Standard | None:
     dims = len(call.shape) - 2
     strides, pads, dilations = (n * dims if len(n) == 1 else n for n in
                                 (call["stride"], call["padding"], call["dilation"]))  # fmt: skip
@@ -218,7 +218,7 @@ def _convolution(call: Call) -> Standard | None:
     return None if call["transposed"] else Standard("Conv", operands[: 2 + (operands[2] is not None)], attributes)
 
 
-def _gelu(call: Call) -> Standard:
+def _gelu(call: AtenCall) -> Standard:
     return Standard("Gelu", (call["self"],), {"approximate": call["approximate"]})
 
 

@@ -9,9 +9,9 @@ from autosp_aot.artifact.html.page import document, table
 from autosp_aot.artifact.tables import Rows, aligned
 from autosp_aot.commands.plan.planning import Point, Setting
 from autosp_aot.ir.units import bytes_text, length_text
-from autosp_aot.memory.timeline import KINDS
+from autosp_aot.memory.timeline import MEMORY_KINDS
 
-BREAKDOWN = ("parameters", "optimizer", *KINDS)
+BREAKDOWN = ("parameters", "optimizer", *MEMORY_KINDS)
 
 
 def plan_json(points: Sequence[Point]) -> list[dict]:

@@ -72,7 +72,7 @@ class Scoring:
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Output and lse."""
-    call = _Call(q, k, v, vectors, scoring)
+    call = _Blocks(q, k, v, vectors, scoring)
     results = outputs(q, v.shape[3], q.device.type)
     for rows in _blocks(q, q.shape[2]):
         seen, hidden = call.keys(rows)
@@ -96,7 +96,7 @@ def blockwise_backward(
     vectors: list[Tensor], scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v: the scores are made again block by block from lse."""
-    call = _Call(q, k, v, vectors, scoring)
+    call = _Blocks(q, k, v, vectors, scoring)
     grad_q, grad_k, grad_v = (gradient(t, call.dtype).zero_() for t in (q, k, v))
     for rows, keys, block, weights, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
         grad_v[:, :, keys] += block.dropped(weights).transpose(-1, -2) @ grad_out[:, :, rows].to(call.dtype)
@@ -111,7 +111,7 @@ def blockwise_vector_gradient(
     vectors: list[Tensor], which: int, scoring: Scoring,
 ) -> Tensor:  # fmt: skip
     """The gradient of one vector, of its shape, in the dtype of the computation."""
-    call = _Call(q, k, v, vectors, scoring, shortcuts=False)
+    call = _Blocks(q, k, v, vectors, scoring, shortcuts=False)
     gradient = torch.zeros(vectors[which].shape, dtype=call.dtype, device=q.device)
     for rows, keys, block, _, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
         _cut(gradient, rows, keys).add_(block.gradient(block.vectors[which], grad_scores))
@@ -140,7 +140,7 @@ class _Block:
         return torch.zeros_like(leaf) if found is None else found
 
 
-class _Call:
+class _Blocks:
     """One call: the tensors, and any block of scores.
 
     With `shortcuts` a block in which vectors happen to change no score is the products: right but for their gradients.

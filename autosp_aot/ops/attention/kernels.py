@@ -145,7 +145,7 @@ def attention_rows_vector_gradient(
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RowRun:
     """The positions of one head: where they are here, its key/value head here, its number, and the rows they are."""
 
     part: slice
@@ -173,19 +173,19 @@ class _Run:
         return found
 
 
-def _row_runs(count: int, group: int, rows: int, start: int) -> list[_Run]:
+def _row_runs(count: int, group: int, rows: int, start: int) -> list[_RowRun]:
     """A run for each head that positions `start .. start + count` touch."""
     at, runs, first_kv = start, [], start // rows // group
     while at < start + count:
         head, row = divmod(at, rows)
         end = min((head + 1) * rows, start + count)
         kv = head // group - first_kv
-        runs.append(_Run(slice(at - start, end - start), slice(kv, kv + 1), head, row, rows))
+        runs.append(_RowRun(slice(at - start, end - start), slice(kv, kv + 1), head, row, rows))
         at = end
     return runs
 
 
-def _key_blocks(run: _Run, keys: int, scoring: Scoring) -> list[tuple[slice, Scoring]]:
+def _key_blocks(run: _RowRun, keys: int, scoring: Scoring) -> list[tuple[slice, Scoring]]:
     """What a run's rows see: all keys, or those before them and a triangle (kernels differ on it)."""
     stop = run.first + run.part.stop - run.part.start
     if not _plain(scoring) or not scoring.causal or stop > keys:

@@ -5,7 +5,7 @@
 
 What of q, k, v and out is not dense is copied. Beside its results a call needs what its runs need one at a time: a run
 is one key/value head with its query heads (all heads at once where they are one to one), or the rows of one head.
-`_Run` says how much that is.
+`_LargestRun` says how much that is.
 
 Sources: FlashAttention-2's `mha_bwd` (Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp, as in
 aten/native/transformers/cuda/flash_attn) rounds rows to 128 and widths to 32, adds up grad_q in fp32 and keeps one fp32
@@ -86,7 +86,7 @@ def attention(q, k, v, vectors, seed, group, first_head, target, **scoring):
     if q.numel() == 0:
         return results, 0
     runs = head_runs(q.shape[1], group, first_head)
-    run = _Run(q, k, v, vectors, scoring, target, _most_heads(runs))
+    run = _LargestRun(q, k, v, vectors, scoring, target, _most_heads(runs))
     return results, copied_bytes + run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
 
 
@@ -96,7 +96,7 @@ def attention_backward(grad_out, q, k, v, out, lse, grad_lse, vectors, seed, gro
         return results, 0
     (q, k, v, out), copied_bytes = _densed(q, k, v, out)
     runs = head_runs(q.shape[1], group, first_head)
-    run = _Run(q, k, v, vectors, scoring, target, _most_heads(runs))
+    run = _LargestRun(q, k, v, vectors, scoring, target, _most_heads(runs))
     beside = run.backward_bytes(grad_lse is not None)
     if group == 1:
         return results, copied_bytes + beside
@@ -109,7 +109,7 @@ def attention_vector_gradient(
     grad_out, q, k, v, out, lse, grad_lse, vectors, seed, which, group, first_head, target, **scoring
 ):
     most = _most_heads(head_runs(q.shape[1], group, first_head))
-    run = _Run(q, k, v, vectors, scoring, target, most)
+    run = _LargestRun(q, k, v, vectors, scoring, target, most)
     return _summed([vectors[which]], lse.dtype, run.vector_gradient_bytes(which) if q.numel() else 0)
 
 
@@ -118,7 +118,7 @@ def attention_rows(q, k, v, vectors, seed, group, rows, start, target, **scoring
     if q.numel() == 0:
         return results, 0
     (q, k, v), copied_bytes = _densed(q, k, v)
-    run = _Run(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
+    run = _LargestRun(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
     # Up to two sets of keys, merged in the wide dtype, and one left from the run before.
     return results, copied_bytes + 8 * run.output_bytes(wide(q.dtype)) + run.forward_bytes()
 
@@ -129,7 +129,7 @@ def attention_rows_backward(
     if q.numel() == 0:
         return _summed([q, k, v], lse.dtype, 0)
     (q, k, v, out), copied_bytes = _densed(q, k, v, out)
-    run = _Run(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
+    run = _LargestRun(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
     beside = copied_bytes + run.gradient_bytes() + run.backward_bytes(grad_lse is not None)
     return _summed([q, k, v], lse.dtype, beside)
 
@@ -137,12 +137,12 @@ def attention_rows_backward(
 def attention_rows_vector_gradient(
     grad_out, q, k, v, out, lse, grad_lse, vectors, seed, which, group, rows, start, target, **scoring
 ):
-    run = _Run(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
+    run = _LargestRun(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
     return _summed([vectors[which]], lse.dtype, run.vector_gradient_bytes(which) if q.numel() else 0)
 
 
 @dataclass(frozen=True)
-class _Run:
+class _LargestRun:
     """The largest run of a call: so many heads, and rows of them; bytes of what its kernel makes and needs."""
 
     q: Tensor

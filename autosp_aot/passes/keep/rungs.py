@@ -47,7 +47,7 @@ class Choice(Option):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SegmentCost:
     """What a segment keeps, what it holds once it was run on the way to a later one, and the time to run it again."""
 
     kept_bytes: int
@@ -93,7 +93,7 @@ class Ladder:
         boundaries = {name for segment in self.segments for name in segment.boundary}
         return all(is_costly(self.made[n].op) for at in run for n in self.rungs[at][choice.rung] - boundaries)
 
-    def _part(self, at: int, kept: frozenset[str], inner: bool) -> "Part":
+    def _part(self, at: int, kept: frozenset[str], inner: bool) -> "SegmentCost":
         """Segment `at` where it keeps `kept`; `inner` where a later segment of its run needs its boundary again."""
         boundary = self.segments[at].boundary
         way: list[Instr] = []
@@ -104,7 +104,7 @@ class Ladder:
             held = {name for instr in way for name in names([instr]) if is_costly(instr.op) or name in boundary}
         rest, reached = self.again(at, self.read[at], kept | held)
         seconds = sum(map(self.seconds, (*way, *rest)))
-        return Part(self.nbytes(used | (reached - held)), self.nbytes(held), seconds)
+        return SegmentCost(self.nbytes(used | (reached - held)), self.nbytes(held), seconds)
 
     def again(self, at: int, wanted: Iterable[str], kept: Collection[str]) -> tuple[list[Instr], set[str]]:
         """The instructions of segment `at` that make `wanted` from what is kept, and what of that they read."""

@@ -27,7 +27,7 @@ CHANGES_THE_MODEL = (
 SECTIONS_THAT_CHANGE_IT = (
     "compression_training", "sparse_attention", "pipeline", "expert_parallel", "weight_quantization"
 )  # fmt: skip
-SECTIONS = (*HALF, "zero_optimization", "compile", "tensor_parallel", "data_efficiency", "data_types")
+CHECKED_SECTIONS = (*HALF, "zero_optimization", "compile", "tensor_parallel", "data_efficiency", "data_types")
 STAGES = (0, 1, 2)
 AUTOSP = "autosp"
 
@@ -84,7 +84,7 @@ def check_samples(count: int, config: dict, replicas: int) -> None:
 
 
 def _check_sections(config: dict) -> Iterator[Problem]:
-    for key in SECTIONS:
+    for key in CHECKED_SECTIONS:
         if not isinstance(config.get(key, {}), dict):
             yield Problem("deepspeed-config", f"{key} is {config[key]}", "the DeepSpeed config",
                           "it is a section, an object", f'give "{key}": {{...}}, or leave it out')  # fmt: skip

@@ -14,7 +14,7 @@ from autosp_aot.artifact.html.page import artifact_page
 from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.commands.plan.planning import Point, Setting
 from autosp_aot.commands.plan.report import plan_page
-from autosp_aot.memory.timeline import KINDS, breakdown, timeline
+from autosp_aot.memory.timeline import MEMORY_KINDS, breakdown, timeline
 from autosp_aot.memory.training_state import training_state
 from autosp_aot.targets.devices import DEVICES
 from examples import llama
@@ -88,7 +88,7 @@ def test_the_breakdown_is_that_of_the_peak(layers3):
     state = training_state(layers3.whole, "adamw", zero=1, ranks=2)
     found = breakdown(layers3.program, state, "cpu")
     assert found["optimizer"] == state.optimizer and found["parameters"] == state.parameters
-    peak = sum(found[kind] for kind in KINDS)
+    peak = sum(found[kind] for kind in MEMORY_KINDS)
     assert peak == layers3.manifest.step.costs["peak_bytes"] + 2 * 13 * 8 + 4
 
 
@@ -130,7 +130,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_peak():
 
 
 def test_the_page_of_a_plan_has_a_line_for_each_number_of_ranks():
-    kinds = dict.fromkeys(("parameters", "optimizer", *KINDS), 1)
+    kinds = dict.fromkeys(("parameters", "optimizer", *MEMORY_KINDS), 1)
     point = Point(1, 4096, 7, "backward: x", kinds, 3, 0, 0, 0, 10, 1, 0.5, True)
     points = [replace(point, sp=sp, seq=seq, peak_bytes=seq // sp) for sp in (1, 2) for seq in (4096, 8192)]
     text = plan_page(points, Setting(DEVICES["h100"], 80 * 2**30, 3 * 2**30))

@@ -221,6 +221,6 @@ def test_measured_bytes_are_the_planned_ones(ranks, recompute):
 
 def test_any_choice_of_values_is_proved(tiny2):
     for name in tiny2.program.section("backward").takes:
-        found = planted(tiny2.program, partial(stowed, names=[name]))
+        found = planted(tiny2.program, partial(stowed, names=[name], target="cpu"))
         verify(found)
         derive(found, tiny2.whole)

@@ -93,6 +93,8 @@ def _manifest(found: Json) -> Manifest:
     found["config"] = _config(found["config"])
     if set(found["programs"]) not in ({STEP}, {STEP, EVALUATE}):
         raise ValueError("its programs are not a step, and an evaluation or none")
+    if found["config"].evaluation != (EVALUATE in found["programs"]):
+        raise ValueError("its programs are not those that were to be built")
     # JSON's keys are sorted; the step comes first, as it is built, proved and run.
     found["programs"] = {name: _program_facts(found["programs"][name]) for name in (STEP, EVALUATE)
                          if name in found["programs"]}  # fmt: skip
@@ -114,13 +116,24 @@ def _manifest(found: Json) -> Manifest:
 def _config(found: Json) -> BuildConfig:
     device = None if found["device"] is None else Device(**found["device"])
     config = BuildConfig(**found | {"device": device})
-    if not isinstance(config.ranks, int) or config.ranks < 1:
+    if type(config.ranks) is not int or config.ranks < 1:
         raise ValueError("ranks is not a positive number")
+    if type(config.strict) is not bool or type(config.evaluation) is not bool:
+        raise ValueError("strict and evaluation are true or false")
+    if device is not None and (device.kind != config.target or not all(rate > 0 for rate in _rates(device))):
+        raise ValueError("the device is not one of the target, with a memory and rates")
     if config.target not in TARGETS:
         raise ValueError("no such target")
     budget_bytes = config.memory_budget_bytes
     checked_config(config.ranks, config.target, config.recompute, budget_bytes, config.tile, config.offload)
     return config
+
+
+def _rates(device: Device) -> list[float]:
+    numbers = [value for name, value in vars(device).items() if name != "kind"]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("a memory or rate of the device is no number")
+    return numbers
 
 
 def _program_facts(found: Json) -> ProgramFacts:

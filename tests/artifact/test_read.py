@@ -8,6 +8,7 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP, file_of
 from autosp_aot.artifact.read import read_bodies, read_manifest, read_rank
 from autosp_aot.errors import ArtifactError
+from autosp_aot.targets.devices import DEVICES
 from tests.sealing import FILES, edit_ranks, edit_text, reseal
 
 
@@ -85,6 +86,13 @@ def test_a_folder_without_manifest_is_no_artifact(tmp_path):
     ({"format": "5"}, "format is no number, or the version that wrote it no text"),
     ({"surprise": 1}, "unexpected or missing keys: ['surprise']"),
     ({"config": asdict(BuildConfig(0))}, "ranks is not a positive number"),
+    ({"config": asdict(BuildConfig(True))}, "ranks is not a positive number"),
+    ({"config": asdict(BuildConfig(2, strict=5))}, "strict and evaluation are true or false"),
+    ({"config": asdict(BuildConfig(2, evaluation=False))}, "its programs are not those that were to be built"),
+    ({"config": asdict(BuildConfig(2, device=DEVICES["h100"]))},
+     "the device is not one of the target, with a memory and rates"),
+    ({"config": asdict(BuildConfig(2, device=replace(DEVICES["cpu"], flops_per_s="fast")))},
+     "a memory or rate of the device is no number"),
     ({"batch": [{"name": "x", "dtype": "complex", "shape": [1], "vocabulary": None}]}, "x has no valid type"),
     ({"batch": [{"name": "x", "dtype": "f32", "shape": [-1], "vocabulary": None}]}, "x has no valid type"),
 ])  # fmt: skip
@@ -133,7 +141,8 @@ def test_a_step_has_the_sections_of_a_step_and_an_evaluation_its_own(saved):
 
 
 def test_files_of_an_evaluation_that_the_manifest_denies_are_refused(saved):
-    reseal(saved, programs={STEP: asdict(read_manifest(saved).step)})
+    config = asdict(BuildConfig(2, evaluation=False))
+    reseal(saved, config=config, programs={STEP: asdict(read_manifest(saved).step)})
     assert "lists evaluate.body.0.program, evaluate.ranks.json" in refusal(saved, "artifact-files")
 
 

@@ -134,13 +134,13 @@ def test_rows_that_see_nothing_are_nan_where_softmax_makes_them_so():
 
 def test_blocks_that_cannot_be_seen_are_not_computed(monkeypatch):
     computed = []
-    block = blockwise._Call.block
+    block = blockwise._Blocks.block
 
     def seen(self, rows, keys, *rest):
         computed.append((rows, keys))
         return block(self, rows, keys, *rest)
 
-    monkeypatch.setattr(blockwise._Call, "block", seen)
+    monkeypatch.setattr(blockwise._Blocks, "block", seen)
     q = normal(1, 1, 12, D)
     at = torch.arange(12) // 4
     given = [at.view(1, 1, -1, 1), at.view(1, 1, 1, -1)]

@@ -18,7 +18,7 @@ from autosp_aot.artifact.manifest import BUFFERS, STEP, Manifest
 from autosp_aot.artifact.read import read_manifest, read_rank, read_tensors, read_whole
 from autosp_aot.commands.check.random_inputs import made_up
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.ir.program import Dtype, Instr, Program, Ref, map_args
+from autosp_aot.ir.program import ITEMSIZE, Dtype, Instr, Program, Ref, map_args
 from autosp_aot.memory.costs import costs
 from autosp_aot.ops.uniform import UNIFORM
 from autosp_aot.passes.release import release
@@ -149,7 +149,11 @@ def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
 
 
 def widened(program: Program, wider: Mapping[str, str]) -> Program:
-    """The program with wider dtypes in place of others; what is drawn is drawn as before and then widened."""
+    """The program with wider dtypes in place of others; what is drawn is drawn as before and then widened.
+
+    Places in the pool of host memory are as much further apart.
+    """
+    factor = max(ITEMSIZE[wide] // ITEMSIZE[narrow] for narrow, wide in wider.items())
     dtype = lambda name: wider.get(name, name)  # noqa: E731
     leaf = lambda arg: Dtype(dtype(arg.name)) if isinstance(arg, Dtype) else dtype(arg)  # noqa: E731
     value = lambda v: v and replace(v, dtype=dtype(v.dtype))  # noqa: E731
@@ -161,6 +165,9 @@ def widened(program: Program, wider: Mapping[str, str]) -> Program:
             drawn = replace(out, name=f"{out.name}.drawn")
             cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype(dtype(out.dtype))),))
             return [replace(instr, outs=(drawn,)), cast]
+        if instr.op == "offload":
+            stored, place = instr.args
+            instr = replace(instr, args=(stored, place * factor))
         body = instr.body and replace(instr.body, instrs=tuple(i for inner in instr.body.instrs for i in again(inner)))
         instr = replace(instr, body=body)
         return [replace(instr, outs=wide, args=map_args(instr.args, leaf), kwargs=map_args(instr.kwargs, leaf))]

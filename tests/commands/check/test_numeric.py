@@ -9,6 +9,7 @@ from torch import nn
 
 from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.artifact.manifest import EVALUATE
+from autosp_aot.artifact.read import read_manifest
 from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.commands.check.numeric import check_numeric, difference
 from autosp_aot.commands.check.random_inputs import labels, made_up
@@ -107,6 +108,15 @@ def test_draws_in_tiles_and_in_attention_are_those_of_the_step_in_fp64_too(tmp_p
     assert any(instr.body and "seed" in instr.refs() for instr in artifact.program.instrs())
     artifact.save(tmp_path / "a")
     assert len(check_numeric(tmp_path / "a")) == 4
+
+
+def test_what_waits_in_host_memory_is_stored_in_fp64_too(tmp_path):
+    """In fp64 each value takes twice the place in the pool."""
+    model = plain.build_model(layers=1, dtype="float32")
+    config = BuildConfig(2, offload="host")
+    path = compile_model(model, plain.example_batch(2, 13), DIMS, config, "").save(tmp_path / "a")
+    assert read_manifest(path).step.costs["host_bytes"] > 0
+    assert len(check_numeric(path)) == 4
 
 
 class Masked(nn.Module):

@@ -7,6 +7,7 @@ again over `whole.program`, up to the call in question.
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from autosp_aot.artifact.manifest import Manifest
@@ -34,10 +35,9 @@ from autosp_aot.memory.costs import flops, heaviest
 from autosp_aot.ops.table import is_quadratic
 from autosp_aot.passes import decisions
 from autosp_aot.passes.analysis.segments import segments
-from autosp_aot.passes.early_backward import EarlyBackward
-from autosp_aot.passes.keep.policy import reasons
-from autosp_aot.passes.partition import Candidate, Partition, Weighed, weigh
-from autosp_aot.passes.sections import Sections
+from autosp_aot.passes.keep.policy import Keep, reasons
+from autosp_aot.passes.partition import Candidate, Weighed, weigh
+from autosp_aot.passes.pipeline import pipeline
 from autosp_aot.passes.step import Step
 from autosp_aot.sharding.describe import (
     call_text,
@@ -268,8 +268,7 @@ class _Explainer:
     def kept(self) -> dict[str, str]:
         taken = decisions.read(self.manifest.step.cuts, self.manifest.step.decisions)
         step = Step(self.whole, self.whole, self.manifest.sequence_dims)
-        early = EarlyBackward(self.manifest.config.tile, self.manifest.target)
-        for run in (Partition(self.manifest.ranks, taken), Sections(), early):
+        for run in takewhile(lambda one: not isinstance(one, Keep), pipeline(self.manifest.config, taken)):
             step = run(step)
         return reasons(replace(step, segments=segments(step.program)))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from autosp_aot.sharding.call import Rule
 
 Shape = tuple[int, ...]
+FEW = 512  # bytes that a workspace counts for single numbers
 
 
 @dataclass(frozen=True)

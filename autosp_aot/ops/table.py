@@ -4,15 +4,8 @@ from functools import lru_cache
 
 from autosp_aot.ir.operators import overload
 from autosp_aot.ir.program import Instr, Ref, Value, map_args
-from autosp_aot.ops.attention.operators import (
-    ATTENTION,
-    ATTENTION_BACKWARD,
-    ATTENTION_ROWS,
-    ATTENTION_ROWS_BACKWARD,
-    ATTENTION_ROWS_VECTOR_GRADIENT,
-    ATTENTION_VECTOR_GRADIENT,
-)
-from autosp_aot.ops.experts.operators import EXPERT_MM, EXPERT_MM_WEIGHT_GRAD
+from autosp_aot.ops.attention import operators as attention
+from autosp_aot.ops.experts import operators as experts
 from autosp_aot.ops.rescale import RESCALE
 from autosp_aot.ops.uniform import UNIFORM
 from autosp_aot.sharding.call import Call, Whole
@@ -21,14 +14,14 @@ from autosp_aot.sharding.spec import Spec
 from autosp_aot.sharding.table import RULES
 
 ALL = (
-    ATTENTION,
-    ATTENTION_BACKWARD,
-    ATTENTION_ROWS,
-    ATTENTION_ROWS_BACKWARD,
-    ATTENTION_ROWS_VECTOR_GRADIENT,
-    ATTENTION_VECTOR_GRADIENT,
-    EXPERT_MM,
-    EXPERT_MM_WEIGHT_GRAD,
+    attention.ATTENTION,
+    attention.ATTENTION_BACKWARD,
+    attention.ATTENTION_ROWS,
+    attention.ATTENTION_ROWS_BACKWARD,
+    attention.ATTENTION_ROWS_VECTOR_GRADIENT,
+    attention.ATTENTION_VECTOR_GRADIENT,
+    experts.EXPERT_MM,
+    experts.EXPERT_MM_WEIGHT_GRAD,
     RESCALE,
     UNIFORM,
 )

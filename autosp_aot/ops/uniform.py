@@ -6,12 +6,12 @@ from torch import Tensor
 from autosp_aot.ir.operators import DTYPES
 from autosp_aot.ir.program import Dtype, per_rank
 from autosp_aot.ops import random
-from autosp_aot.ops.record import OwnOp
+from autosp_aot.ops.record import FEW, OwnOp
 from autosp_aot.sharding.call import Call
 from autosp_aot.sharding.spec import Axis, Spec
 
 # Numbers of 8 bytes that are alive a position while a block of positions is drawn.
-NUMBERS, FEW = 4, 512
+NUMBERS = 4
 
 
 def _rule(call: Call) -> Spec:

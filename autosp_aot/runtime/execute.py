@@ -42,7 +42,7 @@ Meeting = Exchange | Sum
 Answer = list[Tensor] | None
 SectionRun = Generator[Meeting, Answer, dict[str, Tensor]]
 # An instruction over the values; one where ranks meet is a generator.
-Step = Callable[[dict[str, Tensor]], Generator[Meeting, Answer, None] | None]
+Action = Callable[[dict[str, Tensor]], Generator[Meeting, Answer, None] | None]
 
 
 class Executor:
@@ -74,8 +74,8 @@ class Executor:
             raise _failed(self.program.section(section).instrs[at], error) from error
         return {label: values[name] for label, name in self.gives[section]}
 
-    def _prepare(self, section: Section) -> list[Step]:
-        steps: list[Step] = []
+    def _prepare(self, section: Section) -> list[Action]:
+        steps: list[Action] = []
         for instr in section.instrs:
             if instr.op == operators.FREE:
                 steps.append(_free([ref.name for ref in instr.args]))
@@ -91,7 +91,7 @@ class Executor:
                 steps.append(self._call(instr))
         return steps
 
-    def _call(self, instr: Instr) -> Step:
+    def _call(self, instr: Instr) -> Action:
         own, function = OURS.get(instr.op), self._function(instr.op)
         constant = lambda leaf: DTYPES[leaf.name] if isinstance(leaf, Dtype) else leaf  # noqa: E731
         args, kwargs = map_args(instr.args, constant), {k: map_args(v, constant) for k, v in instr.kwargs}
@@ -127,7 +127,7 @@ class Executor:
         assert found is not None, "operators were checked"
         return found
 
-    def _tiles(self, instr: Instr, body: Body) -> Step:
+    def _tiles(self, instr: Instr, body: Body) -> Action:
         """The body of one tile after the other; what they make is copied into the results, or added up."""
         names, outs, gives = instr.refs(), instr.values(), body.gives
         inside = {name: self.values[name] for name in names} | values_of(body.instrs)
@@ -158,7 +158,7 @@ class Executor:
 
         return step
 
-    def _inner(self, instr: Instr, values: dict[str, Value], tiles: range) -> list[Step]:
+    def _inner(self, instr: Instr, values: dict[str, Value], tiles: range) -> list[Action]:
         """An instruction of a body, for each tile."""
         if instr.op == operators.FREE:
             return [_free(instr.refs())] * len(tiles)
@@ -168,7 +168,7 @@ class Executor:
         own = [map_instr(instr, lambda n: n.values[tile]) for tile in tiles]
         return [self._call(own[0])] * len(tiles) if own[0] == own[-1] == instr else [self._call(i) for i in own]
 
-    def _all_reduce(self, instr: Instr) -> Step:
+    def _all_reduce(self, instr: Instr) -> Action:
         sources, targets = [ref.name for ref in instr.args], [out.name for out in instr.values()]
 
         def step(values: dict[str, Tensor]) -> Generator[Meeting, Answer, None]:
@@ -181,7 +181,7 @@ class Executor:
 
         return step
 
-    def _move(self, instr: Instr) -> Step:
+    def _move(self, instr: Instr) -> Action:
         (ref,), target = instr.args, instr.values()[0]
         source = self.values[ref.name]
         if instr.op == "shard":
@@ -205,7 +205,7 @@ def _failed(instr: Instr, error: Exception) -> ArtifactError:
     ))  # fmt: skip
 
 
-def _shard(source: Value, target: Value, rank: int, box: int) -> Step:
+def _shard(source: Value, target: Value, rank: int, box: int) -> Action:
     shard = Shard(source, target, rank, box)
     return lambda values: values.update({target.name: shard(values[source.name])})
 
@@ -232,7 +232,7 @@ def _writing(op: str, at: int) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: function(*args, **kwargs, **{name: args[at]})
 
 
-def _free(names: list[str]) -> Step:
+def _free(names: list[str]) -> Action:
     def step(values: dict[str, Tensor]) -> None:
         for name in names:
             del values[name]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autosp_aot.ir.program import Instr, Program
 from autosp_aot.memory.costs import costs, curve, heaviest
-from autosp_aot.runtime.execute import Executor, SectionRun, Step
+from autosp_aot.runtime.execute import Action, Executor, SectionRun
 from autosp_aot.runtime.module import run
 from autosp_aot.runtime.simulate import lockstep
 from examples import llama
@@ -58,7 +58,7 @@ def measured(program: Program, rank: int, inputs: dict[str, Tensor], heard: list
     executor, values, comm = Executor(program.for_rank(rank), rank, CPU), dict(inputs), Replay(heard)
     storages, found = Storages([*values.values(), *(buffer.memory for buffer in executor.host.buffers)]), []
 
-    def watched(step: Step) -> Step:
+    def watched(step: Action) -> Action:
         def called(values):
             storages.peak_bytes = storages.live_bytes
             yield from step(values) or ()

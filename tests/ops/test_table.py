@@ -82,7 +82,7 @@ def outcomes(program: Program, tensors: dict[str, Tensor], first_head: Instr) ->
     for reader in readers:
         try:
             yield reader()
-        except Exception as error:
+        except Exception as error:  # which one it is, is the outcome: a record without a field fails in any way
             yield type(error)
 
 

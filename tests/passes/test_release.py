@@ -39,7 +39,6 @@ gives (grad.w=%g)
 TILED = """\
 autosp program 1
 ranks 1
-layout all = 0:4
 layout two = 0:2 2:4
 batch %x: f32[4, 4] @ Replicate
 section step takes ()
@@ -57,5 +56,5 @@ def test_every_value_is_released_after_its_last_use():
 
 
 def test_what_a_tile_makes_is_released_in_it():
-    lines = after(Release(), parsed(TILED.replace("layout all = 0:4\n", ""))).splitlines()
+    lines = after(Release(), parsed(TILED)).splitlines()
     assert [line.strip() for line in lines if "free" in line] == ["free(%tile.x)", "free(%tile.h)"]

@@ -172,7 +172,7 @@ def compile_model(
         buffers=specs(kept),
         aliases=_aliases(model),
         trainable=tuple(label.removeprefix("grad.") for label, _ in whole.sections[0].gives if label != "loss"),
-        operators={op: said for op in sorted(operators - set(STRUCTURE)) if (said := schema(op))},
+        operators=_schemas(operators - set(STRUCTURE)),
         programs={name: _facts(step, config) for name, step in zip((STEP, EVALUATE), steps)},
         files={},
     )
@@ -213,6 +213,16 @@ def _evaluation(
         _refuse_operators(whole)
         shown = lambda name, program: watch(f"evaluate.{name}", program)  # noqa: E731
         return compile_evaluation(whole, sequence_dims, config, shown), constants
+
+
+def _schemas(operators: set[str]) -> dict[str, str]:
+    """What artifacts record of operators, by name."""
+    signatures = {}
+    for op in sorted(operators):
+        signature = schema(op)
+        assert signature is not None, "others were refused as they were captured"
+        signatures[op] = signature
+    return signatures
 
 
 def _facts(compiled: Step, config: BuildConfig) -> ProgramFacts:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from autosp_aot.ir.operators import DTYPE_NAMES, wide
 from autosp_aot.ir.score_expr import walk
+from autosp_aot.ops.record import FEW
 from autosp_aot.targets.table import TARGETS
 
 # Tensors of a block's size that blockwise attention has at once: beside a score expression, for each part of it, for
 # the gradient of a part, and for dropout (64-bit positions and bits).
 SCORING, PART, PART_GRADIENT, DRAWING = 8, 1, 2, 12
-FEW = 512  # bytes of single numbers
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -8,10 +8,8 @@ from math import prod
 from torch import Tensor
 
 from autosp_aot.ops.experts import kernels, traced
-from autosp_aot.ops.record import OwnOp, Shape
+from autosp_aot.ops.record import FEW, OwnOp, Shape
 from autosp_aot.sharding.contractions import notation
-
-FEW = 512
 
 
 def _expert_mm_workspace(ids: Tensor, x: Tensor, weight: Tensor, target: str) -> tuple[list[Tensor], int]:

@@ -110,9 +110,10 @@ def test_draws_in_tiles_and_in_attention_are_those_of_the_step_in_fp64_too(tmp_p
     assert len(check_numeric(tmp_path / "a")) == 4
 
 
-def test_what_waits_in_host_memory_is_stored_in_fp64_too(tmp_path):
-    """In fp64 each value takes twice the place in the pool."""
-    model = plain.build_model(layers=1, dtype="float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_waits_in_host_memory_is_stored_in_the_wider_dtype_too(tmp_path, dtype):
+    """There each value takes twice the place in the pool."""
+    model = plain.build_model(layers=1, dtype=dtype)
     config = BuildConfig(2, offload="host")
     path = compile_model(model, plain.example_batch(2, 13), DIMS, config, "").save(tmp_path / "a")
     assert read_manifest(path).step.costs["host_bytes"] > 0

@@ -75,8 +75,8 @@ def test_a_legal_program_and_its_text():
     # types
     ("%a.back: f32[4]", "%a.back: f32[2]", "a.back is of another type than a.fetch, of which it is a copy"),
     ("%b.host: f32[4]", "%b.host: bf16[4]", "b.host is of another type than b.offload, of which it is a copy"),
-    ("fetch(%a.host)", "fetch(%a.host, %b.host)", "fetch copies one value"),
-    ("wait(%a.fetch, %a.host)", "wait(%a.fetch)", "wait copies one value"),
+    ("fetch(%a.host)", "fetch(%a.host, %b.host)", "fetch has 2 operands and 1 results"),
+    ("wait(%a.fetch, %a.host)", "wait(%a.fetch)", "wait has 1 operands and 1 results"),
 ])  # fmt: skip
 def test_what_is_illegal(old, new, said):
     assert LEGAL.count(old) == 1

@@ -12,7 +12,7 @@ from autosp_aot.commands.check.proof import check
 from autosp_aot.export.canonical.canonical import canonical_program
 from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
-from autosp_aot.ir.operators import COLLECTIVES
+from autosp_aot.ir.structure.table import meets
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.passes.release import release
 from autosp_aot.runtime.comm import Group
@@ -113,7 +113,7 @@ def test_no_collective_outside_of_attention_moves_a_hidden_state(name, auxiliary
     """Parameters' gradients are summed; of the tokens themselves nothing as wide as the model leaves its rank."""
     whole, _ = canonical_program(capture(Subject(built(name, output_router_logits=auxiliary), batch, "cpu")))
     program = compile_program(whole, dict.fromkeys(batch, 1), BuildConfig(3)).program
-    moved = [instr for section in program.sections[:2] for instr in section.instrs if instr.op in COLLECTIVES]
+    moved = [instr for section in program.sections[:2] for instr in section.instrs if meets(instr.op)]
     outside = [instr for instr in moved if "self_attn" not in instr.where.module]
     assert not [instr for instr in outside if any(value.whole_shape[-1:] >= (32,) for value in instr.values())]
     assert len(outside) < len(moved)

@@ -21,9 +21,9 @@ from autosp_aot.export.canonical.canonical import canonical_program
 from autosp_aot.export.fake import weightless
 from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
-from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.placement import disjoint
 from autosp_aot.ir.program import ITEMSIZE, TILE, Instr, Program, Value
+from autosp_aot.ir.structure.table import STRUCTURE, meets
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.proof.collectives import collectives_of
 
@@ -165,5 +165,5 @@ def test_a_state_space_receives_less_than_an_exchange_of_its_heads_would(ranks):
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_moves_nothing_but_heads_and_counts_of_experts(name):
-    for section, move, taken, made in moves(program(name, 8), *COLLECTIVES):
+    for section, move, taken, made in moves(program(name, 8), *filter(meets, STRUCTURE)):
         assert "self_attn" in made.name or prod(taken.whole_shape) <= EXPERTS, (section, move)

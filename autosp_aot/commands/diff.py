@@ -10,8 +10,8 @@ from pathlib import Path
 
 from autosp_aot.artifact.manifest import CHECKPOINT, EVALUATE, RANKS, STEP, Manifest, ProgramFacts, file_of
 from autosp_aot.artifact.read import read_bodies, read_manifest
-from autosp_aot.ir.operators import COLLECTIVES, FREE
 from autosp_aot.ir.program import RECOMPUTED, Section, instrs_of
+from autosp_aot.ir.structure.table import FREE, meets
 
 Sections = tuple[Section, ...]
 
@@ -113,7 +113,7 @@ def _collectives(sections: Sections) -> Counter[str]:
         f" {instr.op} of {instr.values()[0].dtype} in {section.name}"
         for section in sections
         for instr in section.instrs
-        if instr.op in COLLECTIVES
+        if meets(instr.op)
     )
 
 
@@ -124,7 +124,7 @@ def _recomputed(sections: Sections) -> Counter[str]:
 
 def _operators(sections: Sections) -> Counter[str]:
     calls = ((section.name, instr.op) for section in sections for instr in section.instrs)
-    return Counter(f" {op} in {section}" for section, op in calls if op not in (*COLLECTIVES, FREE))
+    return Counter(f" {op} in {section}" for section, op in calls if op != FREE and not meets(op))
 
 
 def _bytes_moved(_: str, a: ProgramFacts, b: ProgramFacts) -> list[str]:

@@ -14,7 +14,6 @@ from autosp_aot.artifact.manifest import Manifest
 from autosp_aot.artifact.read import read_bodies, read_manifest, read_whole
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.fold_names import folded
-from autosp_aot.ir.operators import COLLECTIVES, COPIES, FREE, MOVES
 from autosp_aot.ir.placement import Placement
 from autosp_aot.ir.program import (
     ITEMSIZE,
@@ -29,6 +28,7 @@ from autosp_aot.ir.program import (
     stands_for,
     values_of,
 )
+from autosp_aot.ir.structure.table import FREE, copies, meets, moves, to_host
 from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.ir.units import bytes_text
 from autosp_aot.memory.costs import flops, heaviest
@@ -152,7 +152,7 @@ class _Explainer:
         yield "tiles", [f"{body.tiles} a rank, one after the other, for {_some([*values_of([tiles])])}"]
         yield "placed", [placement_text(value.placement, "tile")]
         yield "stands for", [f"a tile's {'partial sum' if value.placement.partial else 'part'} of {means}"]
-        if instr.op not in MOVES and means in self.whole.values():
+        if not moves(instr.op) and means in self.whole.values():
             yield from self.choice(means, None)
         yield "read by", [_some([_first(reader) for reader in place.readers.get(name, [])])]
         yield "gives", [out.name for out, inner in zip(tiles.values(), body.gives) if inner == name]
@@ -168,15 +168,15 @@ class _Explainer:
         yield "placed", [placement_text(value.placement)]
         if name.startswith(RECOMPUTED):
             yield "again", [f"{name.removeprefix(RECOMPUTED)}, recomputed for backward; explain that for the rest"]
-        elif instr is not None and instr.op in MOVES:
+        elif instr is not None and moves(instr.op):
             yield "moved from", [self.received(name, instr)]
             yield "because", [f"{_first(reader)} reads it so" for reader in self.readers.get(name, [])[:READERS]]
-        elif instr is not None and instr.op in COPIES:
+        elif instr is not None and copies(instr.op):
             yield "copy of", [f"{instr.refs()[0]}, to host memory or back; explain what it was made of for the rest"]
         elif instr is not None:
             yield from self.choice(stands_for(name), value.placement)
         yield "moves", list(self.moves(name))
-        yield "read by", [_some([_first(i) for i in self.readers.get(name, []) if i.op not in MOVES])]
+        yield "read by", [_some([_first(i) for i in self.readers.get(name, []) if not moves(i.op)])]
         yield "backward", list(self.backward(name))
         yield "released", [self.released(name)]
 
@@ -222,7 +222,7 @@ class _Explainer:
     def moves(self, name: str) -> Iterator[str]:
         """Every move of the value, and on from where it was moved to."""
         for instr in self.readers.get(name, []):
-            if instr.op in MOVES:
+            if moves(instr.op):
                 out = next(out for ref, out in zip(instr.args, instr.values()) if ref == Ref(name))
                 readers = _some([_first(reader) for reader in self.readers.get(out.name, [])])
                 yield f"{self.received(out.name, instr)}, for {readers or 'the result'}"
@@ -240,10 +240,10 @@ class _Explainer:
         """Saved or recomputed, and why."""
         forward, backward = self.program.section("forward"), self.program.section("backward")
         made_here = any(out.name == name for instr in forward.instrs for out in instr.values())
-        if not made_here or self.made_by[name].op in COPIES:
+        if not made_here or copies(self.made_by[name].op):
             return
         largest = map_ints(self.program, lambda n: max(n.values) if isinstance(n, PerRank) else n).values()
-        away = any(reader.op == "offload" for reader in self.readers.get(name, []))
+        away = any(to_host(reader.op) for reader in self.readers.get(name, []))
         if name in backward.takes or away:
             why = "nothing is recomputed" if self.manifest.config.recompute == "none" else self.kept()[name]
             place = "saved in host memory" if away else "saved"
@@ -258,7 +258,7 @@ class _Explainer:
     def price(self, name: str) -> str:
         """What it takes to recompute a value of forward."""
         instr = self.made_by[name]
-        if instr.op in COLLECTIVES:
+        if meets(instr.op):
             return f"not saved under this plan, so repeats {self.received(name, instr)}"
         if is_quadratic(instr.op):
             count = flops(instr, self.values, heaviest(self.program))

@@ -14,8 +14,9 @@ from functools import cache
 import torch
 from torch._C import DispatchKey
 
-from autosp_aot.ir.operators import OWN, TILES, overload
+from autosp_aot.ir.operators import OWN, overload
 from autosp_aot.ir.program import Instr
+from autosp_aot.ir.structure.table import TILES
 
 KERNELS = (DispatchKey.CPU, DispatchKey.CompositeExplicitAutograd)
 # These give views that torch does not say are some.

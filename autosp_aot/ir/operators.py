@@ -1,8 +1,8 @@
 """Which operators a program may name, and torch's operator for a name.
 
 Allowed are ATen operators without side effects: none that writes to an operand, none that draws random numbers, and
-none without a tensor operand except the constant tensors below. Those of our own, `autosp.*`, are in `ops/table.py`.
-Everything else is refused by name.
+none without a tensor operand except the constant tensors below. Those of our own, `autosp.*`, are in `ops/table.py`,
+what is no operator in `structure/table.py`. Everything else is refused by name.
 """
 
 from collections.abc import Iterable
@@ -24,14 +24,6 @@ FACTORIES = frozenset({
 })  # fmt: skip
 # What torch computes a number's operator with: the number becomes a tensor.
 OF_TENSORS = {f"aten.{name}.Scalar": f"aten.{name}.Tensor" for name in ("div", "mul")}
-MOVES = ("shard", "all_to_all", "all_gather", "reduce_scatter", "all_reduce")
-COLLECTIVES = MOVES[1:]
-# To host memory and back: `offload` and `fetch` start a copy, `wait` gives what it made once it is done.
-COPIES = ("offload", "fetch", "wait")
-FREE = "free"
-TILES = "tiles"
-# What a program may name beside operators.
-STRUCTURE = (*MOVES, *COPIES, FREE, TILES)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -31,7 +31,6 @@ from dataclasses import replace
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.escapes import SPACES, escaped, unescaped
-from autosp_aot.ir.operators import TILES
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Bounds, Cut, Placement
 from autosp_aot.ir.program import (
     ITEMSIZE,
@@ -49,6 +48,7 @@ from autosp_aot.ir.program import (
     Value,
     Where,
 )
+from autosp_aot.ir.structure.table import TILES
 
 HEADER = "autosp program 1"
 INPUT_KINDS = ("parameter", "buffer", "batch", "tangent", "seed", "guess")

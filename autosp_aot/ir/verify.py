@@ -2,9 +2,11 @@
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.aliasing import Aliases
-from autosp_aot.ir.operators import COLLECTIVES, COPIES, FREE, MOVES, writer
+from autosp_aot.ir.operators import writer
 from autosp_aot.ir.placement import covers
 from autosp_aot.ir.program import ITEMSIZE, Body, Instr, Program, Section, Value, followed
+from autosp_aot.ir.structure.record import Structural
+from autosp_aot.ir.structure.table import FREE, STRUCTURE
 
 SECTION_NAMES = (("step",), ("forward", "backward", "sum_gradients"), ("evaluate",))
 
@@ -75,12 +77,12 @@ class _Verifier:
         self.host.read(instr)
         if instr.body is not None:
             self.tiles(instr, instr.body)
-        elif instr.op.partition(".")[0] not in ("aten", "autosp") and instr.op not in (*MOVES, *COPIES):
+        elif (record := STRUCTURE.get(instr.op)) is not None:
+            _check_count(record, instr)
+            if record.copies:
+                self.host.copied(record, instr, [self.alive[name] for name in refs])
+        elif instr.op.partition(".")[0] not in ("aten", "autosp"):
             raise illegal(f"{instr.op} is not an operator", instr)
-        if instr.op in MOVES:
-            _check_move(instr)
-        if instr.op in COPIES:
-            self.host.copied(instr, [self.alive[name] for name in refs])
         if instr.into is not None:
             self.reuse(instr, instr.into, after)
         self.aliases.make(instr)
@@ -111,7 +113,7 @@ class _Verifier:
         inside.made, inside.aliases = set(self.made), self.aliases.copy()
         visible = set(read)
         for inner, after in followed(body.instrs):
-            if inner.op in (*COLLECTIVES, *COPIES) or inner.body is not None:
+            if inner.op in STRUCTURE and not STRUCTURE[inner.op].in_tiles:
                 why = "ranks meet and copies go to the host outside, and tiles have no tiles"
                 raise illegal(f"{inner.op} in a body", inner, why)
             if inner.op == FREE and read.keys() & set(inner.refs()):
@@ -150,10 +152,11 @@ class _Host:
         self.pool: dict[str, tuple[int, int]] = {}  # what is in host memory -> from and to which byte
 
     def read(self, instr: Instr) -> None:
+        record = STRUCTURE.get(instr.op)
         for name in instr.refs():
-            if name in self.moving and instr.op != "wait":
+            if name in self.moving and not (record and record.awaits):
                 raise illegal(f"{name} is read before its copy is waited for", instr, "only what wait gives is there")
-            if name in self.pool and instr.op not in ("wait", "fetch"):
+            if name in self.pool and not (record and record.from_host):
                 raise illegal(f"{name} is in host memory", instr, f"{instr.op} reads what is on the device")
 
     def released(self, instr: Instr) -> None:
@@ -163,19 +166,17 @@ class _Host:
             self.moving.discard(name)
             self.pool.pop(name, None)
 
-    def copied(self, instr: Instr, operands: list[Value]) -> None:
-        if len(instr.values()) != 1 or len(operands) != (2 if instr.op == "wait" else 1):
-            raise illegal(f"{instr.op} copies one value", instr)
+    def copied(self, record: Structural, instr: Instr, operands: list[Value]) -> None:
         source, made = operands[0], instr.values()[0]
         if (made.dtype, made.shape) != (source.dtype, source.shape):
             raise illegal(f"{made.name} is of another type than {source.name}, of which it is a copy", instr)
-        if instr.op == "wait":
+        if record.awaits:
             if self.started.pop(source.name, None) != operands[1].name:
                 raise illegal(f"{source.name} is no copy of {operands[1].name} that is to be waited for", instr)
             if source.name in self.pool:
                 self.pool[made.name] = self.pool.pop(source.name)
             return
-        if instr.op == "offload":
+        if record.to_host:
             self.pool[made.name] = self.place(instr, made)
         elif source.name not in self.pool:
             raise illegal(f"{source.name} is fetched, and it is not in host memory", instr)
@@ -194,10 +195,11 @@ class _Host:
         return at, end
 
 
-def _check_move(instr: Instr) -> None:
-    """An all_reduce has as many results as operands; all else moves one value."""
+def _check_count(record: Structural, instr: Instr) -> None:
+    """As many operands as the record says and one result, or any number and a result for each."""
     operands, results = len(instr.refs()), len(instr.values())
-    if instr.op == "all_reduce" and (not operands or operands != results):
-        raise illegal("an all_reduce has operands, and a result for each", instr)
-    if instr.op != "all_reduce" and (operands, results) != (1, 1):
-        raise illegal(f"{instr.op} moves one value", instr)
+    if record.operands is None and (not operands or operands != results):
+        raise illegal(f"{instr.op} has operands, and a result for each", instr)
+    if record.operands is not None and (operands, results) != (record.operands, 1):
+        raise illegal(f"{instr.op} has {operands} operands and {results} results", instr,
+                      f"legal are {record.operands} and 1")  # fmt: skip

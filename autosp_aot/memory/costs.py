@@ -11,8 +11,9 @@ from math import prod
 
 from torch import Tensor
 
-from autosp_aot.ir.operators import COLLECTIVES, FREE, wide
+from autosp_aot.ir.operators import wide
 from autosp_aot.ir.program import ITEMSIZE, RECOMPUTED, TILE, Body, Instr, PerRank, Program, Value, at_rank, values_of
+from autosp_aot.ir.structure.table import FREE, STRUCTURE, meets, to_host
 from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.memory.layouts import Layouts, storage_bytes
 from autosp_aot.memory.rank_classes import unlike_ranks
@@ -75,13 +76,14 @@ def costs(program: Program, target: str) -> Costs:
     return Costs(
         worst.peak_bytes, peak_at, kept, flops[False] + flops[True], flops[True], tuple(moved(program)),
         pool_bytes(program, rank),
-        sum(instr.values()[0].nbytes(rank) for instr in program.instrs() if instr.op in ("offload", "fetch")),
+        sum(instr.values()[0].nbytes(rank) for instr in program.instrs()
+            if instr.op in STRUCTURE and STRUCTURE[instr.op].starts),
     )  # fmt: skip
 
 
 def pool_bytes(program: Program, rank: int) -> int:
     """The host memory that a rank's values take: where the last place in the pool ends."""
-    places = [(instr.args[-1], instr.values()[0]) for instr in program.instrs() if instr.op == "offload"]
+    places = [(instr.args[-1], instr.values()[0]) for instr in program.instrs() if to_host(instr.op)]
     return max((at + value.nbytes(rank) for at, value in places), default=0)
 
 
@@ -165,7 +167,7 @@ def moved(program: Program) -> list[Moved]:
     received: Counter[tuple[str, str]] = Counter()
     for section in program.sections:
         for instr in section.instrs:
-            if instr.op in COLLECTIVES:
+            if meets(instr.op):
                 key = section.name, instr.op
                 counts[key] += 1
                 pairs = zip(instr.refs(), instr.values())
@@ -201,7 +203,7 @@ class Storages:
         owners = [self.owner[name] for name in instr.refs()] + [out.name if out else "" for out in instr.outs]
         for out, result, owner in zip(instr.outs, made.results, made.owners):
             if out is not None and result is not None:
-                self.add(out.name, result, "" if instr.op == "offload" else owners[owner])
+                self.add(out.name, result, "" if to_host(instr.op) else owners[owner])
         return Moment(section, instr.values()[0].name, self.total, self.total + made.workspace_bytes)
 
     def tiles(self, instr: Instr, body: Body, section: str) -> Moment:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autosp_aot.ir.operators import COPIES, DTYPES, FACTORIES, MOVES, overload, wide
+from autosp_aot.ir.operators import DTYPES, FACTORIES, overload
 from autosp_aot.ir.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
-from autosp_aot.ir.transfers import Move, Shard
+from autosp_aot.ir.structure.record import At
+from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ops.table import OURS
 
 
@@ -65,15 +66,19 @@ class Layouts:
 
         args, kwargs = filled(instr.args), tuple((name, filled(value)) for name, value in instr.kwargs)
         key: tuple = instr.op, args, kwargs, tuple(out and out.dtype for out in instr.outs)
-        if instr.op in MOVES:
+        record = STRUCTURE.get(instr.op)
+        if record is not None:
             placements = [out.placement for out in instr.values()] + [values[name].placement for name in instr.refs()]
             key += (box, tiles, *placements)
         found = self.calls.get(key)
         if found is None:
             operands = [leaf for leaf in flatten((args, [value for _, value in kwargs])) if isinstance(leaf, Tensor)]
-            if instr.op in MOVES and instr.op != "all_reduce":
-                source, target = (self.local(v, box, tiles) for v in (values[instr.refs()[0]], instr.values()[0]))
-                results, workspace_bytes = self._moved(instr.op, source, target, args[0], box, tiles)
+            if record is not None:
+                assert record.layout is not None, "a walk has dealt with what gives nothing itself"
+                sources, targets = [values[name] for name in instr.refs()], instr.values()
+                sources, targets = ([self.local(v, box, tiles) for v in group] for group in (sources, targets))
+                at = At(box // tiles, self.ranks, box)
+                results, workspace_bytes = record.layout(operands, sources, targets, at)
             else:
                 results, workspace_bytes = self._run(instr.op, args, dict(kwargs))
                 results = [_declared(result, out) for result, out in zip(results, instr.outs, strict=True)]
@@ -90,19 +95,10 @@ class Layouts:
         key = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), storage_bytes(tensor)
         return self.known.setdefault(key, tensor)
 
-    def _moved(self, op: str, source: Value, target: Value, operand: Tensor, box: int, tiles: int):
-        if op == "shard":
-            return [Shard(source, target, box // tiles, box)(operand)], 0
-        return _move(Move(source, target, box, self.ranks), operand)
-
     def _run(self, op: str, args: tuple, kwargs: dict) -> tuple[list[Tensor], int]:
         """The results on meta tensors, and bytes needed beside them."""
-        if op == "all_reduce":
-            return _all_reduce(args)
         if op.startswith("aten."):
             return _aten(op, args, kwargs), 0
-        if op in COPIES:
-            return [args[0] if op == "wait" else torch.empty_like(args[0])], 0
         return OURS[op].workspace(*args, target=self.target, **kwargs)
 
     def _made(self, instr: Instr, operands: list[Tensor], results: list[Tensor], workspace_bytes: int) -> Made:
@@ -124,27 +120,6 @@ def _declared(result: Tensor, out: Value | None) -> Tensor:
     if out is None or result.dtype == DTYPES[out.dtype]:
         return result
     return torch.empty_like(result, dtype=DTYPES[out.dtype])
-
-
-def _move(move: Move, operand: Tensor) -> tuple[list[Tensor], int]:
-    """The buffer that is sent goes when another has been received, that one when the result is made of it."""
-    sent = 0 if move.packed_in_place(operand) else sum(move.send_sizes) * operand.itemsize
-    received = operand.new_empty(sum(move.receive_sizes))
-    result = move.unpack(received)
-    if move.in_place:
-        return [result], sent
-    dtype = wide(result.dtype)
-    added_up = result.numel() * dtype.itemsize if move.summing and dtype != result.dtype else 0
-    return [result], max(sent + storage_bytes(received) - storage_bytes(result), storage_bytes(received) + added_up)
-
-
-def _all_reduce(operands: tuple[Tensor, ...]) -> tuple[list[Tensor], int]:
-    """All lie in one buffer; in a narrower dtype than that of the sum they are copied out of it."""
-    dtype = operands[0].dtype
-    total = operands[0].new_empty(sum(t.numel() for t in operands), dtype=wide(dtype))
-    parts = total.split([t.numel() for t in operands])
-    results = [part.to(dtype).view(t.shape) for part, t in zip(parts, operands)]
-    return results, 0 if wide(dtype) == dtype else storage_bytes(total)
 
 
 def _aten(op: str, args: tuple, kwargs: dict) -> list[Tensor]:

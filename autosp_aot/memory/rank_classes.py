@@ -9,9 +9,9 @@ query heads begin.
 
 from functools import lru_cache
 
-from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.placement import Placement, local_shape
 from autosp_aot.ir.program import PerRank, Program, Value
+from autosp_aot.ir.structure.table import meets
 from autosp_aot.ir.transfers import Move
 from autosp_aot.ops.table import OURS
 
@@ -27,7 +27,7 @@ def unlike_ranks(program: Program) -> list[int]:
         if instr.op in OURS and OURS[instr.op].over_heads and isinstance(instr.args[-1], PerRank):
             group, first_head = instr.args[-2:]
             rows[tuple(head % group for head in first_head.values)] = None
-        if instr.op in COLLECTIVES and instr.op != "all_reduce":
+        if meets(instr.op):
             source, target = values[instr.refs()[0]], instr.values()[0]
             moves[source.placement, target.placement, source.whole_shape] = None
     rows.update((_parts(*move, program.ranks), None) for move in moves)

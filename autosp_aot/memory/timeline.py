@@ -9,8 +9,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.program import Program
+from autosp_aot.ir.structure.table import meets
 from autosp_aot.memory.costs import Lifetime, Moment, highest, lifetimes
 from autosp_aot.memory.training_state import TrainingState
 
@@ -40,7 +40,7 @@ def timeline(program: Program, target: str) -> Timeline:
     rank, moments = highest(program, target)
     ends = {moment.section: at for at, moment in enumerate(moments)}
     storages = tuple((_kind(life, ends), life) for life in lifetimes(program, rank, target))
-    collectives = {instr.values()[0].name for instr in program.instrs() if instr.op in COLLECTIVES}
+    collectives = {instr.values()[0].name for instr in program.instrs() if meets(instr.op)}
     batch = sum(entry.value.nbytes(rank) for entry in program.inputs if entry.kind not in STATE)
     changes: list[Counter[str]] = [Counter() for _ in range(len(moments) + 1)]
     for kind, life in storages:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from autosp_aot.ir.program import EARLY, Input, Instr, Program, Ref, Value, rename, values_of
+from autosp_aot.ir.structure.table import meets
 from autosp_aot.ops.rescale import RESCALE
 from autosp_aot.ops.table import is_quadratic, spec_of
 from autosp_aot.passes.analysis.labels import Labels
@@ -27,9 +28,6 @@ from autosp_aot.passes.analysis.segments import alive_after
 from autosp_aot.passes.step import Step
 from autosp_aot.passes.tile import LIMIT_BYTES, Region, Rules, runs
 from autosp_aot.sharding.homogeneous import homogeneous
-
-# Moves of what has an element a token.
-MIX = ("all_to_all", "all_gather", "reduce_scatter")
 
 
 @dataclass(frozen=True)
@@ -171,4 +169,4 @@ def _renamed(instr: Instr, names: dict[str, str]) -> Instr:
 
 def _mixes(instr: Instr) -> bool:
     """Whether positions of the sequence come together in an instruction."""
-    return instr.op in MIX or is_quadratic(instr.op)
+    return meets(instr.op) or is_quadratic(instr.op)

@@ -16,8 +16,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from autosp_aot.ir.aliasing import Aliases
-from autosp_aot.ir.operators import FREE, writer
+from autosp_aot.ir.operators import writer
 from autosp_aot.ir.program import Instr, Program, followed, values_of
+from autosp_aot.ir.structure.table import FREE
 from autosp_aot.memory.costs import Storages, heaviest
 from autosp_aot.passes.step import Step
 

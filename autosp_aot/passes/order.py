@@ -17,8 +17,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from autosp_aot.ir.operators import TILES
 from autosp_aot.ir.program import Instr, Program, values_of
+from autosp_aot.ir.structure.table import copies, meets
 from autosp_aot.memory.costs import Storages, heaviest
 from autosp_aot.passes.inplace import writable
 from autosp_aot.passes.step import Step
@@ -94,7 +94,7 @@ def _ordered(instrs: tuple[Instr, ...], lasting: Collection[str], storages: Stor
         uses = tuple(dict.fromkeys(owner[name] for name in (*refs, *made) if owner[name] not in stay))
         made_bytes = sum(storages.bytes[name] for name in made)
         takes = tuple(owner[refs[at]] for at in writable(instr, storages.tensors))
-        fixed = not instr.op.startswith(("aten.", "autosp.")) and instr.op not in ("shard", TILES)
+        fixed = meets(instr.op) or copies(instr.op)
         nodes.append(Node(uses, made_bytes, takes, after, moment.peak_bytes - moment.alive_bytes, fixed))
     places = schedule(nodes, storages.bytes)
     made_at = {name: places[node] for name, node in maker.items()}

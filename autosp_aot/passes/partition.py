@@ -19,6 +19,7 @@ from typing import ClassVar
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, covers, local_shape
 from autosp_aot.ir.program import ITEMSIZE, Input, Instr, Program, Ref, Value, with_refs
+from autosp_aot.ir.structure.moves import move_between
 from autosp_aot.ir.transfers import received_bytes
 from autosp_aot.ops.table import spec_of
 from autosp_aot.passes.analysis.labels import Labels, find_labels
@@ -291,7 +292,7 @@ class _Partition:
         if placement in versions:
             return versions[placement]
         _, source = self.source(name, placement)
-        op = _move(source, placement)
+        op = move_between(source, placement)
         value = self.whole[name]
         moved = replace(self.local(value, placement), name=self.fresh(f"{name}.{op}"))
         self.instrs.append(Instr((moved,), op, (Ref(versions[source]),), (), instr.where))
@@ -317,15 +318,6 @@ def _fits(strategy: Strategy, spec: Spec, ranks: int) -> bool:
     if strategy.factor >= len(spec.extents) or len(strategy.bounds) != ranks:
         return False
     return covers(strategy.bounds, spec.extents[strategy.factor] // strategy.outer)
-
-
-def _move(source: Placement, target: Placement) -> str:
-    """The name of the move from one placement to another."""
-    if source.partial:
-        return "all_reduce" if (source, target) == (PARTIAL, REPLICATE) else "reduce_scatter"
-    if source.cut is None:
-        return "shard"
-    return "all_gather" if target.cut is None else "all_to_all"
 
 
 @cache

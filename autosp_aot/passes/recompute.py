@@ -20,8 +20,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.program import RECOMPUTED, Instr, Program, rename
+from autosp_aot.ir.structure.table import meets
 from autosp_aot.memory.costs import flops, heaviest
 from autosp_aot.ops.table import is_quadratic, is_quadratic_gradient
 from autosp_aot.passes.analysis.segments import Segment, numbered
@@ -48,7 +48,7 @@ def recompute(program: Program, segments: tuple[Segment, ...], kept: Collection[
 
 def is_costly(op: str) -> bool:
     """Whether an instruction is not computed again as one among others, but for a choice of the plan."""
-    return op in COLLECTIVES or is_quadratic(op)
+    return meets(op) or is_quadratic(op)
 
 
 class _Recomputation:

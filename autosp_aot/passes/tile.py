@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import ClassVar
 
-from autosp_aot.ir.operators import DTYPES, STRUCTURE, TILES, wide
+from autosp_aot.ir.operators import DTYPES, wide
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, inside, joined_tiles
 from autosp_aot.ir.program import (
     TILE,
@@ -30,6 +30,7 @@ from autosp_aot.ir.program import (
     stands_for,
     with_refs,
 )
+from autosp_aot.ir.structure.table import STRUCTURE, TILES
 from autosp_aot.memory.costs import peak_bytes
 from autosp_aot.ops.table import spec_of
 from autosp_aot.passes.analysis.labels import Labels

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.placement import Placement
 from autosp_aot.ir.program import Instr, Program, Value, at_rank
+from autosp_aot.ir.structure.table import STRUCTURE, meets
 from autosp_aot.ir.transfers import transfers
 
 Sizes = tuple[int, ...]
@@ -33,7 +33,7 @@ def collectives_of(program: Program, rank: int) -> list[Collective]:
 def collectives_by_rank(program: Program, ranks: Iterable[int]) -> dict[int, list[Collective]]:
     """The collectives of some ranks, in order."""
     values = program.values()
-    meetings = [(s.name, instr) for s in program.sections for instr in s.instrs if instr.op in COLLECTIVES]
+    meetings = [(s.name, instr) for s in program.sections for instr in s.instrs if meets(instr.op)]
     return {rank: [_collective(*meeting, values, rank, program.ranks) for meeting in meetings] for rank in ranks}
 
 
@@ -63,7 +63,7 @@ def check_collectives(by_rank: list[list[Collective]]) -> None:
 def _collective(section: str, instr: Instr, values: dict[str, Value], rank: int, ranks: int) -> Collective:
     source, target = values[instr.refs()[0]], instr.values()[0]
     source = replace(source, shape=tuple(at_rank(n, rank) for n in source.shape))
-    if instr.op == "all_reduce":
+    if STRUCTURE[instr.op].operands is None:
         count = sum(values[name].nbytes(rank) for name in instr.refs())
         sizes = ((count,) * ranks, (count,) * ranks)
     else:

@@ -11,14 +11,13 @@ that follow.
 No numbers are computed: a missing or doubled sum, a swapped dim, a shifted position or a changed size is found by name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.ir.operators import COPIES, FREE, MOVES
-from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, disjoint, inside, joined_tiles, local_shape
+from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, disjoint, joined_tiles, local_shape
 from autosp_aot.ir.program import (
     EARLY,
     Arg,
@@ -35,6 +34,7 @@ from autosp_aot.ir.program import (
     per_rank,
     stands_for,
 )
+from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ops.rescale import RESCALE
 from autosp_aot.ops.table import spec_of
 from autosp_aot.sharding.homogeneous import homogeneous
@@ -84,11 +84,12 @@ class _Derivation:
     def instr(self, instr: Instr) -> None:
         if instr.body is not None:
             self.tiles(instr, instr.body)
-        elif instr.op in (*MOVES, *COPIES):
-            self.move(instr)
+        elif (record := STRUCTURE.get(instr.op)) is not None:
+            if record.fits is not None:
+                self.move(instr, record.fits)
         elif instr.op == RESCALE.name:
             self.rescale(instr)
-        elif instr.op != FREE:
+        else:
             self.call(instr)
 
     def know(self, value: Value, meaning: str) -> None:
@@ -129,20 +130,12 @@ class _Derivation:
         self.check_value(out, self.stands_for[name], instr)
         self.know(out, self.stands_for[name])
 
-    def move(self, instr: Instr) -> None:
+    def move(self, instr: Instr, fits: Callable[[Placement, Placement], bool]) -> None:
         for name, out in zip(instr.refs(), instr.values()):
             if name in self.early:
                 self.early.add(out.name)
             source, target = self.placements[name], out.placement
-            fits = {
-                "shard": not source.partial and not target.partial and inside(source, target),
-                "all_to_all": None not in (source.cut, target.cut) and not source.partial and not target.partial,
-                "all_gather": source.cut is not None and not source.partial and target == REPLICATE,
-                "reduce_scatter": source.partial and not target.partial and (source, target) != (PARTIAL, REPLICATE),
-                "all_reduce": source == PARTIAL and target == REPLICATE,
-                **dict.fromkeys(COPIES, source == target),
-            }[instr.op]
-            if not fits:
+            if not fits(source, target):
                 raise _wrong(f"{instr.op} cannot take {name} from {_said(source)} to {_said(target)}", instr)
             self.check_value(out, self.stands_for[name], instr)
             self.know(out, self.stands_for[name])

@@ -1,11 +1,10 @@
 """The executor: a loop over one rank's instructions, prepared once.
 
 A section runs as a generator. Where the ranks have to meet it yields an `Exchange` or a `Sum` and is sent the answer,
-so the same code runs over torch.distributed (`groups`) and in one process (`simulate`).
+so the same code runs over torch.distributed (`comm`) and in one process (`simulate`).
 """
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,34 +14,13 @@ from autosp_aot.ir import operators
 from autosp_aot.ir.operators import DTYPES, wide
 from autosp_aot.ir.placement import PARTIAL
 from autosp_aot.ir.program import Body, Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
-from autosp_aot.ir.transfers import Move, Shard, join_into, narrowed, places_of_tile
+from autosp_aot.ir.structure.record import Action, Answer, At, Meeting
+from autosp_aot.ir.structure.table import STRUCTURE
+from autosp_aot.ir.transfers import narrowed, places_of_tile
 from autosp_aot.ops.table import OURS
 from autosp_aot.runtime.host_pool import Host
 
-
-@dataclass(frozen=True)
-class Exchange:
-    """Send `buffer` (1-D) split by `send_sizes` to the ranks in order; the answer holds what they send, in order."""
-
-    buffer: Tensor
-    send_sizes: list[int]
-    receive_sizes: list[int]
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Add `buffer` (1-D) over all ranks; the answer is the total."""
-
-    buffer: Tensor
-
-
-# An answer comes as a list of one, which is taken out of it: so nothing else keeps its memory.
-Meeting = Exchange | Sum
-# What is sent at first is None, and then what the ranks made of each meeting: a list of one, for it to be taken out.
-Answer = list[Tensor] | None
 SectionRun = Generator[Meeting, Answer, dict[str, Tensor]]
-# An instruction over the values; one where ranks meet is a generator.
-Action = Callable[[dict[str, Tensor]], Generator[Meeting, Answer, None] | None]
 
 
 class Executor:
@@ -77,19 +55,18 @@ class Executor:
     def _prepare(self, section: Section) -> list[Action]:
         steps: list[Action] = []
         for instr in section.instrs:
-            if instr.op == operators.FREE:
-                steps.append(_free([ref.name for ref in instr.args]))
-            elif instr.op == "all_reduce":
-                steps.append(self._all_reduce(instr))
-            elif instr.body is not None:
+            if instr.body is not None:
                 steps.append(self._tiles(instr, instr.body))
-            elif instr.op in operators.COPIES:
-                steps.append(self.host.step(instr))
-            elif instr.op in operators.MOVES:
-                steps.append(self._move(instr))
+            elif instr.op in STRUCTURE:
+                steps.append(self._structural(instr, self.values, self.rank))
             else:
                 steps.append(self._call(instr))
         return steps
+
+    def _structural(self, instr: Instr, values: Mapping[str, Value], box: int) -> Action:
+        execute, at = STRUCTURE[instr.op].execute, At(self.rank, self.program.ranks, box)
+        assert execute is not None, "what has a body is done in tiles"
+        return execute(instr, [values[name] for name in instr.refs()], instr.values(), at, self.host)
 
     def _call(self, instr: Instr) -> Action:
         own, function = OURS.get(instr.op), self._function(instr.op)
@@ -160,40 +137,10 @@ class Executor:
 
     def _inner(self, instr: Instr, values: dict[str, Value], tiles: range) -> list[Action]:
         """An instruction of a body, for each tile."""
-        if instr.op == operators.FREE:
-            return [_free(instr.refs())] * len(tiles)
-        if instr.op == "shard":
-            source, target = values[instr.refs()[0]], instr.values()[0]
-            return [_shard(source, target, self.rank, self.rank * len(tiles) + tile) for tile in tiles]
+        if instr.op in STRUCTURE:
+            return [self._structural(instr, values, self.rank * len(tiles) + tile) for tile in tiles]
         own = [map_instr(instr, lambda n: n.values[tile]) for tile in tiles]
         return [self._call(own[0])] * len(tiles) if own[0] == own[-1] == instr else [self._call(i) for i in own]
-
-    def _all_reduce(self, instr: Instr) -> Action:
-        sources, targets = [ref.name for ref in instr.args], [out.name for out in instr.values()]
-
-        def step(values: dict[str, Tensor]) -> Generator[Meeting, Answer, None]:
-            tensors = [values[name] for name in sources]
-            answer = yield Sum(_joined(tensors))
-            assert answer is not None
-            parts = answer.pop().split([t.numel() for t in tensors])
-            for name, part, tensor in zip(targets, parts, tensors):
-                values[name] = part.to(tensor.dtype).view(tensor.shape)
-
-        return step
-
-    def _move(self, instr: Instr) -> Action:
-        (ref,), target = instr.args, instr.values()[0]
-        source = self.values[ref.name]
-        if instr.op == "shard":
-            return _shard(source, target, self.rank, self.rank)
-        move = Move(source, target, self.rank, self.program.ranks)
-
-        def step(values: dict[str, Tensor]) -> Generator[Meeting, Answer, None]:
-            answer = yield Exchange(move.pack(values[source.name]), move.send_sizes, move.receive_sizes)
-            assert answer is not None
-            values[target.name] = move.unpack(answer.pop())
-
-        return step
 
 
 def _failed(instr: Instr, error: Exception) -> ArtifactError:
@@ -203,18 +150,6 @@ def _failed(instr: Instr, error: Exception) -> ArtifactError:
         "instruction-failed", f"{outs} = {instr.op}(...) cannot be computed", instr.where.source,
         f"{type(error).__name__}: {why}", "correct what it reads: ids, labels and positions have to be in range"
     ))  # fmt: skip
-
-
-def _shard(source: Value, target: Value, rank: int, box: int) -> Action:
-    shard = Shard(source, target, rank, box)
-    return lambda values: values.update({target.name: shard(values[source.name])})
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """A copy of all, one after the other, in the dtype they are added up in."""
-    buffer = tensors[0].new_empty(sum(t.numel() for t in tensors), dtype=wide(tensors[0].dtype))
-    join_into(buffer, tensors)
-    return buffer
 
 
 def _room(out: Value, add: bool, device: torch.device) -> Tensor:
@@ -230,14 +165,6 @@ def _writing(op: str, at: int) -> Callable[..., Tensor]:
     assert found is not None, "as verified"
     function, name = found
     return lambda *args, **kwargs: function(*args, **kwargs, **{name: args[at]})
-
-
-def _free(names: list[str]) -> Action:
-    def step(values: dict[str, Tensor]) -> None:
-        for name in names:
-            del values[name]
-
-    return step
 
 
 def _holds_ref(arg: tuple) -> bool:

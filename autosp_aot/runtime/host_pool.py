@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.program import Instr, Program
+from autosp_aot.ir.structure.table import STRUCTURE, to_host
 
 Values = dict[str, Tensor]
 
@@ -105,7 +106,7 @@ class Host:
     """
 
     def __init__(self, program: Program, device: torch.device):
-        offloads = [instr for instr in program.instrs() if instr.op == "offload"]
+        offloads = [instr for instr in program.instrs() if to_host(instr.op)]
         self.nbytes = max(1, *(instr.args[-1] + instr.values()[0].nbytes() for instr in offloads), 1)  # pinning 0 fails
         self.first = offloads[0] if offloads else None
         self.device = device
@@ -116,7 +117,10 @@ class Host:
 
     def step(self, instr: Instr) -> Callable[[Values], None]:
         """An `offload`, `fetch` or `wait` to run over the values of a step."""
-        return {"offload": self._offload, "fetch": self._fetch, "wait": self._wait}[instr.op](instr)
+        record = STRUCTURE[instr.op]
+        if record.awaits:
+            return self._wait(instr)
+        return self._offload(instr) if record.to_host else self._fetch(instr)
 
     def _offload(self, instr: Instr) -> Callable[[Values], None]:
         (name,), at, out, begins = instr.refs(), instr.args[-1], instr.values()[0], instr is self.first

@@ -7,9 +7,9 @@ import torch
 from autosp_aot.artifact.manifest import BUFFERS, EVALUATE, STEP, Manifest
 from autosp_aot.artifact.read import read_manifest, read_rank, read_tensors
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.ir.operators import STRUCTURE
 from autosp_aot.ir.program import Program
 from autosp_aot.ir.score_expr import check
+from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ops.table import schema
 from autosp_aot.runtime.comm import Mesh, check_size
 from autosp_aot.runtime.execute import Executor

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from autosp_aot.artifact.batches import constants_of, flat, tensors_of
 from autosp_aot.artifact.manifest import Manifest, no_evaluation
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.ir.operators import DTYPES
 from autosp_aot.ir.program import Program, Value
+from autosp_aot.ir.structure.record import Exchange, Meeting
 from autosp_aot.ops.random import step_seed
-from autosp_aot.runtime.execute import DTYPES, Exchange, Executor, Meeting, SectionRun
+from autosp_aot.runtime.execute import Executor, SectionRun
 from autosp_aot.runtime.same_batch import check_same_batch
 from autosp_aot.runtime.weights_out import save_weights
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from autosp_aot.ir.program import Program
-from autosp_aot.runtime.execute import Exchange, Executor, Meeting, SectionRun, Sum
+from autosp_aot.ir.structure.record import Exchange, Meeting, Sum
+from autosp_aot.runtime.execute import Executor, SectionRun
 
 
 def simulate(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from autosp_aot.ir.program import Instr, Program
+from autosp_aot.ir.structure.record import Action
 from autosp_aot.memory.costs import costs, curve, heaviest
-from autosp_aot.runtime.execute import Action, Executor, SectionRun
+from autosp_aot.runtime.execute import Executor, SectionRun
 from autosp_aot.runtime.module import run
 from autosp_aot.runtime.simulate import lockstep
 from examples import llama

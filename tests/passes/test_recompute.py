@@ -11,8 +11,8 @@ from autosp_aot.commands.build.builder import model_values
 from autosp_aot.export.canonical.canonical import canonical_program
 from autosp_aot.export.joint import capture
 from autosp_aot.export.subject import Subject
-from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.program import RECOMPUTED, Program
+from autosp_aot.ir.structure.table import STRUCTURE, meets
 from autosp_aot.ir.verify import verify
 from autosp_aot.passes.analysis.segments import segments
 from autosp_aot.passes.keep.policy import by_policy
@@ -84,7 +84,7 @@ def test_every_policy_gives_the_bits_of_none(step, expected, policy):
 
 def test_sac_runs_attention_and_collectives_once_and_full_again(step):
     none, sac, full = (step.keeping(by_policy(step.split, policy)) for policy in ("none", "sac", "full"))
-    costly = lambda program: [ops(program, "backward")[op] for op in (ATTENTION, *COLLECTIVES)]  # noqa: E731
+    costly = lambda program: [ops(program, "backward")[op] for op in (ATTENTION, *filter(meets, STRUCTURE))]  # noqa: E731
     assert costly(sac) == costly(none) and ops(full, "backward")[ATTENTION] == LAYERS
     kept = [len(program.section("backward").takes) for program in (none, sac, full)]
     assert kept[0] > 2 * kept[1] > 4 * kept[2] / 2

@@ -29,8 +29,8 @@ from autosp_aot.export.example_batch import checked_sequence_dims, flat_batch, g
 from autosp_aot.export.joint import Joint, capture
 from autosp_aot.export.model_file import make_model, read_model_file
 from autosp_aot.export.subject import Subject
-from autosp_aot.ir.operators import STRUCTURE
 from autosp_aot.ir.program import Program, Value
+from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ir.units import bytes_of
 from autosp_aot.memory.costs import costs
 from autosp_aot.ops.table import schema

@@ -19,6 +19,7 @@ from autosp_aot.artifact.read import read_manifest, read_rank, read_tensors, rea
 from autosp_aot.commands.check.random_inputs import made_up
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.program import ITEMSIZE, Dtype, Instr, Program, Ref, map_args
+from autosp_aot.ir.structure.table import to_host
 from autosp_aot.memory.costs import costs
 from autosp_aot.ops.uniform import UNIFORM
 from autosp_aot.passes.release import release
@@ -165,7 +166,7 @@ def widened(program: Program, wider: Mapping[str, str]) -> Program:
             drawn = replace(out, name=f"{out.name}.drawn")
             cast = Instr(wide, "aten._to_copy.default", (Ref(drawn.name),), (("dtype", Dtype(dtype(out.dtype))),))
             return [replace(instr, outs=(drawn,)), cast]
-        if instr.op == "offload":
+        if to_host(instr.op):
             stored, place = instr.args
             instr = replace(instr, args=(stored, place * factor))
         body = instr.body and replace(instr.body, instrs=tuple(i for inner in instr.body.instrs for i in again(inner)))

@@ -20,10 +20,11 @@ from onnx import AttributeProto, GraphProto, NodeProto, StringStringEntryProto, 
 from autosp_aot.commands.interchange.onnx_calls import TYPES, Constant, named
 from autosp_aot.commands.interchange.onnx_operators import standard
 from autosp_aot.errors import Problem
-from autosp_aot.ir.operators import COPIES, FREE, STRUCTURE, TILES
 from autosp_aot.ir.placement import PARTIAL, Placement
 from autosp_aot.ir.program import Body, Dtype, Instr, Program, Ref, Value, flatten, map_instr, values_of
-from autosp_aot.ir.transfers import Move, Shard, places_of_tile
+from autosp_aot.ir.structure.record import At, Structural
+from autosp_aot.ir.structure.table import FREE, STRUCTURE, TILES
+from autosp_aot.ir.transfers import Shard, places_of_tile
 
 DOMAIN, ATEN = "autosp", "aten"
 SHORT = 16  # numbers of a constant that are its name
@@ -54,12 +55,11 @@ class GraphBuilder:
         used = max(at for at, out in enumerate(instr.outs) if out is not None)
         node.output.extend("" if out is None else out.name for out in instr.outs[: used + 1])
         try:
-            if instr.op == "shard":
-                self.shard(node, instr, operands, self.rank if box is None else box)
-            elif instr.body is not None:
+            if instr.body is not None:
                 self.tiles(node, instr, instr.body, section)
-            elif instr.op in STRUCTURE:
-                self.structure(node, instr, operands)
+            elif (record := STRUCTURE.get(instr.op)) is not None:
+                at = At(self.rank, self.program.ranks, self.rank if box is None else box)
+                self.structure(node, instr, record, at)
             else:
                 self.call(node, instr, operands)
         except _Unheld as error:
@@ -82,10 +82,9 @@ class GraphBuilder:
         plain = {name: _tensor(v) if isinstance(v, Constant) else v for name, v in found.attributes.items()}
         node.attribute.extend(helper.make_attribute(name, value) for name, value in plain.items())
 
-    def shard(self, node: NodeProto, instr: Instr, operands: Mapping[str, Value], box: int) -> None:
+    def shard(self, node: NodeProto, source: Value, target: Value, at: At) -> None:
         """A rank's part of what it has: one run of positions, or several put together."""
-        (source,), target = operands.values(), instr.values()[0]
-        shard = Shard(source, target, self.rank, box)
+        shard = Shard(source, target, at.rank, at.box)
         runs = [next(part[1:] for part in piece if part[0] == shard.dim) for piece in shard.boxes] or [(0, 0)]
         if len(runs) == 1:
             node.op_type, ints = "Slice", [(runs[0][0],), (runs[0][1],), (shard.dim,)]
@@ -95,22 +94,16 @@ class GraphBuilder:
         node.input.extend([source.name, self.constant(Constant("i64", places))])
         node.attribute.append(helper.make_attribute("axis", shard.dim))
 
-    def structure(self, node: NodeProto, instr: Instr, operands: Mapping[str, Value]) -> None:
-        """A collective or a copy: who takes part, and what each rank sends and receives."""
+    def structure(self, node: NodeProto, instr: Instr, record: Structural, at: At) -> None:
+        """A collective or a copy: who takes part, and what each rank sends and receives; a shard is ONNX's own."""
+        sources, targets = [self.values[name] for name in instr.refs()], instr.values()
+        if record.attributes is None:
+            self.shard(node, sources[0], targets[0], at)
+            return
         node.domain, node.op_type = DOMAIN, instr.op
         node.input.extend(instr.refs())
-        found: dict[str, object] = {}
-        if instr.op in COPIES:
-            found = {"byte": instr.args[-1]} if instr.op == "offload" else {}
-        else:
-            found["group"] = tuple(range(self.program.ranks))
-        if instr.op not in (*COPIES, "all_reduce"):
-            (source,), target = operands.values(), instr.values()[0]
-            move = Move(source, target, self.rank, self.program.ranks)
-            found |= {"rank": self.rank, "send_sizes": tuple(move.send_sizes)}
-            found |= {"receive_sizes": tuple(move.receive_sizes), "shape": target.shape}
-            found |= {"sends": json.dumps(move.sends), "fills": json.dumps(move.fills), "sum": int(move.summing)}
-        node.attribute.extend(_attribute(name, value) for name, value in found.items())
+        facts = record.attributes(instr, sources, targets, at)
+        node.attribute.extend(_attribute(name, value) for name, value in facts.items())
 
     def tiles(self, node: NodeProto, instr: Instr, body: Body, section: str) -> None:
         """A graph for each tile, and where its results belong; they are added up where `sums` is 1."""

@@ -24,8 +24,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from autosp_aot.artifact.manifest import BUFFERS, Manifest
 from autosp_aot.artifact.read import read_tensors
 from autosp_aot.commands.interchange.output import write_whole
-from autosp_aot.ir.operators import COPIES, DTYPES, FREE
+from autosp_aot.ir.operators import DTYPES
 from autosp_aot.ir.program import Instr, Program, rename
+from autosp_aot.ir.structure.table import FREE, copies
 from autosp_aot.runtime.comm import check_devices
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.load import check_operators
@@ -79,7 +80,7 @@ def _plain(program: Program) -> Program:
     def instrs(old: tuple[Instr, ...]) -> tuple[Instr, ...]:
         kept = []
         for instr in old:
-            if instr.op in COPIES:
+            if copies(instr.op):
                 source = instr.refs()[0]
                 same[instr.values()[0].name] = same.get(source, source)
             elif instr.op != FREE:

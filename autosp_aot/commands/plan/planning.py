@@ -21,8 +21,9 @@ from autosp_aot.errors import BuildError
 from autosp_aot.export.example_batch import make_batch
 from autosp_aot.export.model_file import make_model, read_model_file
 from autosp_aot.export.subject import Subject
-from autosp_aot.ir.operators import FREE, makes_view
+from autosp_aot.ir.operators import makes_view
 from autosp_aot.ir.program import Program, values_of
+from autosp_aot.ir.structure.table import FREE, STRUCTURE
 from autosp_aot.memory.costs import costs
 from autosp_aot.memory.timeline import breakdown
 from autosp_aot.memory.training_state import training_state
@@ -197,7 +198,8 @@ def traffic_bytes(program: Program, rank: int = 0) -> int:
         calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
         made = values_of(calls)
         for call in calls:
-            if call.op not in (FREE, "wait") and not makes_view(call.op):
+            waits = call.op in STRUCTURE and STRUCTURE[call.op].awaits
+            if call.op != FREE and not waits and not makes_view(call.op):
                 names = (*call.refs(), *values_of([call]))
                 boxes = (made[n].nbytes(rank * tiles) if n in made else values[n].nbytes(rank) for n in names)
                 count += tiles * sum(boxes)

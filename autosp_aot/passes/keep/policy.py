@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from autosp_aot.artifact.config import BuildConfig
-from autosp_aot.ir.operators import COLLECTIVES
 from autosp_aot.ir.program import Program
+from autosp_aot.ir.structure.table import meets
 from autosp_aot.memory.costs import peak_bytes
 from autosp_aot.ops.table import is_quadratic
 from autosp_aot.passes.analysis.segments import segments
@@ -82,7 +82,7 @@ def reasons(step: Step) -> dict[str, str]:
     """Why each value of forward would be kept, if it were."""
     why: dict[str, str] = {}
     for instr in step.program.section("forward").instrs:
-        reason = SENT if instr.op in COLLECTIVES else ATTENDED if is_quadratic(instr.op) else ROOM
+        reason = SENT if meets(instr.op) else ATTENDED if is_quadratic(instr.op) else ROOM
         why.update((out.name, reason) for out in instr.values())
     why.update((out.name, LAST) for instr in step.segments[-1].instrs for out in instr.values())
     why.update((name, CARRIES) for segment in step.segments for name in segment.boundary)

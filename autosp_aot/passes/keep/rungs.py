@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from autosp_aot.artifact.config import BuildConfig
-from autosp_aot.ir.operators import COLLECTIVES, makes_view
+from autosp_aot.ir.operators import makes_view
 from autosp_aot.ir.program import Instr, Program
+from autosp_aot.ir.structure.table import meets
 from autosp_aot.memory.costs import flops, heaviest, received_of
 from autosp_aot.ops.table import is_quadratic
 from autosp_aot.passes.analysis.segments import Segment, numbered
@@ -83,7 +84,7 @@ class Ladder:
         """The number of the first rung that does not keep what `instr` makes."""
         if is_quadratic(instr.op):
             return RUNGS.index("full")
-        if instr.op in COLLECTIVES:
+        if meets(instr.op):
             attended = all(is_quadratic(self.made[name].op) for name in instr.refs() if name in self.made)
             return RUNGS.index("moved" if attended else "attended")
         return RUNGS.index("sac" if flops(instr, self.values, self.rank) else "products")
@@ -127,7 +128,7 @@ class Ladder:
 
     def seconds(self, instr: Instr) -> float:
         """The time of a call: bytes received, or products and bytes read and written."""
-        if instr.op in COLLECTIVES:
+        if meets(instr.op):
             pairs = zip(instr.refs(), instr.values())
             received = sum(received_of(self.values[name], out, self.ranks) for name, out in pairs)
             return received / self.device.link_bytes_per_s

@@ -15,9 +15,11 @@ from autosp_aot.commands.check.proof import check
 from autosp_aot.commands.cli import main
 from autosp_aot.commands.interchange.onnx_file import onnx_model
 from autosp_aot.errors import BuildError
-from autosp_aot.ir.operators import FREE
+from autosp_aot.ir.structure.table import FREE, STRUCTURE
+from autosp_aot.ir.text import parse_program
 from tests.architectures import ARCHITECTURES, Case
 from tests.edits import edit, named
+from tests.ir.test_structure import RANKS
 from tests.steps import built
 
 
@@ -175,3 +177,15 @@ def test_a_result_that_is_named_as_another_value_is_refused(tiny2, manifest):
     inputs = tuple(map(loss, program.inputs))
     with pytest.raises(BuildError, match="onnx-cannot-carry.: loss is a result and the name of another value"):
         onnx_model(replace(program, inputs=inputs, sections=program.sections[:1]), manifest, 0)
+
+
+@pytest.mark.parametrize("op", [record.name for record in STRUCTURE.values() if record.attributes])
+def test_what_a_node_says_of_a_move_or_copy_is_in_its_record(manifest, monkeypatch, op):
+    program = parse_program(RANKS, {}).for_rank(1)
+    before = onnx_model(program, manifest, 1).graph.node
+    monkeypatch.setitem(STRUCTURE, op, replace(STRUCTURE[op], attributes=None))
+    try:
+        after = onnx_model(program, manifest, 1).graph.node
+    except (AssertionError, StopIteration):  # it is not written as a shard is
+        return
+    assert [node for node in after if node.name] != [node for node in before if node.name]

@@ -19,69 +19,27 @@ from torch import Tensor
 from autosp_aot.ir.intervals import HIDDEN, INF
 from autosp_aot.ir.operators import wide
 from autosp_aot.ir.score_expr import evaluate
+from autosp_aot.ops.attention.arguments import KernelCall, Saved
 from autosp_aot.ops.attention.block_bounds import blocks_of, ends_of
 from autosp_aot.ops.attention.workspace import gradient, outputs
-from autosp_aot.ops.random import keep
 from autosp_aot.targets.table import TARGETS
 
 # An lse beyond this has lost digits of the weights: they are divided by their sum.
 ROUNDED = 100.0
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Which weights [B, heads, rows, keys] are dropped with probability `p`: those are the sizes of the whole.
-
-    `first_head` is the number of the first head of a call.
-    """
-
-    seed: Tensor
-    site: int
-    p: float
-    heads: int
-    rows: int
-    keys: int
-    first_head: int
-
-    def factor(self, batch: int, heads: int, row: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the weights of a block are multiplied with, 0 or 1 / (1 - p)."""
-        head = torch.arange(self.first_head, self.first_head + heads, device=row.device).view(1, -1, 1, 1)
-        at = torch.arange(batch, device=row.device).view(-1, 1, 1, 1) * self.heads + head
-        kept = keep(self.seed, self.site, (at * self.rows + row) * self.keys + key, self.p)
-        return kept.to(dtype) * (0.0 if self.p == 1 else 1 / (1 - self.p))
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """From the products of queries and keys to weights: times `scale`, then `score`, then softmax, then `dropout`.
-
-    `causal` hides the keys after a row's own position, `window` all but the last `window` keys up to it. Rows that see
-    nothing give zeros where `safe`, else NaN as the softmax does. `first_row` is the position of the first row.
-    Where `traced`, what is done does not depend on values: every block that positions allow is computed.
-    """
-
-    scale: float
-    causal: bool = False
-    window: int | None = None
-    score: object = None
-    safe: bool = True
-    dropout: Dropout | None = None
-    first_row: int = 0
-    traced: bool = False
-
-
-def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring) -> tuple[Tensor, Tensor]:
+def blockwise(call: KernelCall) -> tuple[Tensor, Tensor]:
     """Output and lse."""
-    call = _Blocks(q, k, v, vectors, scoring)
-    results = outputs(q, v.shape[3], q.device.type)
-    for rows in _blocks(q, q.shape[2]):
-        seen, hidden = call.keys(rows)
-        state = _state(q, v, rows, call.dtype)
+    blocks, scoring = _Blocks(call), call.scoring
+    results = outputs(call.q, call.v.shape[3], call.q.device.type)
+    for rows in _blocks(call.q, call.q.shape[2]):
+        seen, hidden = blocks.keys(rows)
+        state = _state(call, rows, blocks.dtype)
         for keys in seen:
-            state = call.add(state, rows, keys)
+            state = blocks.add(state, rows, keys)
         if hidden and bool((state[0] <= HIDDEN).any()):
             for keys in hidden:
-                state = call.add(state, rows, keys)
+                state = blocks.add(state, rows, keys)
         top, total, out = state
         empty = total == 0
         if scoring.safe:
@@ -91,29 +49,23 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: S
     return results
 
 
-def blockwise_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    vectors: list[Tensor], scoring: Scoring,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def blockwise_backward(call: KernelCall, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: the scores are made again block by block from lse."""
-    call = _Blocks(q, k, v, vectors, scoring)
-    grad_q, grad_k, grad_v = (gradient(t, call.dtype).zero_() for t in (q, k, v))
-    for rows, keys, block, weights, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
-        grad_v[:, :, keys] += block.dropped(weights).transpose(-1, -2) @ grad_out[:, :, rows].to(call.dtype)
-        grad_products = block.gradient(block.products, grad_scores) * scoring.scale
-        grad_q[:, :, rows] += grad_products @ k[:, :, keys].to(call.dtype)
-        grad_k[:, :, keys] += grad_products.transpose(-1, -2) @ q[:, :, rows].to(call.dtype)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+    blocks, scale = _Blocks(call), call.scoring.scale
+    grad_q, grad_k, grad_v = (gradient(t, blocks.dtype).zero_() for t in (call.q, call.k, call.v))
+    for rows, keys, block, weights, grad_scores in blocks.gradients(saved):
+        grad_v[:, :, keys] += block.dropped(weights).transpose(-1, -2) @ saved.grad_out[:, :, rows].to(blocks.dtype)
+        grad_products = block.gradient(block.products, grad_scores) * scale
+        grad_q[:, :, rows] += grad_products @ call.k[:, :, keys].to(blocks.dtype)
+        grad_k[:, :, keys] += grad_products.transpose(-1, -2) @ call.q[:, :, rows].to(blocks.dtype)
+    return grad_q.to(call.q.dtype), grad_k.to(call.k.dtype), grad_v.to(call.v.dtype)
 
 
-def blockwise_vector_gradient(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    vectors: list[Tensor], which: int, scoring: Scoring,
-) -> Tensor:  # fmt: skip
-    """The gradient of one vector, of its shape, in the dtype of the computation."""
-    call = _Blocks(q, k, v, vectors, scoring, shortcuts=False)
-    gradient = torch.zeros(vectors[which].shape, dtype=call.dtype, device=q.device)
-    for rows, keys, block, _, grad_scores in call.gradients(grad_out, out, lse, grad_lse):
+def blockwise_vector_gradient(call: KernelCall, saved: Saved, which: int) -> Tensor:
+    """The gradient of vector number `which`, of its shape, in the dtype of the computation."""
+    blocks = _Blocks(call, shortcuts=False)
+    gradient = torch.zeros(call.vectors[which].shape, dtype=blocks.dtype, device=call.q.device)
+    for rows, keys, block, _, grad_scores in blocks.gradients(saved):
         _cut(gradient, rows, keys).add_(block.gradient(block.vectors[which], grad_scores))
     return gradient
 
@@ -141,17 +93,17 @@ class _Block:
 
 
 class _Blocks:
-    """One call: the tensors, and any block of scores.
+    """Any block of a call's scores.
 
     With `shortcuts` a block in which vectors happen to change no score is the products: right but for their gradients.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, vectors: list[Tensor], scoring: Scoring, shortcuts=True):
-        self.q, self.k, self.v, self.vectors, self.scoring = q, k, v, vectors, scoring
-        self.dtype = wide(q.dtype)
-        self.size, self.blocks = TARGETS[q.device.type].attention_block, _blocks(k, k.shape[2])
-        keyed = [vector.shape[2] == 1 and not scoring.traced for vector in vectors]
-        self.ends = [ends_of(vector, self.size) if known else None for vector, known in zip(vectors, keyed)]
+    def __init__(self, call: KernelCall, shortcuts: bool = True):
+        self.q, self.k, self.v, self.vectors, self.scoring = call.q, call.k, call.v, call.vectors, call.scoring
+        self.dtype = wide(self.q.dtype)
+        self.size, self.blocks = TARGETS[self.q.device.type].attention_block, _blocks(self.k, self.k.shape[2])
+        keyed = [vector.shape[2] == 1 and not self.scoring.traced for vector in self.vectors]
+        self.ends = [ends_of(vector, self.size) if known else None for vector, known in zip(self.vectors, keyed)]
         self.plain: set[int] = set()
         self.shortcuts = shortcuts
 
@@ -210,10 +162,9 @@ class _Blocks:
         blocks = (self.block(rows, keys).scores - base[:, :, rows].unsqueeze(-1) for keys in seen)
         return reduce(torch.add, (torch.exp(scores).sum(-1) for scores in blocks))
 
-    def gradients(
-        self, grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None
-    ) -> Iterator[tuple[slice, slice, _Block, Tensor, Tensor]]:
+    def gradients(self, saved: Saved) -> Iterator[tuple[slice, slice, _Block, Tensor, Tensor]]:
         """Of each block that counts: rows, keys, scores, weights, and the gradient of the scores."""
+        lse, grad_lse = saved.lse, saved.grad_lse
         base = lse.masked_fill(lse == -INF, INF)
         for rows in _blocks(self.q, self.q.shape[2]):
             seen, hidden = self.keys(rows)
@@ -223,8 +174,8 @@ class _Blocks:
             rounded = mine.isfinite() & (mine.abs() > ROUNDED)
             if self.scoring.score is not None and (self.scoring.traced or bool(rounded.any())):
                 total = self.total(rows, seen, base).masked_fill(~rounded, 1.0).unsqueeze(-1)
-            grad = grad_out[:, :, rows].to(self.dtype)
-            delta = (grad * out[:, :, rows].to(self.dtype)).sum(-1, keepdim=True)
+            grad = saved.grad_out[:, :, rows].to(self.dtype)
+            delta = (grad * saved.out[:, :, rows].to(self.dtype)).sum(-1, keepdim=True)
             if grad_lse is not None:
                 delta = delta - grad_lse[:, :, rows].unsqueeze(-1)
             for keys in seen:
@@ -245,7 +196,7 @@ def _cut(vector: Tensor, rows: slice, keys: slice) -> Tensor:
     return vector[:, :, rows if vector.shape[2] > 1 else slice(None), keys if vector.shape[3] > 1 else slice(None)]
 
 
-def _state(q: Tensor, v: Tensor, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _state(call: KernelCall, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Of rows that have seen nothing yet."""
-    top = q.new_full((*q.shape[:2], rows.stop - rows.start), -INF, dtype=dtype)
-    return top, torch.zeros_like(top), q.new_zeros((*top.shape, v.shape[3]), dtype=dtype)
+    top = call.q.new_full((*call.q.shape[:2], rows.stop - rows.start), -INF, dtype=dtype)
+    return top, torch.zeros_like(top), call.q.new_zeros((*top.shape, call.v.shape[3]), dtype=dtype)

@@ -9,22 +9,30 @@ from functools import partial
 from math import prod
 
 from autosp_aot.ops.attention import kernels, rule, workspace
+from autosp_aot.ops.attention.arguments import named
 from autosp_aot.ops.record import OverHeads, OwnOp, Shape
 
 _SCORING = "scale=, causal=False, window=None, score=None, safe=True, dropout=0.0, site=0, heads=0"
 _SAVED = "grad_out, q, k, v, out, lse, grad_lse, vectors, seed"
 
 
-def _attention(name: str, arguments: str, results: str, products: int, query: int, **fields) -> OwnOp:
-    """A record by what differs; its `products` are of [S, D] and [D, S], or [S, S] and [S, D]."""
-    kernel = getattr(kernels, name)
+def _attention(name: str, arguments: str, results: str, products: int, rows: str = "", **fields) -> OwnOp:
+    """A record by what differs: its `products` are of [S, D] and [D, S], or [S, S] and [S, D].
+
+    `rows` is the name of the operator over heads and rows as one dim.
+    """
+    kernel, memory = getattr(kernels, name), getattr(workspace, name)
+    query = arguments.split(", ").index("q")
+    of_keys = tuple(at for at, result in enumerate(results.strip("()").split(", ")) if result in ("grad_k", "grad_v"))
     return OwnOp(
         f"autosp.{name}",
         f"autosp.{name}({arguments}, {_SCORING}) -> {results}",
-        kernel,
-        getattr(workspace, name),
+        named(kernel, arguments),
+        lambda *values, target, **scoring: named(partial(memory, target=target), arguments)(*values, **scoring),
+        partial(rule.spec, arguments, results),
         flops=_flops(products, query),
-        traced=partial(kernel, traced=True),
+        traced=partial(named(kernel, arguments), traced=True),
+        over_heads=OverHeads(query, f"autosp.{rows}", of_keys) if rows else None,
         site="site",
         **fields,
     )
@@ -44,53 +52,35 @@ ATTENTION = _attention(
     "q, k, v, vectors, seed, group, first_head",
     "(out, lse)",
     products=2,
-    query=0,
-    rule=rule.attention,
+    rows="attention_rows",
     quadratic=True,
     gradient="autosp.attention_backward",
-    over_heads=OverHeads(0, "autosp.attention_rows"),
 )
 ATTENTION_BACKWARD = _attention(
     "attention_backward",
     f"{_SAVED}, group, first_head",
     "(grad_q, grad_k, grad_v)",
     products=5,
-    query=1,
-    rule=rule.attention_backward,
-    over_heads=OverHeads(1, "autosp.attention_rows_backward", of_keys=(1, 2)),
+    rows="attention_rows_backward",
 )
 ATTENTION_VECTOR_GRADIENT = _attention(
     "attention_vector_gradient",
     f"{_SAVED}, which, group, first_head",
     "grad_vector",
     products=2,
-    query=1,
-    rule=rule.vector_gradient,
-    over_heads=OverHeads(1, "autosp.attention_rows_vector_gradient"),
+    rows="attention_rows_vector_gradient",
 )
 ATTENTION_ROWS = _attention(
     "attention_rows",
     "q, k, v, vectors, seed, group, rows, start",
     "(out, lse)",
     products=2,
-    query=0,
-    rule=rule.attention,
     quadratic=True,
     gradient="autosp.attention_rows_backward",
 )
 ATTENTION_ROWS_BACKWARD = _attention(
-    "attention_rows_backward",
-    f"{_SAVED}, group, rows, start",
-    "(grad_q, grad_k, grad_v)",
-    products=5,
-    query=1,
-    rule=rule.attention_backward,
+    "attention_rows_backward", f"{_SAVED}, group, rows, start", "(grad_q, grad_k, grad_v)", products=5
 )
 ATTENTION_ROWS_VECTOR_GRADIENT = _attention(
-    "attention_rows_vector_gradient",
-    f"{_SAVED}, which, group, rows, start",
-    "grad_vector",
-    products=2,
-    query=1,
-    rule=rule.vector_gradient,
+    "attention_rows_vector_gradient", f"{_SAVED}, which, group, rows, start", "grad_vector", products=2
 )

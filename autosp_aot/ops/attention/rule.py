@@ -20,43 +20,27 @@ from autosp_aot.sharding.spec import Axis, Dims, Spec
 BATCH, CUT, ROWS, KEYS, WIDTH, V_WIDTH, HEADS = range(7)
 
 
-def attention(call: Call) -> Spec:
-    return _spec(call, "qkv", results=["o", "l"])
+def spec(arguments: str, results: str, call: Call) -> Spec:
+    """`arguments` and `results` are the names in the operator's signature.
 
-
-def attention_backward(call: Call) -> Spec:
-    return _spec(call, "oqkvoll", results=["q", "k", "v"])
-
-
-def vector_gradient(call: Call) -> Spec:
-    which = call.instr.args[len("oqkvoll") + 2]
-    return _spec(call, "oqkvoll", results=[which])
-
-
-def _spec(call: Call, letters: str, results: list[str | int]) -> Spec:
-    """`letters` name the tensor arguments before the vectors; `results` are letters, or the number of a vector.
-
-    After the vectors comes the seed of dropout or None. What is dropped follows from the position in the whole batch.
+    Where there is dropout the seed is an operand: what is dropped follows from the position in the whole batch.
     """
-    drops = isinstance(call.instr.args[len(letters) + 1], Ref)
-    given = [isinstance(arg, Ref) for arg in call.instr.args[: len(letters)]]
-    named = "".join(letter for letter, there in zip(letters, given) if there)
-    shapes = [value.shape for value in call.operands[: len(call.operands) - drops]]
-    q, k, v = (shapes[named.index(letter)] for letter in "qkv")
-    by_rows, count = len(q) == 3, len(shapes) - len(named)
-    group, *rest = call.instr.args[len(letters) + 2 + (len(results) == 1) : -1]
-    rows = rest[0] if by_rows else 1
+    given = dict(zip(arguments.split(", "), call.instr.args, strict=True))
+    operands = iter(call.operands)
+    shapes = {name: next(operands).shape for name, arg in given.items() if isinstance(arg, Ref) and name != "seed"}
+    vectors, drops = [next(operands).shape for _ in given["vectors"]], isinstance(given["seed"], Ref)
+    q, k, v = shapes["q"], shapes["k"], shapes["v"]
+    by_rows, group, rows = "rows" in given, given["group"], given.get("rows", 1)
     heads = q[1] // rows
-    extents = (q[0], q[1], rows if by_rows else q[2], k[2], k[3], v[3], heads)
-    vectors = [_vector(shape, by_rows) for shape in shapes[len(shapes) - count :]]
-    dims = _dims(group * rows, by_rows) | dict(enumerate(vectors))
     bounds = _bounds(call, heads, rows, group, by_rows)
-    kept = [name for name, used in zip(results, call.results_by_position) if used]
+    each = [_vector(shape, by_rows) for shape in vectors]
+    dims = _dims(group * rows, by_rows) | ({"vector": each[given["which"]]} if "which" in given else {})
+    own = [dims[name.removeprefix("grad_")] for name in results.strip("()").split(", ")]
     return Spec(
-        extents,
+        (q[0], q[1], rows if by_rows else q[2], k[2], k[3], v[3], heads),
         frozenset({ROWS, KEYS, WIDTH, V_WIDTH, HEADS, *((BATCH,) if drops else ())}),
-        (*(dims[letter] for letter in named), *vectors, *(((),) if drops else ())),
-        tuple(dims[name] for name in kept),
+        (*(dims[name.removeprefix("grad_")] for name in shapes), *each, *(((),) if drops else ())),
+        tuple(dim for dim, used in zip(own, call.results_by_position) if used),
         splits=((CUT, bounds),) if bounds else (),
         localize=_localize,
         flat=frozenset({CUT}),
@@ -72,8 +56,8 @@ def _dims(group: int, by_rows: bool) -> dict[str, Dims]:
         "q": (*mine, (Axis(WIDTH),)),
         "k": ((Axis(BATCH),), (kv,), (Axis(KEYS),), (Axis(WIDTH),)),
         "v": ((Axis(BATCH),), (kv,), (Axis(KEYS),), (Axis(V_WIDTH),)),
-        "o": (*mine, (Axis(V_WIDTH),)),
-        "l": mine,
+        "out": (*mine, (Axis(V_WIDTH),)),
+        "lse": mine,
     }
 
 

@@ -13,19 +13,22 @@ number a row; AOTriton's backward keeps that number (aten/native/transformers/hi
 kernel are a few MiB a thread at any length and not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from autosp_aot.ir.operators import DTYPE_NAMES, wide
 from autosp_aot.ir.score_expr import walk
+from autosp_aot.ops.attention.arguments import Arguments, HeadRun, Saved
 from autosp_aot.ops.record import FEW
 from autosp_aot.targets.table import TARGETS
 
 # Tensors of a block's size that blockwise attention has at once: beside a score expression, for each part of it, for
 # the gradient of a part, and for dropout (64-bit positions and bits).
 SCORING, PART, PART_GRADIENT, DRAWING = 8, 1, 2, 12
+# Results, and the bytes needed beside them.
+Workspace = tuple[list[Tensor], int]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -67,110 +70,89 @@ def has_kernel(q: Tensor, k: Tensor, v: Tensor, plain: bool, causal: bool, targe
     return DTYPE_NAMES[q.dtype] in flash.dtypes and width <= flash.width_limit and width % flash.width_multiple == 0
 
 
-def head_runs(heads: int, group: int, first_head: int) -> list[tuple[slice, slice]]:
-    """(query heads, key/value heads) of a call: all at once where they are one to one, else a run a key/value head."""
-    if group == 1:
-        return [(slice(0, heads), slice(0, heads))]
-    first_kv, runs, at = first_head // group, [], 0
-    while at < heads:
-        kv = (first_head + at) // group
-        end = min((kv + 1) * group - first_head, heads)
-        runs.append((slice(at, end), slice(kv - first_kv, kv - first_kv + 1)))
-        at = end
-    return runs
+def attention(call: Arguments, target: str) -> Workspace:
+    call, copied_bytes = _densed(call)
+    results = outputs(call.q, call.v.shape[3], target)
+    if call.q.numel() == 0:
+        return list(results), 0
+    runs = call.head_runs()
+    run = _LargestRun(call, target, _most_heads(runs))
+    return list(results), copied_bytes + run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
 
 
-def attention(q, k, v, vectors, seed, group, first_head, target, **scoring):
-    (q, k, v), copied_bytes = _densed(q, k, v)
-    results = outputs(q, v.shape[3], target)
+def attention_backward(call: Arguments, saved: Saved, target: str) -> Workspace:
+    q, k, v = call.q, call.k, call.v
+    results = [gradient(q), gradient(k), gradient(v)]
     if q.numel() == 0:
         return results, 0
-    runs = head_runs(q.shape[1], group, first_head)
-    run = _LargestRun(q, k, v, vectors, scoring, target, _most_heads(runs))
-    return results, copied_bytes + run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
-
-
-def attention_backward(grad_out, q, k, v, out, lse, grad_lse, vectors, seed, group, first_head, target, **scoring):
-    results = gradient(q), gradient(k), gradient(v)
-    if q.numel() == 0:
-        return results, 0
-    (q, k, v, out), copied_bytes = _densed(q, k, v, out)
-    runs = head_runs(q.shape[1], group, first_head)
-    run = _LargestRun(q, k, v, vectors, scoring, target, _most_heads(runs))
-    beside = run.backward_bytes(grad_lse is not None)
-    if group == 1:
+    call, copied_bytes = _densed(call, saved.out)
+    runs = call.head_runs()
+    run = _LargestRun(call, target, _most_heads(runs))
+    beside = run.backward_bytes(saved.grad_lse is not None)
+    if call.group == 1:
         return results, copied_bytes + beside
     sums = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.itemsize
     own = run.gradient_bytes() + max(beside, sums)
     return results, copied_bytes + (own if len(runs) > 1 else own - sums - q.numel() * q.itemsize)
 
 
-def attention_vector_gradient(
-    grad_out, q, k, v, out, lse, grad_lse, vectors, seed, which, group, first_head, target, **scoring
-):
-    most = _most_heads(head_runs(q.shape[1], group, first_head))
-    run = _LargestRun(q, k, v, vectors, scoring, target, most)
-    return _summed([vectors[which]], lse.dtype, run.vector_gradient_bytes(which) if q.numel() else 0)
+def attention_vector_gradient(call: Arguments, saved: Saved, which: int, target: str) -> Workspace:
+    run = _LargestRun(call, target, _most_heads(call.head_runs()))
+    return _summed([call.vectors[which]], saved.lse.dtype, run.vector_gradient_bytes(which) if call.q.numel() else 0)
 
 
-def attention_rows(q, k, v, vectors, seed, group, rows, start, target, **scoring):
-    results = q.new_empty((*q.shape[:2], v.shape[3])), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
+def attention_rows(call: Arguments, target: str) -> Workspace:
+    q = call.q
+    results = [q.new_empty((*q.shape[:2], call.v.shape[3])), q.new_empty(q.shape[:2], dtype=wide(q.dtype))]
     if q.numel() == 0:
         return results, 0
-    (q, k, v), copied_bytes = _densed(q, k, v)
-    run = _LargestRun(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
+    call, copied_bytes = _densed(call)
+    run = _largest_rows(call, target)
     # Up to two sets of keys, merged in the wide dtype, and one left from the run before.
     return results, copied_bytes + 8 * run.output_bytes(wide(q.dtype)) + run.forward_bytes()
 
 
-def attention_rows_backward(
-    grad_out, q, k, v, out, lse, grad_lse, vectors, seed, group, rows, start, target, **scoring
-):
-    if q.numel() == 0:
-        return _summed([q, k, v], lse.dtype, 0)
-    (q, k, v, out), copied_bytes = _densed(q, k, v, out)
-    run = _LargestRun(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
-    beside = copied_bytes + run.gradient_bytes() + run.backward_bytes(grad_lse is not None)
-    return _summed([q, k, v], lse.dtype, beside)
+def attention_rows_backward(call: Arguments, saved: Saved, target: str) -> Workspace:
+    operands = [call.q, call.k, call.v]
+    if call.q.numel() == 0:
+        return _summed(operands, saved.lse.dtype, 0)
+    call, copied_bytes = _densed(call, saved.out)
+    run = _largest_rows(call, target)
+    beside = copied_bytes + run.gradient_bytes() + run.backward_bytes(saved.grad_lse is not None)
+    return _summed(operands, saved.lse.dtype, beside)
 
 
-def attention_rows_vector_gradient(
-    grad_out, q, k, v, out, lse, grad_lse, vectors, seed, which, group, rows, start, target, **scoring
-):
-    run = _LargestRun(q.unsqueeze(1), k, v, vectors, scoring, target, 1, min(rows, q.shape[1]))
-    return _summed([vectors[which]], lse.dtype, run.vector_gradient_bytes(which) if q.numel() else 0)
+def attention_rows_vector_gradient(call: Arguments, saved: Saved, which: int, target: str) -> Workspace:
+    run = _largest_rows(call, target)
+    return _summed([call.vectors[which]], saved.lse.dtype, run.vector_gradient_bytes(which) if call.q.numel() else 0)
 
 
 @dataclass(frozen=True)
 class _LargestRun:
     """The largest run of a call: so many heads, and rows of them; bytes of what its kernel makes and needs."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    vectors: tuple[Tensor, ...]
-    scoring: dict
+    call: Arguments
     target: str
     heads: int
     most_rows: int | None = None
 
     @property
     def rows(self) -> int:
-        return self.q.shape[2] if self.most_rows is None else self.most_rows
+        return self.call.q.shape[2] if self.most_rows is None else self.most_rows
 
     @property
     def lines(self) -> int:
         """Heads of all sequences of the batch."""
-        return self.q.shape[0] * self.heads
+        return self.call.q.shape[0] * self.heads
 
     def output_bytes(self, dtype: torch.dtype | None = None) -> int:
-        lse = wide(self.q.dtype).itemsize
-        return self.lines * self.rows * (self.v.shape[3] * (dtype or self.q.dtype).itemsize + lse)
+        lse = wide(self.call.q.dtype).itemsize
+        return self.lines * self.rows * (self.call.v.shape[3] * (dtype or self.call.q.dtype).itemsize + lse)
 
     def gradient_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Of q, k and v, every query head with keys and values of its own."""
-        widths = self.rows * self.q.shape[3] + self.k.shape[2] * (self.k.shape[3] + self.v.shape[3])
-        return self.lines * widths * (dtype or self.q.dtype).itemsize
+        widths = self.rows * self.call.q.shape[3] + self.call.k.shape[2] * (self.call.k.shape[3] + self.call.v.shape[3])
+        return self.lines * widths * (dtype or self.call.q.dtype).itemsize
 
     def forward_bytes(self) -> int:
         return 0 if self.has_kernel() else self.block_bytes(SCORING, PART)
@@ -181,52 +163,59 @@ class _LargestRun:
         return self.accumulated_bytes() + self.block_bytes(2 * SCORING, PART + PART_GRADIENT)
 
     def vector_gradient_bytes(self, which: int) -> int:
-        found = self.vectors[which].numel() * wide(self.q.dtype).itemsize
+        found = self.call.vectors[which].numel() * wide(self.call.q.dtype).itemsize
         return found + self.block_bytes(2 * SCORING, PART + PART_GRADIENT)
 
     def accumulated_bytes(self) -> int:
         """Gradients of half dtypes are added up in fp32 beside the results; base and delta are a number a row."""
-        dtype = wide(self.q.dtype)
-        return (self.gradient_bytes(dtype) if dtype != self.q.dtype else 0) + self.lines * self.rows * dtype.itemsize
+        dtype = wide(self.call.q.dtype)
+        gradients = self.gradient_bytes(dtype) if dtype != self.call.q.dtype else 0
+        return gradients + self.lines * self.rows * dtype.itemsize
 
     def flash_bytes(self) -> int:
-        rows, width = -(-self.q.shape[2] // 128) * 128, -(-self.q.shape[3] // 32) * 32
+        rows, width = -(-self.call.q.shape[2] // 128) * 128, -(-self.call.q.shape[3] // 32) * 32
         return self.lines * rows * (width + 1) * 4
 
     def lse_bytes(self) -> int:
         """Of the dense copy of lse [B, n, rows] that a kernel reads where that is a part of a larger one."""
-        is_part = self.heads < self.q.shape[1] or self.rows < self.q.shape[2]
-        return self.lines * self.rows * wide(self.q.dtype).itemsize if is_part and self.q.shape[0] > 1 else 0
+        is_part = self.heads < self.call.q.shape[1] or self.rows < self.call.q.shape[2]
+        return self.lines * self.rows * wide(self.call.q.dtype).itemsize if is_part and self.call.q.shape[0] > 1 else 0
 
     def block_bytes(self, tensors: int, parts: int) -> int:
         """Of a block of rows and keys: scores, expression, draws, and what is read of q, k, v and vectors, widened."""
-        size, scoring = TARGETS[self.target].attention_block, self.scoring
-        itemsize = wide(self.q.dtype).itemsize
-        rows, keys = min(size, self.rows), min(size, self.k.shape[2])
+        size, scoring = TARGETS[self.target].attention_block, self.call.scoring
+        itemsize = wide(self.call.q.dtype).itemsize
+        rows, keys = min(size, self.rows), min(size, self.call.k.shape[2])
         count = sum(1 for _ in walk(scoring.get("score"))) if scoring.get("score") is not None else 0
         block = tensors * itemsize + 8 * (count * parts + (DRAWING if scoring.get("dropout") else 0))
-        read = tensors * (rows + keys) * max(self.q.shape[3], self.v.shape[3]) * itemsize
-        seen = 8 * sum(3 * vector.numel() for vector in self.vectors)
+        read = tensors * (rows + keys) * max(self.call.q.shape[3], self.call.v.shape[3]) * itemsize
+        seen = 8 * sum(3 * vector.numel() for vector in self.call.vectors)
         return self.lines * (rows * keys * block + read) + seen + FEW
 
     def has_kernel(self) -> bool:
-        scoring = self.scoring
+        scoring = self.call.scoring
         plain = scoring.get("score") is None and scoring.get("window") is None and not scoring.get("dropout")
         if self.most_rows is not None and plain:
-            return has_kernel(self.q, self.k, self.v, plain, False, self.target)
-        return has_kernel(self.q, self.k, self.v, plain, scoring.get("causal", False), self.target)
+            return has_kernel(self.call.q, self.call.k, self.call.v, plain, False, self.target)
+        return has_kernel(self.call.q, self.call.k, self.call.v, plain, scoring.get("causal", False), self.target)
 
 
-def _densed(*tensors: Tensor) -> tuple[list[Tensor], int]:
-    """The tensors as `dense` makes them, and the bytes of the copies."""
-    return [dense(t) for t in tensors], sum(t.numel() * t.itemsize for t in tensors if not is_dense(t))
+def _largest_rows(call: Arguments, target: str) -> _LargestRun:
+    """The largest run over heads and rows as one dim."""
+    return _LargestRun(replace(call, q=call.q.unsqueeze(1)), target, 1, min(call.rows, call.q.shape[1]))
 
 
-def _most_heads(runs: list[tuple[slice, slice]]) -> int:
-    return max((heads.stop - heads.start for heads, _ in runs), default=0)
+def _densed(call: Arguments, *others: Tensor) -> tuple[Arguments, int]:
+    """The call as `dense` makes its tensors, and the bytes of these copies and of the others'."""
+    copied = sum(t.numel() * t.itemsize for t in (call.q, call.k, call.v, *others) if not is_dense(t))
+    return replace(call, q=dense(call.q), k=dense(call.k), v=dense(call.v)), copied
 
 
-def _summed(operands: list[Tensor], dtype: torch.dtype, beside: int) -> tuple[list[Tensor], int]:
+def _most_heads(runs: list[HeadRun]) -> int:
+    return max((run.heads.stop - run.heads.start for run in runs), default=0)
+
+
+def _summed(operands: list[Tensor], dtype: torch.dtype, beside: int) -> Workspace:
     """Gradients without gaps that are added up in `dtype`."""
     totals = sum(t.numel() * dtype.itemsize for t in operands if t.dtype != dtype)
     return [t.new_empty(t.shape) for t in operands], totals + beside

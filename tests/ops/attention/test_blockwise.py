@@ -9,13 +9,9 @@ import torch
 from autosp_aot.ir.intervals import HIDDEN
 from autosp_aot.ir.score_expr import evaluate
 from autosp_aot.ops.attention import blockwise
+from autosp_aot.ops.attention.arguments import Dropout, KernelCall, Saved, Scoring
 from autosp_aot.ops.attention.block_bounds import blocks_of, ends_of
-from autosp_aot.ops.attention.blockwise import (
-    Dropout,
-    Scoring,
-    blockwise_backward,
-    blockwise_vector_gradient,
-)
+from autosp_aot.ops.attention.blockwise import blockwise_backward, blockwise_vector_gradient
 from autosp_aot.targets.table import CPU, TARGETS
 
 INF = float("inf")
@@ -86,7 +82,8 @@ def check_one(scoring: Scoring, differentiate) -> None:
         at, key = torch.arange(R).view(1, 1, -1, 1), torch.arange(T).view(1, 1, 1, -1)
         probabilities = probabilities * scoring.dropout.factor(B, N, at, key, torch.float64)
     expected = probabilities @ leaves[2]
-    out, found_lse = blockwise.blockwise(q, k, v, given, scoring)
+    call = KernelCall(q, k, v, given, scoring)
+    out, found_lse = blockwise.blockwise(call)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(found_lse, lse)
     total = (expected * grad_out).sum()
@@ -94,9 +91,9 @@ def check_one(scoring: Scoring, differentiate) -> None:
         grad_lse = normal(B, N, R)
         total = total + (lse * grad_lse).sum()
     wanted = torch.autograd.grad(total, leaves)
-    saved = grad_out, q, k, v, out, found_lse, grad_lse, given
-    grads = [*blockwise_backward(*saved, scoring)]
-    grads += [blockwise_vector_gradient(*saved, at, scoring) for at in differentiate]
+    saved = Saved(grad_out, out, found_lse, grad_lse)
+    grads = [*blockwise_backward(call, saved)]
+    grads += [blockwise_vector_gradient(call, saved, at) for at in differentiate]
     for grad, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, want.nan_to_num(nan=0.0))
 
@@ -128,7 +125,9 @@ def test_dropped_weights_are_those_of_the_position(score):
 
 def test_rows_that_see_nothing_are_nan_where_softmax_makes_them_so():
     q, k = normal(B, N, R, D), normal(B, N, T, D)
-    out, lse = blockwise.blockwise(q, k, k, vectors(), Scoring(0.7, score=SCORES["nothing seen"], safe=False))
+    out, lse = blockwise.blockwise(
+        KernelCall(q, k, k, vectors(), Scoring(0.7, score=SCORES["nothing seen"], safe=False))
+    )
     assert bool(out.isnan().all()) and bool(lse.isnan().all())
 
 
@@ -144,7 +143,8 @@ def test_blocks_that_cannot_be_seen_are_not_computed(monkeypatch):
     q = normal(1, 1, 12, D)
     at = torch.arange(12) // 4
     given = [at.view(1, 1, -1, 1), at.view(1, 1, 1, -1)]
-    blockwise.blockwise(q, q, q, given, Scoring(1.0, score=("aten.where.ScalarOther", SEGMENTS, "s", -INF)))
+    scoring = Scoring(1.0, score=("aten.where.ScalarOther", SEGMENTS, "s", -INF))
+    blockwise.blockwise(KernelCall(q, q, q, given, scoring))
     assert computed == [(slice(0, 4), slice(0, 4)), (slice(4, 8), slice(4, 8)), (slice(8, 12), slice(8, 12))]
 
 

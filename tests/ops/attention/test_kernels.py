@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosp_aot.ops.attention import blockwise, kernels
+from autosp_aot.ops.attention.arguments import KernelCall, Saved, Scoring
+from autosp_aot.ops.attention.blockwise import blockwise, blockwise_backward
+from autosp_aot.ops.table import OURS
 from autosp_aot.targets.table import CPU, CUDA, TARGETS
 
 SCALE = 0.7
@@ -22,20 +24,21 @@ def reference(q, k, v, causal, group=1, first_head=0):
 
 
 def attention(q, k, v, scale, causal, *tail):
-    return kernels.attention(q, k, v, [], None, *tail, scale=scale, causal=causal)
+    return OURS["autosp.attention"].kernel(q, k, v, [], None, *tail, scale=scale, causal=causal)
 
 
 def attention_backward(grad_out, q, k, v, out, lse, scale, causal, *tail):
-    return kernels.attention_backward(grad_out, q, k, v, out, lse, None, [], None, *tail, scale=scale, causal=causal)
+    given = grad_out, q, k, v, out, lse, None, [], None
+    return OURS["autosp.attention_backward"].kernel(*given, *tail, scale=scale, causal=causal)
 
 
 def attention_rows(q, k, v, scale, causal, *tail):
-    return kernels.attention_rows(q, k, v, [], None, *tail, scale=scale, causal=causal)
+    return OURS["autosp.attention_rows"].kernel(q, k, v, [], None, *tail, scale=scale, causal=causal)
 
 
 def attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal, *tail):
     given = grad_out, q, k, v, out, lse, None, [], None
-    return kernels.attention_rows_backward(*given, *tail, scale=scale, causal=causal)
+    return OURS["autosp.attention_rows_backward"].kernel(*given, *tail, scale=scale, causal=causal)
 
 
 def tensors(heads, kv_heads, rows, keys, width=4, v_width=4):
@@ -89,9 +92,10 @@ def test_blocks_of_rows_and_keys_add_up(monkeypatch, rows, keys, causal):
     q, k, v, grad_out = tensors(2, 2, rows, keys, v_width=3)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     expected = reference(*leaves, causal)
-    found = blockwise.blockwise(q, k, v, [], blockwise.Scoring(SCALE, causal))
+    call = KernelCall(q, k, v, [], Scoring(SCALE, causal))
+    found = blockwise(call)
     assert_close(found, expected)
-    grads = blockwise.blockwise_backward(grad_out, q, k, v, *found, None, [], blockwise.Scoring(SCALE, causal))
+    grads = blockwise_backward(call, Saved(grad_out, *found, None))
     assert_close(grads, gradients(expected[0], grad_out, *leaves))
 
 
@@ -104,7 +108,7 @@ def test_scores_beyond_the_range_of_exp_do_not_overflow(monkeypatch):
     monkeypatch.setitem(TARGETS, "cpu", replace(CPU, attention_block=2))
     q, k, v, _ = tensors(1, 1, 5, 5)
     q *= 1000
-    assert_close(blockwise.blockwise(q, k, v, [], blockwise.Scoring(SCALE, True)), reference(q, k, v, True))
+    assert_close(blockwise(KernelCall(q, k, v, [], Scoring(SCALE, True))), reference(q, k, v, True))
 
 
 ROWS, HEADS, GROUP = 3, 4, 2

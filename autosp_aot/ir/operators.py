@@ -22,6 +22,15 @@ FACTORIES = frozenset({
     "aten.arange.start_step", "aten.full.default", "aten.ones.default", "aten.scalar_tensor.default",
     "aten.zeros.default",
 })  # fmt: skip
+# Elementwise operators that torch does not tag so.
+UNTAGGED = frozenset({
+    "aten.__and__.Tensor", "aten.__or__.Tensor", "aten._prelu_kernel.default", "aten._prelu_kernel_backward.default",
+    "aten._to_copy.default", "aten.elu_backward.default", "aten.fill.Scalar", "aten.floor_divide.Scalar",
+    "aten.floor_divide.default", "aten.hardsigmoid_backward.default", "aten.hardswish.default",
+    "aten.hardswish_backward.default", "aten.hardtanh_backward.default", "aten.leaky_relu_backward.default",
+    "aten.masked_fill.Tensor", "aten.mish_backward.default", "aten.softplus_backward.default", "aten.where.Scalar",
+    "aten.where.ScalarOther", "aten.where.ScalarSelf",
+})  # fmt: skip
 # What torch computes a number's operator with: the number becomes a tensor.
 OF_TENSORS = {f"aten.{name}.Scalar": f"aten.{name}.Tensor" for name in ("div", "mul")}
 
@@ -41,6 +50,13 @@ def overload(name: str) -> torch._ops.OpOverload | None:
         return None
     found = getattr(packet, parts[2])
     return found if _pure(found) and (name in FACTORIES or _reads_tensor(found)) else None
+
+
+@cache
+def elementwise(name: str) -> bool:
+    """Whether a name is that of an allowed operator that works element by element, with broadcasting."""
+    found = overload(name)
+    return found is not None and (torch.Tag.pointwise in found.tags or name in UNTAGGED)
 
 
 @cache

@@ -11,17 +11,12 @@ attention's vectors, numbers as they were written, ("constant", dtype, number) a
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
-from autosp_aot.ir import operators
-from autosp_aot.ir.operators import DTYPES
+from autosp_aot.ir.operators import DTYPES, elementwise, overload
 from autosp_aot.ir.program import Arg
 
 NODES = 256  # of one expression
-# Elementwise operators that torch does not tag so.
-UNTAGGED_IN_SCORES = ("aten.__and__.Tensor", "aten.__or__.Tensor", "aten.where.Scalar", "aten.where.ScalarSelf",
-            "aten.where.ScalarOther")  # fmt: skip
 
 
 def evaluate(score: Arg, leaves: Mapping[str, Tensor]) -> Tensor:
@@ -33,16 +28,10 @@ def evaluate(score: Arg, leaves: Mapping[str, Tensor]) -> Tensor:
         return leaves["s"].new_full((1, 1, 1, 1), rest[1], dtype=DTYPES[rest[0]])
     if head == "cast":
         return evaluate(rest[1], leaves).to(DTYPES[rest[0]])
-    operator = operators.overload(head)
+    operator = overload(head)
     assert operator is not None, "as checked"
     value: Tensor = operator(*(evaluate(x, leaves) if isinstance(x, (str, tuple)) else x for x in rest))
     return value
-
-
-def elementwise(name: str) -> bool:
-    """True for an allowed operator that works element by element."""
-    overload = operators.overload(name)
-    return overload is not None and (torch.Tag.pointwise in overload.tags or name in UNTAGGED_IN_SCORES)
 
 
 def check(score: Arg, vectors: int) -> None:

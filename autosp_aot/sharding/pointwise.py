@@ -1,20 +1,8 @@
 """Operators that work element by element, with broadcasting."""
 
-import torch
-
-from autosp_aot.ir.score_expr import UNTAGGED_IN_SCORES
+from autosp_aot.ir.operators import elementwise
 from autosp_aot.sharding.call import Call
 from autosp_aot.sharding.spec import Axis, Spec
-
-# Elementwise operators that torch does not tag so.
-UNTAGGED = (
-    *UNTAGGED_IN_SCORES, "aten._prelu_kernel.default", "aten._prelu_kernel_backward.default", "aten._to_copy.default",
-    "aten.elu_backward.default", "aten.empty_like.default", "aten.fill.Scalar", "aten.floor_divide.default",
-    "aten.floor_divide.Scalar", "aten.full_like.default", "aten.hardsigmoid_backward.default", "aten.hardswish.default",
-    "aten.hardswish_backward.default", "aten.hardtanh_backward.default", "aten.leaky_relu_backward.default",
-    "aten.masked_fill.Tensor", "aten.mish_backward.default", "aten.ones_like.default", "aten.softplus_backward.default",
-    "aten.zeros_like.default",
-)  # fmt: skip
 
 # Sets of operands that may be summands together: the operator is linear in them.
 LINEAR = {
@@ -30,8 +18,12 @@ WIDENING = {("bf16", "f32"), ("f16", "f32"), ("bf16", "f64"), ("f16", "f64"), ("
 
 
 def pointwise(call: Call) -> Spec | None:
+    return broadcast(call) if elementwise(call.instr.op) else None
+
+
+def broadcast(call: Call) -> Spec | None:
     """Every dim of the result is parallel; a dim of size one that is broadcast has no factor."""
-    if not _elementwise(call.instr.op) or len({out.shape for out in call.results}) != 1:
+    if len({out.shape for out in call.results}) != 1:
         return None
     shape = call.results[0].shape
     result = tuple((Axis(dim),) for dim in range(len(shape)))
@@ -45,16 +37,6 @@ def pointwise(call: Call) -> Spec | None:
             )
         )
     return Spec(shape, frozenset(), tuple(operands), (result,) * len(call.results), linear=_linear(call))
-
-
-def _elementwise(op: str) -> bool:
-    if op in UNTAGGED:
-        return True
-    namespace, name, overload = op.split(".")
-    if namespace != "aten":
-        return False
-    overload = getattr(getattr(torch.ops.aten, name), overload)
-    return torch.Tag.pointwise in overload.tags and torch.Tag.nondeterministic_seeded not in overload.tags
 
 
 def _linear(call: Call) -> tuple[tuple[int, ...], ...]:

@@ -6,6 +6,7 @@ An operator of our own has its rule in its record (`ops/table.py`, where both ar
 from autosp_aot.sharding import contractions, convolutions, lookups, views
 from autosp_aot.sharding.call import Rule
 from autosp_aot.sharding.contractions import notation, plus_product, reduction, whole_dim
+from autosp_aot.sharding.pointwise import broadcast
 from autosp_aot.sharding.scans import along, over_places
 
 RULES: dict[str, Rule] = {
@@ -35,9 +36,11 @@ RULES: dict[str, Rule] = {
     "aten.dot.default": notation("i,i->", linear=((0,), (1,))),
     "aten.embedding.default": contractions.embedding,
     "aten.embedding_dense_backward.default": contractions.embedding_backward,
+    "aten.empty_like.default": broadcast,
     "aten.expand.default": views.expand,
     "aten.flip.default": along(1, linear=True),
     "aten.full.default": views.factory(0),
+    "aten.full_like.default": broadcast,
     "aten.gather.default": lookups.gather,
     "aten.histc.default": contractions.histc,
     "aten.index.Tensor": lookups.index,
@@ -60,6 +63,7 @@ RULES: dict[str, Rule] = {
     "aten.nll_loss_backward.default": contractions.nll_loss_backward,
     "aten.nll_loss_forward.default": contractions.nll_loss,
     "aten.ones.default": views.factory(0),
+    "aten.ones_like.default": broadcast,
     "aten.permute.default": views.permute,
     "aten.prod.default": reduction(sums=False, linear=False),
     "aten.prod.dim_int": reduction(sums=False, linear=False),
@@ -86,4 +90,5 @@ RULES: dict[str, Rule] = {
     "aten.triu.default": views.triangle,
     "aten.unfold.default": along(1, linear=True),
     "aten.zeros.default": views.factory(0),
+    "aten.zeros_like.default": broadcast,
 }

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from autosp_aot.export.canonical.shapes import RESHAPES, SAME
+
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 # Operators that only move, repeat or rename elements, and can stand between a key/value head and its repetition.
-MOVES = (
-    aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten._unsafe_view.default,
-    aten.clone.default, aten.contiguous.default, aten.slice.Tensor, aten.repeat_interleave.self_int,
-    aten.flatten.using_ints,
-)  # fmt: skip
+MOVES = (*SAME, *RESHAPES, aten.expand.default, aten.repeat_interleave.self_int, aten.slice.Tensor)
 
 
 def made(graph: Graph, target, args: tuple, value, like: Node) -> Node:

@@ -18,16 +18,13 @@ from torch.fx import Graph, Node
 
 from autosp_aot.export.attention.products import made, regroup
 from autosp_aot.export.canonical.constants import CASTS, Known, evaluate, functional, is_elementwise
+from autosp_aot.export.canonical.shapes import RESHAPES, SAME
 from autosp_aot.ir.operators import DTYPE_NAMES as DTYPES
 from autosp_aot.ir.program import Arg
 from autosp_aot.ir.score_expr import NODES
 
 aten = torch.ops.aten
 
-SAME = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default)
-VIEWS = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-)  # fmt: skip
 # What a vector with rows and keys may take.
 MATRIX_BYTES = 2**28
 RUNS = 8  # of equal diagonals in a constant matrix
@@ -154,7 +151,7 @@ class Scores:
         if target is aten.unsqueeze.default:
             at = args[1] % len(shape)
             return self.of(args[0], slots[:at] + slots[at + 1 :], node) if at < len(shape) - 2 else None
-        if target in VIEWS:
+        if target in RESHAPES:
             return self.viewed(node, slots)
         if target is aten.slice.Tensor:
             return self.sliced(node, slots)

@@ -12,8 +12,8 @@ import torch
 from torch.fx import Node
 
 from autosp_aot.export.attention.products import Product, product_of
-from autosp_aot.export.attention.scores import SAME, VIEWS
 from autosp_aot.export.canonical.constants import CASTS, functional, is_elementwise
+from autosp_aot.export.canonical.shapes import RESHAPES, SAME
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def weighted_sum(softmax: Node) -> tuple[Product | None, float]:
         shapes = [n.meta["val"].shape[-2:] for n in (node, user) if isinstance(n.meta.get("val"), torch.Tensor)]
         if user.target is aten.dropout.default and not dropout:
             dropout = user.args[1] if user.args[2] else 0.0
-        elif user.target not in (*SAME, *CASTS, *VIEWS, aten.type_as.default) or user.args[0] is not node:
+        elif user.target not in (*SAME, *CASTS, *RESHAPES, aten.type_as.default) or user.args[0] is not node:
             break
         if len(shapes) != 2 or shapes[0] != shapes[1]:
             break
@@ -81,6 +81,6 @@ def scores_product(node: Node, shape: tuple[int, ...]) -> tuple[Product | None, 
         if product is not None and product.words[2][-2:] == "".join(product.letters[:2]):
             return product, lead
         target = functional(node.target) if node.op == "call_function" else None
-        if target is not None and (target in (*SAME, *VIEWS, aten.type_as.default) or is_elementwise(target)):
+        if target is not None and (target in (*SAME, *RESHAPES, aten.type_as.default) or is_elementwise(target)):
             todo += node.all_input_nodes[::-1]
     return None, lead

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical.randomness import LOWERINGS, lower
-from autosp_aot.export.canonical.shapes import SHAPES, expand, shaped
+from autosp_aot.export.canonical.shapes import SAME, SHAPES, expand, shaped
 from autosp_aot.export.diagnose import sparse_problem
 from autosp_aot.export.joint import Joint
 from autosp_aot.export.source import where
@@ -32,10 +32,6 @@ from autosp_aot.ops.table import OURS
 
 aten = torch.ops.aten
 
-SAME = (
-    aten.detach.default, aten.alias.default, aten.clone.default, aten.lift.default, aten.lift_fresh_copy.default,
-    aten.contiguous.default,
-)  # fmt: skip
 DROPPED_KWARGS = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 MEAN, SUM = 1, 2
 SEED = "seed"
@@ -131,7 +127,7 @@ class _Canonical:
     def spelled(self, node: Node, types: list[Tensor]) -> tuple[str, ...]:
         """Emit the canonical form of a node; the names of its results."""
         target, args = node.target, node.args
-        if target in SAME:
+        if target in (*SAME, aten.detach.default):
             return (self.names[args[0]],)
         if target in SHAPES:
             return shaped(node, self)

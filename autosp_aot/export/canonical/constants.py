@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from autosp_aot.ir.score_expr import UNTAGGED_IN_SCORES
+from autosp_aot.ir.operators import elementwise
 
 aten = torch.ops.aten
 
@@ -95,7 +95,7 @@ def functional(target: object) -> torch._ops.OpOverload | None:
 
 
 def is_elementwise(target: torch._ops.OpOverload) -> bool:
-    return torch.Tag.pointwise in target.tags or str(target) in UNTAGGED_IN_SCORES or target in CASTS
+    return elementwise(str(target)) or target in CASTS
 
 
 def _evaluate(node: Node, known: dict[Node, Known], most: int) -> Known:

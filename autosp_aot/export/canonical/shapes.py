@@ -14,6 +14,17 @@ from torch.fx import Node
 from autosp_aot.ir.program import Ref
 
 aten = torch.ops.aten
+# The same tensor again; so gives `detach`, where gradients are none of the reader's business.
+SAME = (
+    aten.alias.default, aten.clone.default, aten.contiguous.default, aten.lift.default, aten.lift_fresh_copy.default,
+)  # fmt: skip
+# The same elements in the same order, in another shape.
+RESHAPES = (
+    aten._unsafe_view.default, aten.flatten.using_ints, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.unflatten.int, aten.unsqueeze.default, aten.view.default,
+)  # fmt: skip
+# The same elements with the dims in another order.
+PERMUTES = (aten.permute.default, aten.t.default, aten.transpose.int)
 
 
 def shaped(node: Node, canonical) -> tuple[str, ...]:
@@ -135,26 +146,17 @@ def _dim(node: Node) -> int:
 
 
 SHAPES = {
-    aten._unsafe_view.default: _reshape,
+    **dict.fromkeys(RESHAPES, _reshape),
+    **dict.fromkeys(PERMUTES, _permute),
     aten.cat.default: _cat,
     aten.expand.default: _expand,
-    aten.flatten.using_ints: _reshape,
-    aten.permute.default: _permute,
-    aten.reshape.default: _reshape,
     aten.select.int: _select,
     aten.select_backward.default: _select_backward,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
-    aten.squeeze.default: _reshape,
-    aten.squeeze.dim: _reshape,
-    aten.squeeze.dims: _reshape,
     aten.stack.default: _stack,
-    aten.t.default: _permute,
-    aten.transpose.int: _permute,
     aten.unbind.int: _split,
     aten.unsafe_split.Tensor: _split,
     aten.unsafe_split_with_sizes.default: _split,
-    aten.unsqueeze.default: _reshape,
-    aten.view.default: _reshape,
 }

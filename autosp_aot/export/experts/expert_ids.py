@@ -13,14 +13,12 @@ import torch
 from torch.fx import Node
 
 from autosp_aot.export.canonical.constants import CASTS, arguments
+from autosp_aot.export.canonical.shapes import PERMUTES, RESHAPES, SAME
 from autosp_aot.ir.program import flatten
 
 aten = torch.ops.aten
-RESHAPES = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.permute.default,
-    aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
-    aten.unflatten.int, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
-)  # fmt: skip
+# What keeps every element.
+MOVES = (*SAME, *RESHAPES, *PERMUTES, aten.detach.default)
 EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 PARTS = (aten.select.int, aten.slice.Tensor)
 CHOOSING = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim)
@@ -33,15 +31,15 @@ def choices(ids: Node) -> int | None:
     They are where they say which of n was chosen, and where something of n is looked up at them: eager fails otherwise.
     """
     passed: list[Node] = []
-    root = _source(ids, (*RESHAPES, *PARTS), passed)
-    if written(_source(root, (*RESHAPES, *PARTS, *CASTS))):
+    root = _source(ids, (*MOVES, *PARTS), passed)
+    if written(_source(root, (*MOVES, *PARTS, *CASTS))):
         return None
     if root.target in JOINS:
         found = [choices(part) for part in root.args[0]]
         known = [many for many in found if many is not None]
         return max(known) if len(known) == len(found) else None
     named = [root, *passed]
-    named += [user for node in named for user in node.users if user.target in RESHAPES]
+    named += [user for node in named for user in node.users if user.target in MOVES]
     among = [user for node in named for user in node.users if _looks_up(user, node)]
     if root.target is operator.getitem and root.args[0].target in CHOOSING and root.args[1] == 1:
         among.append(root.args[0])
@@ -74,8 +72,8 @@ def says_ends(ends: Node, equal: dict[Node, Node], ids: Node, experts: int) -> b
     if many is None or counts.target is not aten.histc.default:
         return False
     casts: list[Node] = []
-    root = _source(ids, RESHAPES)
-    if _source(counts.args[0], (*RESHAPES, *CASTS), casts, root) is not root or any(map(written, casts)):
+    root = _source(ids, MOVES)
+    if _source(counts.args[0], (*MOVES, *CASTS), casts, root) is not root or any(map(written, casts)):
         return False
     if counts.args[0].meta["val"].numel() != ids.meta["val"].numel():
         return False
@@ -103,7 +101,7 @@ def given_dims(node: Node) -> list[int]:
 def shares(node: Node) -> bool:
     """Whether a node may share its storage with what it reads, or with what its neighbour in a tuple does."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target in (*RESHAPES, *CASTS, aten.type_as.default):
+    if not isinstance(target, torch._ops.OpOverload) or target in (*MOVES, *CASTS, aten.type_as.default):
         return True
     return any(result.alias_info is not None for result in target._schema.returns)
 

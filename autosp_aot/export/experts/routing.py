@@ -20,7 +20,8 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from autosp_aot.export.canonical.constants import CASTS, arguments
+from autosp_aot.export.canonical.constants import arguments, functional, is_elementwise
+from autosp_aot.export.canonical.shapes import RESHAPES, SAME
 from autosp_aot.export.experts.expert_ids import choices, given_dims, says_ends, shares, written
 from autosp_aot.export.regions import MARKS
 from autosp_aot.ops.experts.captured import PRODUCTS
@@ -41,17 +42,9 @@ ALONG_DIMS = (
     aten.slice.Tensor, aten.softmax.int, aten.split.Tensor, aten.split_with_sizes.default, aten.squeeze.dim,
     aten.sum.dim_IntList, aten.unbind.int, aten.unsqueeze.default,
 )  # fmt: skip
-RESHAPES = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.expand.default,
-    aten.unflatten.int,
-)  # fmt: skip
 # The same with operands that all rows share.
 SHARED = (
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.layer_norm.default, aten.rms_norm.default,
-)  # fmt: skip
-# Elementwise operators that torch does not tag so.
-UNTAGGED = (
-    *CASTS, aten.type_as.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default,
 )  # fmt: skip
 
 
@@ -169,7 +162,7 @@ class _Region:
         elif target in DIVISIONS and isinstance(count := self.plain.get(first), Count):
             self.plain[node] = self.divided(node, count)
         elif self.works_row_by_row(node):
-            is_count = isinstance(self.plain.get(first), Count) and target in (*RESHAPES, aten.unsqueeze.default)
+            is_count = isinstance(self.plain.get(first), Count) and target in (*RESHAPES, aten.expand.default)
             self.plain[node] = self.plain[first] if is_count else self.same(node)
         else:
             raise _Unknown
@@ -263,15 +256,15 @@ class _Region:
             return 0 not in given_dims(node)
         if target in (aten.cat.default, aten.stack.default):
             return all(ordered) and 0 not in given_dims(node)
-        if target in RESHAPES:
+        if target in (*RESHAPES, aten.expand.default):
             result = node.meta["val"].shape
-            return result[0] == self.rows and (target is not aten.expand.default or len(result) == len(shape))
+            return result[:1] == (self.rows,) and (target is not aten.expand.default or len(result) == len(shape))
         if target in SHARED:
             used_up = len(arguments(node).get("normalized_shape", [0]))
             shared = all(len(_shape(operand)) <= 2 for operand in operands[1:])
             return ordered[0] and sum(ordered) == 1 and len(shape) > used_up and shared
-        elementwise = target in UNTAGGED or torch.Tag.pointwise in target.tags
-        if not elementwise or torch.Tag.nondeterministic_seeded in target.tags:
+        made = functional(target)
+        if made is None or not (made in (*SAME, aten.detach.default, aten.type_as.default) or is_elementwise(made)):
             return False
         return _own(node.args[0], node) and all(self.fits(operand, node) for operand in operands)
 
@@ -297,9 +290,7 @@ class _Region:
 
     def same(self, node: Node) -> Node:
         """The operator on the operands in token order; one that writes in place as the one that does not."""
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            target = getattr(getattr(aten, target._schema.name.split("::")[1].rstrip("_")), target._overloadname)
+        target = functional(node.target) or node.target
         change = lambda operand: self.token_order(operand) if operand in self.plain else operand  # noqa: E731
         return self.emit(node, target, map_arg(node.args, change), **map_arg(node.kwargs, change))
 

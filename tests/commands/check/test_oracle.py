@@ -1,6 +1,7 @@
 """Steps of eager find what capture gets wrong, without the checks of capture: each of them is switched off here."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 
 from autosp_aot.commands.build import eager_check
 from autosp_aot.commands.build.builder import build
+from autosp_aot.commands.check import oracle
 from autosp_aot.commands.check.oracle import Built, compare
 from autosp_aot.errors import BuildError
 from autosp_aot.export import evaluation, joint
 from autosp_aot.export.state import _Steps
 from autosp_aot.ops.attention import kernels
+from tests import mutants
 from tests.steps import half_labelled
 
 V, H, N = 64, 16, 4
@@ -153,6 +156,23 @@ def test_a_parameter_that_lost_its_gradient_is_found():
     built = Built(artifact.whole, [artifact.program], None, artifact.buffers)
     outcome = compare(of(Closing), BATCH, built)
     assert outcome.beyond == {"grad.inner.gain": pytest.approx(1)} and outcome.module == "inner"
+
+
+@pytest.mark.parametrize(("limit", "factor", "found"), [(1e-7, 1.0, False), (1e-6, 1 + 1e-5, True)])
+def test_what_is_somewhat_beyond_its_limit_in_fp32_is_judged_in_fp64(monkeypatch, limit, factor, found):
+    """Rounding beyond the limit is gone in fp64; an attention scale that is a little off is not."""
+    monkeypatch.setitem(oracle.LIMITS, ("f32",), limit)
+    monkeypatch.setattr(oracle, "_perturbed_step", lambda *_: {})
+    asked = []
+    judge = oracle._same_in_fp64
+    monkeypatch.setattr(oracle, "_same_in_fp64", lambda *given: asked.append(judge(*given)) or asked[-1])
+    scaled = mutants.option(lambda instr: instr.op == "autosp.attention", "scale", lambda scale: scale * factor)
+    built = eager_check._built
+    planted = lambda artifact: built(replace(artifact, program=scaled(artifact.program)))  # noqa: E731
+    monkeypatch.setattr(eager_check, "_built", planted)
+    with pytest.raises(BuildError, match="differs-from-eager") if found else contextlib.nullcontext():
+        build(of(HeadsOutside, torch.float32), BATCH, 2, target="cpu", evaluation=False)
+    assert asked and asked[0] is not found
 
 
 def test_a_difference_is_named_with_the_module_where_it_first_shows(monkeypatch):

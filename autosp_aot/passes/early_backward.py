@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from autosp_aot.ir.program import EARLY, Input, Instr, Program, Ref, Value, rename, values_of
-from autosp_aot.ir.structure.table import meets
+from autosp_aot.ir.structure.table import STRUCTURE, meets
 from autosp_aot.ops.rescale import RESCALE
 from autosp_aot.ops.table import is_quadratic, spec_of
 from autosp_aot.passes.analysis.labels import Labels
@@ -168,5 +168,5 @@ def _renamed(instr: Instr, names: dict[str, str]) -> Instr:
 
 
 def _mixes(instr: Instr) -> bool:
-    """Whether positions of the sequence come together in an instruction."""
-    return meets(instr.op) or is_quadratic(instr.op)
+    """Whether positions of the sequence come together in an instruction; partial sums of all have none any more."""
+    return (meets(instr.op) and STRUCTURE[instr.op].operands == 1) or is_quadratic(instr.op)

@@ -40,6 +40,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
+@cache
 def overload(name: str) -> torch._ops.OpOverload | None:
     """Torch's operator for `aten.<operator>.<overload>`; None where there is none or it is not allowed."""
     parts = name.split(".")

@@ -236,7 +236,7 @@ def per_rank(values: tuple[int, ...]) -> Int:
 
 
 def _numbers(shape: tuple[Int, ...]) -> TypeGuard[tuple[int, ...]]:
-    return not any(isinstance(n, PerRank) for n in shape)
+    return not any([type(n) is PerRank for n in shape])
 
 
 def flatten(arg: Arg) -> Iterator[Arg]:
@@ -251,7 +251,7 @@ def flatten(arg: Arg) -> Iterator[Arg]:
 def map_args(arg: Arg, change: Callable[[Arg], Arg]) -> Arg:
     """The same nesting with `change` applied to every leaf."""
     if isinstance(arg, (tuple, list)):
-        return tuple(map_args(item, change) for item in arg)
+        return tuple([map_args(item, change) if isinstance(item, (tuple, list)) else change(item) for item in arg])
     return change(arg)
 
 
@@ -279,12 +279,23 @@ def map_ints(program: Program, change: Callable[[PerRank], Int]) -> Program:
 
 
 def map_instr(instr: Instr, change: Callable[[PerRank], Int]) -> Instr:
-    """The instruction with `change` applied to every `PerRank` of a shape or an argument."""
+    """The instruction with `change` applied to every `PerRank` of a shape or an argument; itself where it has none."""
+    if not _differs(instr):
+        return instr
     leaf = lambda arg: change(arg) if isinstance(arg, PerRank) else arg  # noqa: E731
     outs = tuple(out and _map_value(out, change) for out in instr.outs)
     body = instr.body and replace(instr.body, instrs=tuple(map_instr(i, change) for i in instr.body.instrs))
     return replace(instr, outs=outs, args=map_args(instr.args, leaf), kwargs=map_args(instr.kwargs, leaf), body=body)
 
 
+def _differs(instr: Instr) -> bool:
+    """Whether ranks, or tiles, differ in a number of an instruction."""
+    shapes = any(type(n) is PerRank for out in instr.outs if out is not None for n in out.shape)
+    leaves = flatten((instr.args, instr.kwargs))
+    return shapes or any(type(leaf) is PerRank for leaf in leaves) or instr.body is not None
+
+
 def _map_value(value: Value, change: Callable[[PerRank], Int]) -> Value:
+    if _numbers(value.shape):
+        return value
     return replace(value, shape=tuple(change(n) if isinstance(n, PerRank) else n for n in value.shape))

@@ -30,7 +30,6 @@ from autosp_aot.ir.program import (
     Ref,
     Value,
     at_rank,
-    map_args,
     per_rank,
     stands_for,
 )
@@ -175,14 +174,9 @@ class _Derivation:
             if any(p != REPLICATE for p in (*operands, *results)):
                 raise _wrong(f"{instr.op} has no rule, so all it reads and makes is Replicate", instr)
             return Strategy(), None
-        partial = tuple(at for at, placement in enumerate(operands) if placement.partial)
-        found = [Strategy(partial=partial)]
-        for dims, placement in zip((*spec.operands, *spec.results), (*operands, *results)):
-            if placement.cut is not None and (cut := spec.strategy_of(dims, placement)):
-                found.append(replace(cut, partial=partial))
-        for strategy in found:
-            if spec.instantiate(strategy) == (operands, results):
-                return strategy, spec
+        strategy = _strategy(spec, operands, results)
+        if strategy is not None:
+            return strategy, spec
         said = ", ".join(_said(p) for p in operands)
         raise _wrong(f"{instr.op} of ({said}) does not give {', '.join(_said(p) for p in results)}", instr,
                      "no strategy of its sharding rule has these placements")  # fmt: skip
@@ -211,8 +205,8 @@ class _Derivation:
             made = [self.local(out.name, p) for out, p in zip(origin.values(), results)]
             args = spec.localize(args, Local(strategy, shapes, made))
         found, expected = (instr.args, instr.kwargs), (args, origin.kwargs)
-        if _plain(found, self.ranks) != _plain(expected, self.ranks):
-            rank = next(rank for rank in self.ranks if _plain(found, (rank,)) != _plain(expected, (rank,)))
+        if not _equal(found, expected, self.ranks):
+            rank = next(rank for rank in self.ranks if not _equal(found, expected, (rank,)))
             what = f"an argument of {instr.op} is wrong on rank {rank}"
             raise _wrong(what, instr, "it does not follow from the placements")
 
@@ -257,15 +251,24 @@ def _misfit(shape: tuple[Int, ...], whole: tuple[int, ...], placement: Placement
     return next((rank for rank, box in boxes if tuple(at_rank(n, rank) for n in shape) != box), None)
 
 
-def _plain(args: Arg, ranks: tuple[int, ...]) -> Arg:
-    """Arguments with the numbers of `ranks`, and without the names of operands (those were compared before)."""
+@lru_cache(maxsize=8192)
+def _strategy(spec: Spec, operands: Placements, results: Placements) -> Strategy | None:
+    """The strategy of a rule that has exactly these placements; None where none has."""
+    partial = tuple(at for at, placement in enumerate(operands) if placement.partial)
+    found = [Strategy(partial=partial)]
+    for dims, placement in zip((*spec.operands, *spec.results), (*operands, *results)):
+        if placement.cut is not None and (cut := spec.strategy_of(dims, placement)):
+            found.append(replace(cut, partial=partial))
+    return next((strategy for strategy in found if spec.instantiate(strategy) == (operands, results)), None)
 
-    def plain(leaf: Arg) -> tuple[type, str]:
-        if isinstance(leaf, PerRank):
-            leaf = per_rank(tuple(leaf.values[rank] for rank in ranks))
-        return type(leaf), "" if isinstance(leaf, Ref) else repr(leaf)
 
-    return map_args(args, plain)
+def _equal(a: Arg, b: Arg, ranks: tuple[int, ...]) -> bool:
+    """Whether arguments are the same on `ranks`, whatever operands are called (those were compared before)."""
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, (tuple, list)) and len(a) == len(b) and all([_equal(x, y, ranks) for x, y in zip(a, b)])
+    if isinstance(a, PerRank) or isinstance(b, PerRank):
+        a, b = (per_rank(tuple(n.values[r] for r in ranks)) if isinstance(n, PerRank) else n for n in (a, b))
+    return type(a) is type(b) and (isinstance(a, Ref) or repr(a) == repr(b))
 
 
 def _said(placement: Placement) -> str:

@@ -140,7 +140,7 @@ class Executor:
         if instr.op in STRUCTURE:
             return [self._structural(instr, values, self.rank * len(tiles) + tile) for tile in tiles]
         own = [map_instr(instr, lambda n: n.values[tile]) for tile in tiles]
-        return [self._call(own[0])] * len(tiles) if own[0] == own[-1] == instr else [self._call(i) for i in own]
+        return [self._call(instr)] * len(tiles) if own[0] is instr else [self._call(i) for i in own]
 
 
 def _failed(instr: Instr, error: Exception) -> ArtifactError:

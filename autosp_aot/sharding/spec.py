@@ -57,7 +57,7 @@ class Strategy:
     outer: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spec:
     """The rule of one call. Operands are the tensor arguments in the order they appear.
 

@@ -67,10 +67,10 @@ def split_sections(program: Program) -> Program:
 
 def _sum_gradients(gradients, values: dict[str, Value]) -> tuple[tuple[Instr, ...], tuple[tuple[str, str], ...]]:
     """All-reduces over buckets of equal dtype, in the order the gradients are given; whole gradients pass."""
-    summands = list(dict.fromkeys(name for _, name in gradients if values[name].placement.partial))
+    partial_sums = list(dict.fromkeys(name for _, name in gradients if values[name].placement.partial))
     instrs: list[Instr] = []
     totals: dict[str, str] = {}
-    for bucket in _buckets([values[name] for name in summands]):
+    for bucket in _buckets([values[name] for name in partial_sums]):
         outs = tuple(
             replace(value, name=f"{value.name}.all_reduce", placement=replace(value.placement, partial=False))
             for value in bucket

@@ -39,8 +39,8 @@ from autosp_aot.passes.step import Step
 from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Spec, Strategy
 
-# What a region may hold beside what it reads and gives before `auto` slices it. As much as the summands it adds up may
-# always be held: smaller tiles would spend more time on adding up than they save room.
+# What a region may hold beside what it reads and gives before `auto` slices it. As much as the partial sums it adds up
+# may always be held: smaller tiles would spend more time on adding up than they save room.
 LIMIT_BYTES = 2**30
 # What is this many times smaller than the largest value of a run need not be sliced with it.
 SMALL = 8

@@ -4,7 +4,7 @@ from autosp_aot.ir.operators import elementwise
 from autosp_aot.sharding.call import Call
 from autosp_aot.sharding.spec import Axis, Spec
 
-# Sets of operands that may be summands together: the operator is linear in them.
+# Sets of operands that may be partial sums together: the operator is linear in them.
 LINEAR = {
     "aten.add.Tensor": ((0, 1),),
     "aten.sub.Tensor": ((0, 1),),

@@ -48,7 +48,7 @@ Linear = tuple[tuple[int, ...], ...]
 class Strategy:
     """Cut `factor` (inside each of its `outer` parts) at `bounds`; None: nothing is cut.
 
-    The operands in `partial` are summands, then so are the results.
+    The operands in `partial` are partial sums, then so are the results.
     """
 
     factor: int | None = None
@@ -61,7 +61,7 @@ class Strategy:
 class Spec:
     """The rule of one call. Operands are the tensor arguments in the order they appear.
 
-    `linear` lists the sets of operands that may be summands together, all others being the same on every rank.
+    `linear` lists the sets of operands that may be partial sums together, all others being the same on every rank.
     `splits` are bounds the rule itself proposes. `localize(args, local)` rewrites the arguments that hold sizes or
     positions for a rank's box; factors in `flat` are positions for it, and cannot be cut inside outer parts. Of factors
     in `filled` every rank has to have something. `follows` are pairs of factors of which one is a sequence if the other

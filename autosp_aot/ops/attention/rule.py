@@ -4,8 +4,8 @@
                                                              key/value heads lo // group .. ceil(hi / group)
     q: [B, N * S, D]                                 rank r: positions lo..hi of heads and rows as one dim, likewise
 
-Two ranks that share a group both get its key/value head (copies); its gradients are then summands. Vectors of the score
-are cut with the heads where they have heads; over rows they stay whole, unless they have a dim of heads and rows too.
+Two ranks that share a group both get its key/value head (copies); its gradients are then partial sums. Vectors of the
+score are cut with the heads where they have heads; over rows they stay whole, unless they have a dim of heads and rows.
 """
 
 from functools import lru_cache

@@ -25,6 +25,7 @@ from autosp_aot.artifact.batches import Constant
 from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.errors import Problem
 from autosp_aot.ir.program import Value
+from autosp_aot.memory.costs import Costs
 
 FORMAT = 6  # docs/format.md has the history, tests/artifact/formats an artifact of each from 5 on
 # The releases that read a format, as people say them. What is not here was written by development versions alone.
@@ -54,17 +55,26 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """An operator that computes replicated: on every rank, over the whole. `source` is the user's file and line."""
+
+    op: str
+    source: str
+    gathered_bytes: int
+
+
+@dataclass(frozen=True)
 class ProgramFacts:
     """What a manifest says of a program.
 
-    costs       those of `memory.costs.Costs`
+    costs       of the rank with the highest peak
     fallbacks   what computes replicated
     cuts        intervals of all ranks, by the name that decisions use
     decisions   the strategy of each call that is not computed whole on every rank, by its first result
     """
 
-    costs: Json
-    fallbacks: tuple[Json, ...]
+    costs: Costs
+    fallbacks: tuple[Fallback, ...]
     cuts: dict[str, str]
     decisions: dict[str, str]
 

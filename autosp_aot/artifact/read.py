@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor
 
 from autosp_aot import __version__
-from autosp_aot.artifact.batches import CONSTANTS
 from autosp_aot.artifact.checkpoint_layout import Recipe, parse_recipe
 from autosp_aot.artifact.config import BuildConfig, checked_config
 from autosp_aot.artifact.manifest import (
@@ -27,18 +27,16 @@ from autosp_aot.artifact.manifest import (
     WHOLE,
     Json,
     Manifest,
-    ProgramFacts,
-    TensorSpec,
     file_of,
     no_evaluation,
     sealed,
     sha256_of,
 )
+from autosp_aot.artifact.typed_json import typed
 from autosp_aot.errors import ArtifactError, BuildError, Problem
 from autosp_aot.ir.program import ITEMSIZE, Program
 from autosp_aot.ir.text import parse_program
 from autosp_aot.ir.verify import verify
-from autosp_aot.targets.devices import Device
 from autosp_aot.targets.table import TARGETS
 
 SECTIONS = {STEP: ("forward", "backward", "sum_gradients"), EVALUATE: ("evaluate",)}
@@ -76,7 +74,7 @@ def _check_format(path: Path, number: object, writer: object) -> None:
     if number == FORMAT:
         return
     # Of a later format only the artifact itself knows who reads it; of an earlier one, who was released since.
-    reader = READ_BY.get(number, writer if number > FORMAT else None)
+    reader = READ_BY.get(number, writer if number > FORMAT and writer != __version__ else None)
     what = f"{path} has format {number}, and autosp-aot {__version__} reads format {FORMAT}"
     why = f"autosp-aot {reader} reads format {number}" if reader else f"no released version reads format {number}"
     fix = f"use autosp-aot {reader}, or build the artifact again" if reader else "build the artifact again"
@@ -84,71 +82,41 @@ def _check_format(path: Path, number: object, writer: object) -> None:
 
 
 def _manifest(found: Json) -> Manifest:
-    names = {field.name for field in fields(Manifest)}
-    if set(found) != names:
-        raise ValueError(f"unexpected or missing keys: {sorted(set(found) ^ names)}")
-    for key in ("batch", "parameters", "buffers"):
-        found[key] = tuple(_tensor_spec(entry) for entry in found[key])
-    found["trainable"] = tuple(found["trainable"])
-    found["config"] = _config(found["config"])
-    if set(found["programs"]) not in ({STEP}, {STEP, EVALUATE}):
+    manifest: Manifest = typed(Manifest, found, "manifest")
+    for spec in (*manifest.batch, *manifest.parameters, *manifest.buffers):
+        if spec.dtype not in ITEMSIZE or min((*spec.shape, spec.vocabulary or 0)) < 0:
+            raise ValueError(f"{spec.name} has no valid type")
+    _check_config(manifest.config)
+    if set(manifest.programs) not in ({STEP}, {STEP, EVALUATE}):
         raise ValueError("its programs are not a step, and an evaluation or none")
-    if found["config"].evaluation != (EVALUATE in found["programs"]):
+    if manifest.config.evaluation != (EVALUATE in manifest.programs):
         raise ValueError("its programs are not those that were to be built")
-    # JSON's keys are sorted; the step comes first, as it is built, proved and run.
-    found["programs"] = {name: _program_facts(found["programs"][name]) for name in (STEP, EVALUATE)
-                         if name in found["programs"]}  # fmt: skip
-    stored = {spec.name for spec in found["parameters"]}
-    if not {*found["aliases"].values(), *found["trainable"]} <= stored:
+    if not {*manifest.aliases.values(), *manifest.trainable} <= {spec.name for spec in manifest.parameters}:
         raise ValueError("an alias or a trainable name is no parameter")
-    dims = {spec.name: len(spec.shape) for spec in found["batch"]}
-    if not all(dim in range(dims[name]) for name, dim in found["sequence_dims"].items()):
+    dims = {spec.name: len(spec.shape) for spec in manifest.batch}
+    if not all(dim in range(dims.get(name, 0)) for name, dim in manifest.sequence_dims.items()):
         raise ValueError("a sequence dim is no dim of the input")
-    if not all(isinstance(text, str) for text in found["versions"].values()):
-        raise ValueError("versions are not texts")
-    if not all(type(value) in CONSTANTS for value in found["constants"].values()):
-        raise ValueError("constants are None, flags, numbers or texts")
-    if not {"autosp-aot", "torch"} <= set(found["versions"]):
+    if not {"autosp-aot", "torch"} <= set(manifest.versions):
         raise ValueError("the versions of autosp-aot and torch are missing")
-    return Manifest(**found)
+    # JSON's keys are sorted; the step comes first, as it is built, proved and run.
+    programs = {name: manifest.programs[name] for name in (STEP, EVALUATE) if name in manifest.programs}
+    return replace(manifest, programs=programs)
 
 
-def _config(found: Json) -> BuildConfig:
-    device = None if found["device"] is None else Device(**found["device"])
-    config = BuildConfig(**found | {"device": device})
-    if type(config.ranks) is not int or config.ranks < 1:
+def _check_config(config: BuildConfig) -> None:
+    """ValueError, or BuildError, for options that no build has."""
+    device = config.device
+    if config.ranks < 1:
         raise ValueError("ranks is not a positive number")
-    if type(config.strict) is not bool or type(config.evaluation) is not bool:
-        raise ValueError("strict and evaluation are true or false")
-    if device is not None and (device.kind != config.target or not all(rate > 0 for rate in _rates(device))):
-        raise ValueError("the device is not one of the target, with a memory and rates")
     if config.target not in TARGETS:
         raise ValueError("no such target")
+    rates = [] if device is None else [value for name, value in vars(device).items() if name != "kind"]
+    if device is not None and (device.kind != config.target or not all(0 < rate < inf for rate in rates)):
+        raise ValueError("the device is not one of the target, with a memory and rates")
+    if config.memory_budget_bytes is not None and config.memory_budget_bytes < 1:
+        raise ValueError("the memory budget is not a positive number")
     budget_bytes = config.memory_budget_bytes
     checked_config(config.ranks, config.target, config.recompute, budget_bytes, config.tile, config.offload)
-    return config
-
-
-def _rates(device: Device) -> list[float]:
-    numbers = [value for name, value in vars(device).items() if name != "kind"]
-    if not all(type(number) in (int, float) for number in numbers):
-        raise ValueError("a memory or rate of the device is no number")
-    return numbers
-
-
-def _program_facts(found: Json) -> ProgramFacts:
-    for key in ("cuts", "decisions"):
-        if not all(isinstance(text, str) for text in found[key].values()):
-            raise ValueError(f"{key} are not texts")
-    costs = found["costs"] | {"moved": tuple(found["costs"]["moved"])}
-    return ProgramFacts(**found | {"costs": costs, "fallbacks": tuple(found["fallbacks"])})
-
-
-def _tensor_spec(entry: Json) -> TensorSpec:
-    spec = TensorSpec(**{**entry, "shape": tuple(entry["shape"])})
-    if spec.dtype not in ITEMSIZE or not all(isinstance(n, int) and n >= 0 for n in spec.shape):
-        raise ValueError(f"{spec.name} has no valid type")
-    return spec
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
@@ -163,6 +131,10 @@ def _check_files(path: Path, manifest: Manifest) -> None:
     if odd:
         what = f"{path} has missing or unexpected files: {', '.join(sorted(odd))}"
         raise _damaged("artifact-files", what, "the manifest lists all files")
+    special = sorted(name for name in manifest.files if not (path / name).is_file())  # a link to a file is one
+    if special:
+        what = f"{path / special[0]} is no regular file"
+        raise _damaged("artifact-files", what, "reading a pipe or a device might never end")
     for name, digest in manifest.files.items():
         if sha256_of(path / name) != digest:
             raise _damaged("file-changed", f"{path / name} is not what was built", "its hash is not the manifest's")

@@ -129,19 +129,19 @@ def _operators(sections: Sections) -> Counter[str]:
 
 def _bytes_moved(_: str, a: ProgramFacts, b: ProgramFacts) -> list[str]:
     rows = [
-        {f"{row['op']} in {row['section']}": row["received_bytes"] for row in said.costs["moved"]} for said in (a, b)
+        {f"{row.op} in {row.section}": row.received_bytes for row in said.costs.moved} for said in (a, b)
     ]
     return [f"bytes received by {key}: {_numbers(old or 0, new or 0)}" for key, old, new in _changed(*rows)]
 
 
 def _costs(kind: str, a: ProgramFacts, b: ProgramFacts) -> list[str]:
     names = ("recomputed_flops", "peak_bytes", "peak_at", "kept_bytes", "flops")
-    costs = [{kind + name: said.costs[name] for name in names} for said in (a, b)]
+    costs = [{kind + name: getattr(said.costs, name) for name in names} for said in (a, b)]
     return [f"{name}: {_numbers(old, new)}" for name, old, new in _changed(*costs)]
 
 
 def _fallbacks(kind: str, a: ProgramFacts, b: ProgramFacts) -> list[str]:
-    counts = [Counter(f"{kind}{f['op']} ({f['source']})" for f in said.fallbacks) for said in (a, b)]
+    counts = [Counter(f"{kind}{f.op} ({f.source})" for f in said.fallbacks) for said in (a, b)]
     return [f"computed on every rank: {key} {old or 0} -> {new or 0}" for key, old, new in _changed(*counts)]
 
 

@@ -16,6 +16,7 @@ from functools import cache
 from math import prod
 from typing import ClassVar
 
+from autosp_aot.artifact.manifest import Fallback
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, covers, local_shape
 from autosp_aot.ir.program import ITEMSIZE, Input, Instr, Program, Ref, Value, with_refs
@@ -25,7 +26,7 @@ from autosp_aot.ops.table import spec_of
 from autosp_aot.passes.analysis.labels import Labels, find_labels
 from autosp_aot.passes.analysis.partial_ok import summed_last
 from autosp_aot.passes.decisions import decision_wrong
-from autosp_aot.passes.step import Fallback, Step
+from autosp_aot.passes.step import Step
 from autosp_aot.sharding.local import Local
 from autosp_aot.sharding.spec import Spec, Strategy, even_split
 

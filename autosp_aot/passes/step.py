@@ -4,19 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from autosp_aot.artifact.manifest import Fallback
 from autosp_aot.ir.program import Program
 from autosp_aot.passes.analysis.labels import Labels
 from autosp_aot.passes.analysis.segments import Segment
 from autosp_aot.sharding.spec import Strategy
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """An operator that computes replicated: on every rank, over the whole."""
-
-    op: str
-    source: str
-    gathered_bytes: int
 
 
 @dataclass(frozen=True)

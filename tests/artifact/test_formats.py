@@ -9,13 +9,12 @@ import pytest
 from autosp_aot import __version__
 from autosp_aot.artifact.checkpoint_layout import Piece, Place, Recipe, Stored
 from autosp_aot.artifact.config import BuildConfig
-from autosp_aot.artifact.manifest import FORMAT, READ_BY, Manifest, ProgramFacts, TensorSpec
+from autosp_aot.artifact.manifest import FORMAT, READ_BY, Fallback, Manifest, ProgramFacts, TensorSpec
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.commands.check.numeric import check_numeric
 from autosp_aot.commands.check.proof import read_back
 from autosp_aot.errors import ArtifactError
 from autosp_aot.memory.costs import Costs, Moved
-from autosp_aot.passes.step import Fallback
 from autosp_aot.targets.devices import Device
 from tests.sealing import reseal
 

@@ -1,12 +1,21 @@
 """What is read is an artifact as it was built, and nothing else is believed."""
 
+import contextlib
+import copy
+import functools
+import json
+import operator
+import os
 from dataclasses import asdict, replace
+from math import inf
 
 import pytest
 
 from autosp_aot.artifact.config import BuildConfig
-from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP, file_of
+from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP, file_of, sealed
 from autosp_aot.artifact.read import read_bodies, read_manifest, read_rank
+from autosp_aot.artifact.tables import facts
+from autosp_aot.commands.check.proof import read_back
 from autosp_aot.errors import ArtifactError
 from autosp_aot.targets.devices import DEVICES
 from tests.sealing import FILES, edit_ranks, edit_text, reseal
@@ -71,6 +80,23 @@ def test_a_file_that_no_manifest_may_leave_out_is_refused(saved, name):
     assert name in refusal(saved, "artifact-files")
 
 
+@pytest.mark.parametrize("target", [None, "/dev/zero"])
+@pytest.mark.parametrize("name", ["whole.program", "weights/model.safetensors", MANIFEST])
+def test_a_pipe_or_a_device_is_refused_at_once(saved, name, target):
+    (saved / name).unlink()
+    os.mkfifo(saved / name) if target is None else (saved / name).symlink_to(target)
+    if name == MANIFEST:
+        assert "it has no manifest.json" in refusal(saved, "artifact-missing")
+    else:
+        assert f"{saved / name} is no regular file\n" in refusal(saved, "artifact-files")
+
+
+def test_a_link_to_a_regular_file_is_read_as_one(saved, tmp_path):
+    (saved / "whole.program").rename(tmp_path / "elsewhere")
+    (saved / "whole.program").symlink_to(tmp_path / "elsewhere")
+    assert read_manifest(saved).ranks == 2
+
+
 def test_a_folder_without_manifest_is_no_artifact(tmp_path):
     assert refusal(tmp_path, "artifact-missing") == (
         f"error[artifact-missing]: {tmp_path} is not an artifact\n"
@@ -84,17 +110,25 @@ def test_a_folder_without_manifest_is_no_artifact(tmp_path):
 
 @pytest.mark.parametrize("changes, why", [
     ({"format": "5"}, "format is no number, or the version that wrote it no text"),
-    ({"surprise": 1}, "unexpected or missing keys: ['surprise']"),
     ({"config": asdict(BuildConfig(0))}, "ranks is not a positive number"),
-    ({"config": asdict(BuildConfig(True))}, "ranks is not a positive number"),
-    ({"config": asdict(BuildConfig(2, strict=5))}, "strict and evaluation are true or false"),
+    ({"config": asdict(BuildConfig(True))}, "manifest.config.ranks is true, not a whole number"),
+    ({"config": asdict(BuildConfig(2, strict=5))}, "manifest.config.strict is 5, not true or false"),
+    ({"config": asdict(BuildConfig(2, recompute=None))}, "manifest.config.recompute is null, not a text"),
+    ({"config": asdict(BuildConfig(2, recompute="auto", memory_budget_bytes=-1))},
+     "the memory budget is not a positive number"),
     ({"config": asdict(BuildConfig(2, evaluation=False))}, "its programs are not those that were to be built"),
     ({"config": asdict(BuildConfig(2, device=DEVICES["h100"]))},
      "the device is not one of the target, with a memory and rates"),
+    ({"config": asdict(BuildConfig(2, device=replace(DEVICES["cpu"], flops_per_s=inf)))},
+     "the device is not one of the target, with a memory and rates"),
     ({"config": asdict(BuildConfig(2, device=replace(DEVICES["cpu"], flops_per_s="fast")))},
-     "a memory or rate of the device is no number"),
+     'manifest.config.device.flops_per_s is "fast", not a number'),
     ({"batch": [{"name": "x", "dtype": "complex", "shape": [1], "vocabulary": None}]}, "x has no valid type"),
     ({"batch": [{"name": "x", "dtype": "f32", "shape": [-1], "vocabulary": None}]}, "x has no valid type"),
+    ({"batch": [{"name": "x", "dtype": "f32", "shape": [1, 2.0], "vocabulary": None}]},
+     "manifest.batch[0].shape[1] is 2.0, not a whole number"),
+    ({"sequence_dims": {"nobody": 1}}, "a sequence dim is no dim of the input"),
+    ({"files": None}, "manifest.files is null, not an object"),
 ])  # fmt: skip
 def test_a_manifest_of_another_kind_is_refused(saved, changes, why):
     reseal(saved, **changes)
@@ -103,6 +137,29 @@ def test_a_manifest_of_another_kind_is_refused(saved, changes, why):
         f"  why    {why}\n"
         "  fix    build the artifact again"
     )
+
+
+def test_a_key_that_no_manifest_has_is_refused(saved):
+    reseal(saved, surprise=1)
+    assert 'is {"' in (text := refusal(saved, "manifest-damaged")) and "not an object of format, versions" in text
+
+
+PLACES = ((), ("batch", 0), ("config",), ("programs", "step"), ("programs", "step", "costs"), ("versions",),
+          ("programs", "step", "costs", "moved", 0), ("parameters", 0), ("operators",), ("aliases",))  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("wrong", [None, True, -1, 2**70, 0.5, "x", [], [[]], {}, {"x": None}], ids=str)
+def test_no_field_of_another_type_is_a_traceback(saved, place, wrong):
+    """Each field in turn; what is still a manifest is read, shown and checked, or refused."""
+    whole = json.loads((saved / MANIFEST).read_text())["manifest"]
+    for name in list(functools.reduce(operator.getitem, place, whole)):
+        changed = copy.deepcopy(whole)
+        functools.reduce(operator.getitem, place, changed)[name] = wrong
+        (saved / MANIFEST).write_text(sealed(changed))
+        for read in (lambda: facts(read_manifest(saved)), lambda: read_back(saved)):
+            with contextlib.suppress(ArtifactError):
+                read()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "code.py", "weights/../manifest.json"])

@@ -87,13 +87,13 @@ def test_a_change_of_the_evaluation_is_said(tiny2, saved, tmp_path):
     drop = edit(tiny2.evaluation.program, named("all_reduce", "div"), lambda i: [replace(i, op="all_gather")])
     other = replace(tiny2, evaluation=replace(tiny2.evaluation, program=drop)).save(tmp_path / "b")
     evaluation = read_manifest(other).evaluation
-    cheaper = replace(evaluation, costs=evaluation.costs | {"peak_bytes": 1})
+    cheaper = replace(evaluation, costs=replace(evaluation.costs, peak_bytes=1))
     reseal(other, programs={"step": asdict(read_manifest(other).step), "evaluate": asdict(cheaper)})
     found = compare(saved, other)
     assert found.meaning == (
         "collective all_reduce of f64 in evaluate: 1 -> 0",
         "collective all_gather of f64 in evaluate: 0 -> 1",
-        f"evaluate.peak_bytes: {evaluation.costs['peak_bytes']} -> 1 (-100.0%)",
+        f"evaluate.peak_bytes: {evaluation.costs.peak_bytes} -> 1 (-100.0%)",
         "files that differ: evaluate.body.0.program",
     )
     assert "--- a/evaluate.body.0.program" in found.text
@@ -138,7 +138,7 @@ def test_parameters_of_equal_layers_are_said_once(tiny2, deep, tmp_path):
 def test_an_operator_computed_on_every_rank_is_said(tiny2, saved, tmp_path):
     other = tiny2.save(tmp_path / "b")
     programs = asdict(read_manifest(other))["programs"]
-    programs["step"]["fallbacks"] = [{"op": "aten.sort.default", "source": "model.py:3"}]
+    programs["step"]["fallbacks"] = [{"op": "aten.sort.default", "source": "model.py:3", "gathered_bytes": 5}]
     reseal(other, programs=programs)
     assert compare(saved, other).meaning == ("computed on every rank: aten.sort.default (model.py:3) 0 -> 1",)
 

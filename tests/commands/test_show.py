@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from autosp_aot.artifact.manifest import Fallback
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.artifact.tables import facts
 from autosp_aot.commands.show import show, show_json
@@ -33,9 +34,9 @@ def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
         "recompute": "",
         "tiles": "auto",
         "offload": "off",
-        "saved for backward": bytes_text(costs["kept_bytes"]),
-        "peak of activations and gradients": f"{bytes_text(costs['peak_bytes'])} at sum_gradients: {TOKENS}",
-        "peak of an evaluation": f"{bytes_text(evaluation['peak_bytes'])} at {evaluation['peak_at']}",
+        "saved for backward": bytes_text(costs.kept_bytes),
+        "peak of activations and gradients": f"{bytes_text(costs.peak_bytes)} at sum_gradients: {TOKENS}",
+        "peak of an evaluation": f"{bytes_text(evaluation.peak_bytes)} at {evaluation.peak_at}",
         "computed on every rank": "nothing",
         "compared with eager": "nothing: it was not asked for",
     }
@@ -43,7 +44,7 @@ def test_show_says_what_was_built_and_what_it_costs(saved, tiny2):
 
 def test_show_says_what_waits_in_host_memory(tiny2):
     manifest = tiny2.manifest
-    step = replace(manifest.step, costs=manifest.step.costs | {"host_bytes": 1024, "host_moved_bytes": 3072})
+    step = replace(manifest.step, costs=replace(manifest.step.costs, host_bytes=1024, host_moved_bytes=3072))
     config = replace(manifest.config, offload="host")
     said = dict(facts(replace(manifest, config=config, programs=manifest.programs | {"step": step})))["offload"]
     assert said == "host, 1.00 KiB of host memory, 3.00 KiB there and back"
@@ -95,7 +96,7 @@ def test_json_has_manifest_collectives_and_program(saved):
 
 
 def test_an_operator_that_every_rank_computes_is_named_with_its_line_and_cost(tiny2, saved):
-    fallback = {"op": "aten.sort.default", "source": "model.py:3", "gathered_bytes": 2048}
+    fallback = Fallback("aten.sort.default", "model.py:3", 2048)
     step = replace(tiny2.manifest.step, fallbacks=(fallback, fallback))
     manifest = replace(tiny2.manifest, programs=tiny2.manifest.programs | {"step": step})
     path = replace(tiny2, manifest=manifest).save(saved)

@@ -132,7 +132,7 @@ class Distances(nn.Module):
 def test_an_operator_without_a_rule_computes_replicated_and_is_listed():
     batch = {"x": torch.ones(2, 6, 4, dtype=torch.float64)}
     artifact = compile_model(Distances(), batch, {"x": 1}, BuildConfig(2), "")
-    listed = [(f["op"], f["source"].partition(":")[0]) for f in artifact.manifest.step.fallbacks]
+    listed = [(f.op, f.source.partition(":")[0]) for f in artifact.manifest.step.fallbacks]
     assert ("aten._cdist_forward.default", "test_partition.py") in listed
     assert {op for op, _ in listed} == {"aten._cdist_forward.default", "aten._cdist_backward.default"}
 

@@ -77,7 +77,7 @@ def test_copies_may_be_done_as_late_as_their_waits(monkeypatch, artifact):
 def test_steps_one_after_the_other_use_the_memory_that_was_there_at_first(load, artifact):
     module = load()
     (buffer,) = module.executor.host.buffers
-    assert buffer.memory.nbytes == artifact.manifest.step.costs["host_bytes"] > 0
+    assert buffer.memory.nbytes == artifact.manifest.step.costs.host_bytes > 0
     for seed in range(3):
         module(**tokens(seed)).backward()
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_two_real_ranks_train_to_the_gradients_of_eager(tmp_path):
     """Two processes over gloo, a step that dumps its gradients."""
     dims, config = {"input_ids": 1, "labels": 1}, BuildConfig(2, recompute="none", offload="host")
     built = compile_model(model(), plain.example_batch(2, 5), dims, config, "")
-    assert built.manifest.step.costs["host_moved_bytes"] > 0
+    assert built.manifest.step.costs.host_moved_bytes > 0
     path = replace(built, weights=model_values(model())).save(tmp_path / "a")
     save_file(tokens(0), tmp_path / "batch")
     command = ["run", path, "--batch-file", tmp_path / "batch", "--dump", tmp_path / "dump"]

@@ -228,8 +228,7 @@ def _schemas(operators: set[str]) -> dict[str, str]:
 def _facts(compiled: Step, config: BuildConfig) -> ProgramFacts:
     """What a manifest says of a program: what it costs, how its calls were placed, what is computed on every rank."""
     cuts, decisions = written(compiled.decisions)
-    fallbacks = tuple(asdict(fallback) for fallback in compiled.fallbacks)
-    return ProgramFacts(asdict(costs(compiled.program, config.target)), fallbacks, cuts, decisions)
+    return ProgramFacts(costs(compiled.program, config.target), compiled.fallbacks, cuts, decisions)
 
 
 def model_values(model: nn.Module) -> dict[str, Tensor]:

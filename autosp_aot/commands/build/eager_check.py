@@ -37,7 +37,7 @@ def compare_build(
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return "nothing: weights of this size are not made while building"
-    flops = artifact.manifest.step.costs["flops"] * config.ranks
+    flops = artifact.manifest.step.costs.flops * config.ranks
     positions, ranks = length, config.ranks
     if flops > FLOPS_LIMIT or ranks > RANKS_LIMIT:
         while positions // 2 >= SHORTEST:

@@ -183,7 +183,7 @@ def widened(program: Program, wider: Mapping[str, str]) -> Program:
 def refuse_large(manifest: Manifest, whole: Program) -> None:
     """Raise ArtifactError where the inputs, and everybody's activations and gradients, do not fit."""
     inputs = sum(entry.value.nbytes() for entry in whole.inputs)
-    alone, together = costs(release(whole), "cpu").peak_bytes, manifest.step.costs["peak_bytes"] * manifest.ranks
+    alone, together = costs(release(whole), "cpu").peak_bytes, manifest.step.costs.peak_bytes * manifest.ranks
     needed = (inputs + max(alone, together)) * (2 if _wider(whole) else 1)
     if needed > MEMORY_LIMIT_BYTES:
         gib = lambda count: f"{count / 2**30:.1f} GiB"  # noqa: E731

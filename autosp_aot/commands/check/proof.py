@@ -1,6 +1,5 @@
 """`autosp-aot check`: the proof that an artifact's per-rank programs are equivalent to the unsharded ones."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from autosp_aot.artifact.manifest import BUFFERS, EVALUATE, STEP, Manifest, TensorSpec
@@ -123,9 +122,8 @@ def _check_decisions(manifest: Manifest, kind: str, whole: Program, programs: li
     said = manifest.programs[kind]
     taken = decisions.read(said.cuts, said.decisions)
     replayed = Partition(manifest.ranks, taken)(Step(whole, whole, manifest.sequence_dims))
-    fallbacks = [asdict(fallback) for fallback in replayed.fallbacks]
-    if fallbacks != list(said.fallbacks):
-        raise _wrong("fallbacks", list(said.fallbacks), fallbacks)
+    if replayed.fallbacks != said.fallbacks:
+        raise _wrong("fallbacks", said.fallbacks, replayed.fallbacks)
     placed = replayed.program.values()
     for values in map(Program.values, programs):
         for name in whole.values().keys() & values.keys():
@@ -145,9 +143,9 @@ def _check_values(manifest: Manifest, path: Path) -> None:
 
 def _check_costs(manifest: Manifest, kind: str, program: Program) -> None:
     said = manifest.programs[kind].costs
-    for name, number in asdict(costs(program, manifest.target)).items():
-        if said.get(name) != number:
-            raise _wrong(name, said.get(name), number)
+    for name, number in vars(costs(program, manifest.target)).items():
+        if getattr(said, name) != number:
+            raise _wrong(name, getattr(said, name), number)
 
 
 def _type(spec: TensorSpec | Value) -> tuple[str, tuple[Int, ...]]:

@@ -11,6 +11,7 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.artifact.html.chart import COLUMNS, areas
 from autosp_aot.artifact.html.memory_tables import at_peak, by_layer, by_section
 from autosp_aot.artifact.html.page import artifact_page
+from autosp_aot.artifact.manifest import Fallback
 from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.commands.plan.planning import Point, Setting
 from autosp_aot.commands.plan.report import plan_page
@@ -71,7 +72,7 @@ def test_the_same_build_gives_the_same_page(tiny2, tmp_path):
 
 def test_markup_in_names_is_shown_as_text(tiny2):
     hostile = "<script>alert('&')</script>"
-    fallback = {"op": hostile, "source": f'"{hostile}', "gathered_bytes": 1}
+    fallback = Fallback(hostile, f'"{hostile}', 1)
     spec = replace(tiny2.manifest.batch[0], name=hostile)
     programs = {"step": replace(tiny2.manifest.step, fallbacks=(fallback,))}
     manifest = replace(tiny2.manifest, programs=programs, batch=(spec,), versions={hostile: hostile})
@@ -89,13 +90,13 @@ def test_the_breakdown_is_that_of_the_peak(layers3):
     found = breakdown(layers3.program, state, "cpu")
     assert found["optimizer"] == state.optimizer and found["parameters"] == state.parameters
     peak = sum(found[kind] for kind in MEMORY_KINDS)
-    assert peak == layers3.manifest.step.costs["peak_bytes"] + 2 * 13 * 8 + 4
+    assert peak == layers3.manifest.step.costs.peak_bytes + 2 * 13 * 8 + 4
 
 
 def test_kept_is_what_backward_begins_with_and_gradients_what_is_left_of_it(layers3):
     found = timeline(layers3.program, "cpu")
     last = max(at for at, moment in enumerate(found.moments) if moment.section == "forward")
-    assert found.levels[last]["kept"] == layers3.manifest.step.costs["kept_bytes"]
+    assert found.levels[last]["kept"] == layers3.manifest.step.costs.kept_bytes
     gradients = sum(value.nbytes for value in layers3.weights.values()) if layers3.weights else 0
     state = training_state(layers3.whole, "none", zero=0, ranks=2)
     assert found.levels[-1]["gradients"] >= max(gradients, state.gradients)

@@ -26,6 +26,8 @@ MEANINGS = {
     "collective-mismatch": "The ranks' programs disagree about a collective.",
     "custom-gradient": "The backward of an `autograd.Function` cannot be captured.",
     "data-dependent": "Python code of the model reads a value of a tensor that depends on the batch.",
+    "data-format": "The data of `run` has a format that it does not read.",
+    "data-not-text": "A file of text is not UTF-8.",
     "data-too-short": "The data holds fewer tokens than one sequence.",
     "decision-wrong": "A sharding decision recorded in the manifest is not possible for its call.",
     "deepspeed-config": "An entry of the DeepSpeed config contradicts the artifact.",

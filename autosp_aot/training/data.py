@@ -8,10 +8,6 @@ Micro-batches are numbered through all replicas and steps: number m has samples 
 the same samples however it is shared out. Ranks of a replica draw alike.
 """
 
-import bisect
-import codecs
-import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,63 +19,10 @@ from torch import Tensor
 
 from autosp_aot.artifact.manifest import TensorSpec
 from autosp_aot.errors import ArtifactError, Problem
-from autosp_aot.runtime.execute import DTYPES
+from autosp_aot.ir.operators import DTYPES
+from autosp_aot.training.token_source import Source, open_source
 
-DRAWS = 1000
 NOT_TOKENS = ("mask", "position", "type", "segment")
-
-
-@dataclass(frozen=True)
-class RandomTokens:
-    """Tokens without meaning, in [0, vocabulary)."""
-
-    vocabulary: int
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        return rng.integers(0, self.vocabulary, count)
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """Token ids in a `.npy` file, of any shape and integer dtype, read where they are needed."""
-
-    path: Path
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        tokens = np.load(self.path, mmap_mode="r", allow_pickle=False).reshape(-1)
-        start = rng.integers(0, tokens.size - count + 1)
-        return tokens[start : start + count].astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Files end to end, a token a byte; `ends[i]` is where file i ends. Of a folder only windows of UTF-8 are drawn."""
-
-    paths: tuple[Path, ...]
-    ends: tuple[int, ...]
-    only_utf8: bool
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        for _ in range(DRAWS):
-            window = self._read(int(rng.integers(0, self.ends[-1] - count + 1)), count)
-            if not self.only_utf8 or _is_utf8(window):
-                return np.frombuffer(window, np.uint8).astype(np.int64)
-        raise ArtifactError(Problem(
-            "no-text", f"none of {DRAWS} places drawn holds {count} bytes of text", f"--data, {len(self.paths)} files",
-            "windows that are not UTF-8 are passed over in a folder", "give a folder of text, or a single file",
-        ))  # fmt: skip
-
-    def _read(self, start: int, count: int) -> bytes:
-        parts = []
-        for at in range(bisect.bisect_right(self.ends, start), len(self.paths)):
-            begin = self.ends[at - 1] if at else 0
-            with self.paths[at].open("rb") as file:
-                file.seek(start - begin)
-                parts.append(file.read(min(count, self.ends[at] - start)))
-            start, count = start + len(parts[-1]), count - len(parts[-1])
-            if not count:
-                break
-        return b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -87,7 +30,7 @@ class Windows:
     """Batches of windows of a token source. `vocabulary` None: not known, and all that the inputs can hold is taken."""
 
     inputs: tuple[TensorSpec, ...]
-    source: RandomTokens | TokenFile | Text
+    source: Source
     vocabulary: int | None
     seed: int
 
@@ -139,21 +82,14 @@ def open_feed(
     """The micro-batches of a run, `count` a step; looks at sizes only, so that a large corpus costs nothing.
 
     `inputs` are the inputs of forward with their whole shapes. Raises ArtifactError: `batch-mismatch` and
-    `no-tokens-for-input` with all offenders, `vocabulary-unknown`, `bad-token-file`, `data-too-short`.
+    `no-tokens-for-input` with all offenders, and what `open_source` raises.
     """
     if batch_file is not None:
         _check_batch(inputs, batch_file, count)
         return StoredBatch(inputs, batch_file, count)
     _check_token_inputs(inputs)
     vocabulary = min((entry.vocabulary for entry in inputs if entry.vocabulary is not None), default=None)
-    source, size = _open_source(vocabulary, data)
-    length = inputs[0].shape[1]
-    if size is not None and size < length:
-        raise ArtifactError(Problem(
-            "data-too-short", f"{data} holds {size} tokens and a sequence has {length}",
-            fix="give more data, or build with a shorter --seq",
-        ))  # fmt: skip
-    return Windows(inputs, source, vocabulary, seed)
+    return Windows(inputs, open_source(vocabulary, data, inputs[0].shape[1]), vocabulary, seed)
 
 
 def _check_batch(inputs: tuple[TensorSpec, ...], path: Path, count: int) -> None:
@@ -207,49 +143,3 @@ def _check_token_inputs(inputs: tuple[TensorSpec, ...]) -> None:
     ]  # fmt: skip
     if problems:
         raise ArtifactError(*problems)
-
-
-def _open_source(vocabulary: int | None, data: Path | None) -> tuple[RandomTokens | TokenFile | Text, int | None]:
-    """The token source and how many tokens it holds (None: no end)."""
-    if data is None:
-        if vocabulary is None:
-            raise ArtifactError(Problem(
-                "vocabulary-unknown", "random tokens need the number of token ids, which this model does not show",
-                why="its token input is not read by an embedding", fix="give --data or --batch-file",
-            ))  # fmt: skip
-        return RandomTokens(vocabulary), None
-    if data.suffix == ".npy":
-        return TokenFile(data), _count_tokens(data)
-    paths = tuple(_files(data)) if data.is_dir() else (data,)
-    ends = tuple(itertools.accumulate(path.stat().st_size for path in paths))
-    return Text(paths, ends, data.is_dir()), ends[-1] if ends else 0
-
-
-def _count_tokens(path: Path) -> int:
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ArtifactError(Problem("bad-token-file", f"{path} is no array to numpy", why=str(error))) from error
-    if not isinstance(tokens, np.ndarray):
-        raise ArtifactError(Problem("bad-token-file", f"{path} is an archive of arrays", why="run reads one array"))
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise ArtifactError(Problem("bad-token-file", f"{path} holds {tokens.dtype}", why="token ids are integers"))
-    return tokens.size
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files of a folder and of those in it, by name; hidden ones and links to folders are left out."""
-    found = []
-    for at, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(at, name) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in found if path.is_file()]
-
-
-def _is_utf8(window: bytes) -> bool:
-    """Whether bytes cut out of a longer text are UTF-8 without NUL; at both ends a character may be cut through."""
-    first = next((at for at, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
-    try:
-        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(window[first:])
-    except UnicodeDecodeError:
-        return False

@@ -5,13 +5,21 @@ import math
 import sys
 from pathlib import Path
 
+from autosp_aot.errors import AutospError, Problem
+
 
 class Log:
-    """Lines of `steps` steps, numbered from 1; JSON lines go to `metrics`."""
+    """Lines of `steps` steps, numbered from 1; JSON lines go to `metrics`.
+
+    Raises AutospError (`output-unwritable`) where those cannot be written.
+    """
 
     def __init__(self, steps: int, metrics: Path | None):
-        self.steps = steps
-        self.file = metrics.open("w") if metrics is not None else None
+        self.steps, self.metrics = steps, metrics
+        try:
+            self.file = metrics.open("w") if metrics is not None else None
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens_per_s: float) -> None:
         """Say how step number `step` went; a loss that is not finite is said to be."""
@@ -36,9 +44,19 @@ class Log:
         self._progress(step)
 
     def _write(self, row: dict[str, float]) -> None:
-        if self.file is not None:
-            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        if self.file is None:
+            return
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        try:
             print(json.dumps(finite), file=self.file, flush=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> AutospError:
+        return AutospError(Problem(
+            "output-unwritable", f"--metrics {self.metrics} cannot be written", why=error.strerror or str(error),
+            fix="give a file on a disk with room, or leave --metrics out: the same numbers are on stdout",
+        ))  # fmt: skip
 
     def _progress(self, done: int | None) -> None:
         """Draw the bar; None wipes it away, as the last step does."""

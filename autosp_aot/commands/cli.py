@@ -162,7 +162,7 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
 @click.option("--steps", type=POSITIVE, default=10, help="Steps to train.")
 @click.option("--dp", type=POSITIVE, default=1, help="Replicas: groups of ranks, each with its own sequences.")
 @click.option("--accumulate", type=POSITIVE, default=1, help="Micro-batches of each replica in a step.")
-@click.option("--data", type=EXISTING, help="UTF-8 text or .npy of token ids: a file or a folder; default random tokens.")
+@click.option("--data", type=EXISTING, help="UTF-8 text or .npy of token ids, file or folder; default random tokens.")
 @click.option("--init-from", type=EXISTING, help="Weights: a Hugging Face folder, or a safetensors file.")
 @click.option("--lr", type=NOT_NEGATIVE, default=1e-3, help="AdamW's learning rate, the maximum of a schedule.")
 @click.option("--warmup", type=click.IntRange(min=0), default=0, help="Linear warmup steps.")

@@ -211,13 +211,14 @@ def of_heads(vectors: list[Tensor], heads: slice) -> list[Tensor]:
 def named(function: Callable, arguments: str) -> Callable:
     """`function` of Arguments, where `arguments` has "out" of Saved, and with "which", as one of a program's arguments.
 
-    `arguments` are their names in order, separated by commas; scoring comes by keyword.
+    `arguments` are their names in order, separated by commas; scoring comes by keyword, and they may.
     """
     names = arguments.split(", ")
     saving = {field.name for field in fields(Saved)}
 
     def called(*values, **scoring):
-        given = dict(zip(names, values, strict=True))
+        given = dict(zip(names, values)) | {name: scoring.pop(name) for name in names if name in scoring}
+        assert len(values) <= len(names) == len(given), f"{len(given)} arguments for {arguments}"
         saved = [Saved(**{name: given.pop(name) for name in names if name in saving})] if "out" in given else []
         which = [given.pop("which")] if "which" in given else []
         return function(Arguments(**given, scoring=scoring), *saved, *which)

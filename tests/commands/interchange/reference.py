@@ -4,7 +4,6 @@ Standard nodes are computed by onnx itself, in numpy. Ranks are threads that mee
 needed to run a node is read off the node: `operands` and attributes, group, sizes and boxes.
 """
 
-import inspect
 import json
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -109,8 +108,8 @@ def _call(op: str, tensors: list[Tensor], attributes: dict) -> list[Tensor]:
         items.extend([None] * (int(at) - len(items)) + [tensor])
     function, kinds = OURS[op].kernel if op in OURS else overload(op), {}
     if op in OURS:
-        given = inspect.signature(function).parameters.values()
-        needed = [p.name for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        said = OURS[op].signature.partition("(")[2].partition(")")[0].split(", ")
+        needed = [name for name in said if "=" not in name]
     else:
         kinds = {a.name: str(a.type) for a in function._schema.arguments}
         needed = [a.name for a in function._schema.arguments if not a.has_default_value()]

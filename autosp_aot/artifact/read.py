@@ -34,7 +34,7 @@ from autosp_aot.artifact.manifest import (
 )
 from autosp_aot.artifact.typed_json import typed
 from autosp_aot.errors import ArtifactError, BuildError, Problem
-from autosp_aot.ir.program import ITEMSIZE, Program
+from autosp_aot.ir.program import ITEMSIZE, Program, numbers_by_rank
 from autosp_aot.ir.text import parse_program
 from autosp_aot.ir.verify import verify
 from autosp_aot.targets.table import TARGETS
@@ -169,6 +169,7 @@ def read_rank(path: str | Path, rank: int, kind: str = STEP) -> Program:
     """One rank's program, every constant filled in; verified. Raises ArtifactError."""
     entries = _ranks(Path(path), kind)
     program = _parsed(Path(path) / entries[rank]["body"], entries[rank]["constants"], len(entries))
+    _check_numbers(program, 1)
     _verify_rank(program, kind)
     return program
 
@@ -197,9 +198,21 @@ def read_bodies(path: str | Path, kind: str = STEP) -> list[tuple[tuple[int, ...
         spread = [entries[rank if rank in ranks else ranks[0]]["constants"] for rank in range(len(entries))]
         constants = {name: _of_all([constant[name] for constant in spread]) for name in names}
         program = _parsed(Path(path) / body, constants, len(entries))
+        _check_numbers(program, len(entries))
         _verify_rank(program, kind)
         found.append((tuple(ranks), program))
     return found
+
+
+def _check_numbers(program: Program, ranks: int) -> None:
+    """Every number that differs has one value for each of `ranks` ranks, in a body one for each of their tiles."""
+    for instr in (instr for section in program.sections for instr in section.instrs):
+        outside = [n for n in numbers_by_rank(instr) if ranks == 1 or len(n.values) != ranks]
+        body, count = (instr.body.instrs, ranks * instr.body.tiles) if instr.body else ((), 0)
+        if outside or any(len(n.values) != count for inner in body for n in numbers_by_rank(inner)):
+            name = next((out.name for out in instr.values()), instr.op)
+            raise _damaged("ranks-damaged", f"a constant of {name} has too few or too many numbers",
+                           "it has one for each rank, or for each of a rank's tiles")  # fmt: skip
 
 
 def _of_all(numbers: list[int | tuple[int, ...]]) -> tuple[int, ...]:
@@ -241,7 +254,7 @@ def _number(number: object) -> int | tuple[int, ...]:
     """A constant as it is read: a number, or one for each tile."""
     if type(number) is int:
         return number
-    if not isinstance(number, list) or not number or not all(type(n) is int for n in number):
+    if not isinstance(number, list) or len(number) < 2 or not all(type(n) is int for n in number):
         raise ValueError("a constant is a whole number, or one for each tile")
     return tuple(number)
 

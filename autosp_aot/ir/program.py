@@ -280,7 +280,7 @@ def map_ints(program: Program, change: Callable[[PerRank], Int]) -> Program:
 
 def map_instr(instr: Instr, change: Callable[[PerRank], Int]) -> Instr:
     """The instruction with `change` applied to every `PerRank` of a shape or an argument; itself where it has none."""
-    if not _differs(instr):
+    if instr.body is None and next(numbers_by_rank(instr), None) is None:
         return instr
     leaf = lambda arg: change(arg) if isinstance(arg, PerRank) else arg  # noqa: E731
     outs = tuple(out and _map_value(out, change) for out in instr.outs)
@@ -288,11 +288,12 @@ def map_instr(instr: Instr, change: Callable[[PerRank], Int]) -> Instr:
     return replace(instr, outs=outs, args=map_args(instr.args, leaf), kwargs=map_args(instr.kwargs, leaf), body=body)
 
 
-def _differs(instr: Instr) -> bool:
-    """Whether ranks, or tiles, differ in a number of an instruction."""
-    shapes = any(type(n) is PerRank for out in instr.outs if out is not None for n in out.shape)
-    leaves = flatten((instr.args, instr.kwargs))
-    return shapes or any(type(leaf) is PerRank for leaf in leaves) or instr.body is not None
+def numbers_by_rank(instr: Instr) -> Iterator[PerRank]:
+    """The numbers of an instruction in which ranks, or tiles, differ; those of a body left out."""
+    shapes = (n for out in instr.outs if out is not None for n in out.shape)
+    for leaf in (*shapes, *flatten((instr.args, instr.kwargs))):
+        if type(leaf) is PerRank:
+            yield leaf
 
 
 def _map_value(value: Value, change: Callable[[PerRank], Int]) -> Value:

@@ -18,6 +18,7 @@ from autosp_aot.ir.operators import DTYPES, FACTORIES, overload
 from autosp_aot.ir.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
 from autosp_aot.ir.structure.record import At
 from autosp_aot.ir.structure.table import STRUCTURE
+from autosp_aot.ir.verify import illegal
 from autosp_aot.ops.table import OURS
 
 
@@ -52,7 +53,10 @@ class Layouts:
     def made(
         self, instr: Instr, tensors: Mapping[str, Tensor], values: Mapping[str, Value], box: int, tiles: int = 1
     ) -> Made:
-        """What `instr` makes of operands with these layouts; `values` has their placements."""
+        """What `instr` makes of operands with these layouts; `values` has their placements.
+
+        Raises ArtifactError (`program-illegal`) where it cannot be called so, or makes another shape than it says.
+        """
         if instr.into is not None:
             return Made((tensors[instr.refs()[instr.into]],), (instr.into,), 0)
 
@@ -66,24 +70,37 @@ class Layouts:
 
         args, kwargs = filled(instr.args), tuple((name, filled(value)) for name, value in instr.kwargs)
         key: tuple = instr.op, args, kwargs, tuple(out and out.dtype for out in instr.outs)
-        record = STRUCTURE.get(instr.op)
-        if record is not None:
+        if instr.op in STRUCTURE:
             placements = [out.placement for out in instr.values()] + [values[name].placement for name in instr.refs()]
             key += (box, tiles, *placements)
         found = self.calls.get(key)
         if found is None:
             operands = [leaf for leaf in flatten((args, [value for _, value in kwargs])) if isinstance(leaf, Tensor)]
-            if record is not None:
-                assert record.layout is not None, "a walk has dealt with what gives nothing itself"
-                sources, targets = [values[name] for name in instr.refs()], instr.values()
-                sources, targets = ([self.local(v, box, tiles) for v in group] for group in (sources, targets))
-                at = At(box // tiles, self.ranks, box)
-                results, workspace_bytes = record.layout(operands, sources, targets, at)
-            else:
-                results, workspace_bytes = self._run(instr.op, args, dict(kwargs))
-                results = [_declared(result, out) for result, out in zip(results, instr.outs, strict=True)]
+            try:
+                results, workspace_bytes = self._results(instr, operands, args, dict(kwargs), values, box, tiles)
+            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise illegal(f"{instr.op} cannot be called like this", instr, str(error).partition("\n")[0]) from error
             found = self.calls[key] = self._made(instr, operands, results, workspace_bytes)
+        for result, out in zip(found.results, instr.outs):
+            if out is None or result is None or result.shape == out.shape:
+                continue
+            if tuple(result.shape) != self.local(out, box, tiles).sizes:
+                raise illegal(f"{out.name} is not what {instr.op} makes", instr, f"that is {list(result.shape)}")
         return found
+
+    def _results(
+        self, instr: Instr, operands: list[Tensor], args: tuple, kwargs: dict, values: Mapping[str, Value], box: int,
+        tiles: int,
+    ) -> tuple[list[Tensor], int]:  # fmt: skip
+        """The results on meta tensors, and bytes needed beside them."""
+        record = STRUCTURE.get(instr.op)
+        if record is None:
+            results, workspace_bytes = self._run(instr.op, args, kwargs)
+            return [_declared(result, out) for result, out in zip(results, instr.outs, strict=True)], workspace_bytes
+        assert record.layout is not None, "a walk has dealt with what gives nothing itself"
+        sources, targets = [values[name] for name in instr.refs()], instr.values()
+        sources, targets = ([self.local(v, box, tiles) for v in group] for group in (sources, targets))
+        return record.layout(operands, sources, targets, At(box // tiles, self.ranks, box))
 
     def local(self, value: Value, box: int, tiles: int) -> Value:
         """The value as a rank has it, or a tile."""

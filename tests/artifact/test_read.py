@@ -177,6 +177,14 @@ def test_a_rank_runs_a_body_of_its_artifact(saved, body):
     assert "ranks.json cannot be read" in refusal(saved, "ranks-damaged")
 
 
+@pytest.mark.parametrize("numbers", [[1, 1], [1, 1, 1]])
+def test_a_number_outside_of_tiles_is_one_for_a_rank(saved, numbers):
+    edit_ranks(saved, lambda ranks: ranks[1]["constants"].update(dict.fromkeys(ranks[1]["constants"], numbers)))
+    for read in (lambda: read_rank(saved, 1), lambda: read_bodies(saved)):
+        with pytest.raises(ArtifactError, match="has too few or too many numbers"):
+            read()
+
+
 @pytest.mark.parametrize("body", ["body.0.program", "evaluate.body.1.program", "evaluate.whole.program"])
 def test_a_rank_evaluates_with_a_body_of_the_evaluation(saved, body):
     edit_ranks(saved, lambda ranks: ranks[1].update(body=body), EVALUATE)

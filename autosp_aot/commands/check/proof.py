@@ -8,7 +8,7 @@ from autosp_aot.commands.check.random_inputs import vocabularies
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.program import Int, Program, Value
 from autosp_aot.ir.verify import verify
-from autosp_aot.memory.costs import costs
+from autosp_aot.memory.costs import costs, curve
 from autosp_aot.passes import decisions
 from autosp_aot.passes.partition import Partition
 from autosp_aot.passes.step import Step
@@ -61,9 +61,10 @@ def _prove_read(
 ) -> tuple[Program, list[tuple[tuple[int, ...], Program]], int]:
     """Read and prove one program of an artifact: for one device, its bodies with their ranks, how often these meet."""
     whole, bodies = read_whole(path, kind), read_bodies(path, kind)
-    for _, program in bodies:
+    for program in (whole, *(program for _, program in bodies)):
         check_operators(program, manifest)
     verify(whole)
+    curve(whole, 0, manifest.target)  # every call can be made, and makes what it says
     return whole, bodies, prove(whole, bodies)
 
 

@@ -52,6 +52,28 @@ def test_a_rank_may_have_a_body_of_its_own(saved):
     assert "2 bodies" in check(saved)[1]
 
 
+# --- the unsharded program is checked as what runs ----------------------------------------------------------------
+
+
+LINE = "f64[10, 8] @ Replicate = aten.reshape.default(%norm.native_layer_norm_0, [10, 8])"
+
+
+@pytest.mark.parametrize("line, said", [
+    (LINE.replace("[10, 8])", "[11, 8])"), "aten.reshape.default cannot be called like this"),
+    (LINE.replace("[10, 8])", f"[{2**60}, 8])"), "aten.reshape.default cannot be called like this"),
+    (LINE.replace("[10, 8])", "%norm.native_layer_norm_0)"), "aten.reshape.default cannot be called like this"),
+    (LINE.replace("f64[10, 8] @", "f64[2, 5, 8] @"), "head.reshape is not what aten.reshape.default makes"),
+    (LINE.replace("aten.reshape", "aten.no_such"), "aten.no_such.default is not allowed in a program"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [STEP, EVALUATE])
+def test_a_line_of_the_unsharded_program_that_cannot_run(saved, kind, line, said):
+    whole = saved / file_of(kind, "whole.program")
+    assert whole.read_text().count(LINE) == 1
+    whole.write_text(whole.read_text().replace(LINE, line))
+    reseal(saved)
+    assert said in refused(saved)
+
+
 # --- collectives of one rank --------------------------------------------------------------------------------------
 
 SUM = "div.all_reduce"

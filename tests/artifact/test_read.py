@@ -144,12 +144,12 @@ def test_a_key_that_no_manifest_has_is_refused(saved):
     assert 'is {"' in (text := refusal(saved, "manifest-damaged")) and "not an object of format, versions" in text
 
 
-PLACES = ((), ("batch", 0), ("config",), ("programs", "step"), ("programs", "step", "costs"), ("versions",),
-          ("programs", "step", "costs", "moved", 0), ("parameters", 0), ("operators",), ("aliases",))  # fmt: skip
+PLACES = ((), ("batch", 0), ("config",), ("programs", "step"), ("programs", "step", "costs"),
+          ("programs", "step", "costs", "moved", 0))  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("wrong", [None, True, -1, 2**70, 0.5, "x", [], [[]], {}, {"x": None}], ids=str)
+@pytest.mark.parametrize("wrong", [None, True, "x", [[]]], ids=str)
 def test_no_field_of_another_type_is_a_traceback(saved, place, wrong):
     """Each field in turn; what is still a manifest is read, shown and checked, or refused."""
     whole = json.loads((saved / MANIFEST).read_text())["manifest"]

@@ -22,7 +22,7 @@ ROOMS = {
     "export": ("errors", "ir", "ops", "artifact"),
     "passes": ("errors", "targets", "ir", "sharding", "ops", "memory", "proof", "artifact"),
     "runtime": ("errors", "targets", "ir", "ops", "artifact"),
-    "training": ("errors", "targets", "ir", "artifact", "runtime"),
+    "training": ("errors", "targets", "ir", "proof", "artifact", "runtime"),
     "commands": ("errors", "targets", "ir", "sharding", "ops", "memory", "proof", "artifact", "export", "passes",
                  "runtime", "training"),
     "__main__": ("commands",),

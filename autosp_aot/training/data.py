@@ -2,12 +2,13 @@
 
     window       tokens[start : start + S]       sample n: start drawn from (seed, n) alone
     input_ids    B windows                       every integer [B, S] input is the same windows
-    labels       B windows                       (the model shifts labels itself)
+    labels       B windows                       the same, where the model shifts labels itself; else those one later
 
 Micro-batches are numbered through all replicas and steps: number m has samples m B to m B + B - 1. So a step has
 the same samples however it is shared out. Ranks of a replica draw alike.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,18 +28,23 @@ NOT_TOKENS = ("mask", "position", "type", "segment")
 
 @dataclass(frozen=True)
 class Windows:
-    """Batches of windows of a token source. `vocabulary` None: not known, and all that the inputs can hold is taken."""
+    """Batches of windows of a token source; `shifted` inputs have the tokens after those of the others.
+
+    `vocabulary` None: not known, and all that the inputs can hold is taken.
+    """
 
     inputs: tuple[TensorSpec, ...]
     source: Source
     vocabulary: int | None
     seed: int
+    shifted: frozenset[str] = frozenset()
 
     def at(self, number: int) -> dict[str, Tensor]:
         """Micro-batch `number` of all, by input name; raises ArtifactError `token-out-of-range`."""
         rows, length = self.inputs[0].shape
         samples = range(number * rows, (number + 1) * rows)
-        tokens = np.stack([self.source.draw(np.random.default_rng((self.seed, n)), length) for n in samples])
+        count = length + bool(self.shifted)
+        tokens = np.stack([self.source.draw(np.random.default_rng((self.seed, n)), count) for n in samples])
         held = min(torch.iinfo(DTYPES[entry.dtype]).max for entry in self.inputs)
         last = held if self.vocabulary is None else self.vocabulary - 1
         if not 0 <= tokens.min() <= tokens.max() <= last:
@@ -48,7 +54,9 @@ class Windows:
                 f"the model has {'inputs' if self.vocabulary is None else 'embeddings'} for 0 to {last}",
                 "give data made with this model's tokenizer, or build the model with a larger vocabulary",
             ))  # fmt: skip
-        return {entry.name: torch.from_numpy(tokens).to(DTYPES[entry.dtype]) for entry in self.inputs}
+        windows = {entry.name: tokens[:, count - length :] if entry.name in self.shifted else tokens[:, :length]
+                   for entry in self.inputs}  # fmt: skip
+        return {entry.name: torch.tensor(windows[entry.name], dtype=DTYPES[entry.dtype]) for entry in self.inputs}
 
 
 @dataclass(frozen=True)
@@ -73,23 +81,29 @@ class StoredBatch:
         }
 
 
+    def all(self) -> Iterator[dict[str, Tensor]]:
+        """Every micro-batch that there is."""
+        return map(self.at, range(self.count))
+
+
 Feed = Windows | StoredBatch
 
 
 def open_feed(
-    inputs: tuple[TensorSpec, ...], seed: int, data: Path | None, batch_file: Path | None, count: int = 1
-) -> Feed:
+    inputs: tuple[TensorSpec, ...], seed: int, data: Path | None, batch_file: Path | None, count: int = 1,
+    shifted: frozenset[str] = frozenset(),
+) -> Feed:  # fmt: skip
     """The micro-batches of a run, `count` a step; looks at sizes only, so that a large corpus costs nothing.
 
-    `inputs` are the inputs of forward with their whole shapes. Raises ArtifactError: `batch-mismatch` and
-    `no-tokens-for-input` with all offenders, and what `open_source` raises.
+    `inputs` are the inputs of forward with their whole shapes, `shifted` those that get the next tokens. Raises
+    ArtifactError: `batch-mismatch` and `no-tokens-for-input` with all offenders, and what `open_source` raises.
     """
     if batch_file is not None:
         _check_batch(inputs, batch_file, count)
         return StoredBatch(inputs, batch_file, count)
     _check_token_inputs(inputs)
     vocabulary = min((entry.vocabulary for entry in inputs if entry.vocabulary is not None), default=None)
-    return Windows(inputs, open_source(vocabulary, data, inputs[0].shape[1]), vocabulary, seed)
+    return Windows(inputs, open_source(vocabulary, data, inputs[0].shape[1] + bool(shifted)), vocabulary, seed, shifted)
 
 
 def _check_batch(inputs: tuple[TensorSpec, ...], path: Path, count: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from autosp_aot.artifact.manifest import Manifest, TensorSpec
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.runtime.execute import DTYPES
-from autosp_aot.training.unshifted import CROSS_ENTROPY, Targets, open_targets
+from autosp_aot.training.targets import CROSS_ENTROPY, Targets, open_targets
 
 ITEMS = "num_items_in_batch"
 

@@ -26,11 +26,11 @@ from autosp_aot.errors import ArtifactError, AutospError, Problem, need_package
 from autosp_aot.runtime.comm import Mesh, check_devices, check_size
 from autosp_aot.runtime.weights_out import refuse_saving
 from autosp_aot.targets.table import CPU
-from autosp_aot.training.data import Feed, open_feed
+from autosp_aot.training.data import Feed, StoredBatch, open_feed
 from autosp_aot.training.deepspeed.config import checked_config, read_config
 from autosp_aot.training.label_count import is_items, open_items
 from autosp_aot.training.loop import Training, train
-from autosp_aot.training.unshifted import refuse_unshifted
+from autosp_aot.training.targets import check_targets, shifted_inputs
 
 STORED = ".safetensors"
 INTERRUPTED = 128  # a shell's exit code for a process that signal n ended is 128 + n
@@ -60,14 +60,21 @@ def run(
         config["managed_gradient_accumulation"] = True  # whose loop it is that counts: not the user's here
         training = replace(training, deepspeed=config, accumulate=config["gradient_accumulation_steps"])
     _check(manifest, training)
+    shifted: frozenset[str] = frozenset()
     if data is not None or eval_data is not None and eval_data.suffix != STORED:
-        refuse_unshifted(training.artifact, manifest)
+        shifted = shifted_inputs(training.artifact, manifest)
     inputs = tuple(entry for entry in manifest.batch if not is_items(entry))
-    feeds = [open_feed(inputs, training.seed, data, batch_file, training.dp * training.accumulate)]
+    feeds = [open_feed(inputs, training.seed, data, batch_file, training.dp * training.accumulate, shifted)]
     if eval_data is not None:
         stored = eval_data.suffix == STORED
         tokens, batches = (None, eval_data) if stored else (eval_data, None)
-        feeds.append(open_feed(inputs, training.seed, tokens, batches, training.eval_batches))
+        feeds.append(open_feed(inputs, training.seed, tokens, batches, training.eval_batches, shifted))
+    for feed in feeds:
+        if isinstance(feed, StoredBatch):
+            check_targets(training.artifact, manifest, feed.all(), feed.path)
+    if shifted and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(sorted(shifted))
+        print(f"{names}: the next tokens, since the loss compares position with position", flush=True)
     if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:
         _join_and_train(training, manifest.target, manifest.ranks, feeds)
     else:

@@ -11,7 +11,7 @@ Programs may round more than eager does (attention block by block): in fp32 what
 import contextlib
 import copy
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,7 +91,7 @@ def compare(model: nn.Module, batch: Mapping[str, Tensor | Constant], built: Bui
     limits, errors = {}, {}
     for number in range(steps):
         before = ranks.state()
-        reference, found = eager.step(), ranks.step(eager.rate)
+        reference, found = _stepped(eager, ranks)
         errors = _errors(reference, found)
         if number == 0:
             rounding = _errors(reference, [other | {label: t for label, t in reference.items() if label not in other}])
@@ -103,8 +103,21 @@ def compare(model: nn.Module, batch: Mapping[str, Tensor | Constant], built: Bui
             return _located(outcome, built.whole, ranks.inputs | before, eager.outputs, model)
     if built.evaluation is None:
         return outcome
-    errors |= _errors({"evaluation": eager.evaluate()}, [{"evaluation": loss} for loss in ranks.evaluate()])
-    return Outcome(errors, outcome.limits | {"evaluation": limits["loss"]}, steps, "the model in eval mode")
+    errors |= _errors(*_evaluated(eager, ranks))
+    outcome = Outcome(errors, outcome.limits | {"evaluation": limits["loss"]}, steps, "the model in eval mode")
+    if outcome.beyond and _same_in_fp64(outcome, model, batch, built, ranks.state(), _evaluated):
+        outcome = replace(outcome, limits=outcome.limits | {"evaluation": TIMES * limits["loss"]})
+    return outcome
+
+
+def _stepped(eager: "_Eager", ranks: "_Ranks") -> tuple[Results, list[Results]]:
+    """A step of both."""
+    return eager.step(), ranks.step(eager.rate)
+
+
+def _evaluated(eager: "_Eager", ranks: "_Ranks") -> tuple[Results, list[Results]]:
+    """The loss of both in eval mode."""
+    return {"evaluation": eager.evaluate()}, [{"evaluation": loss} for loss in ranks.evaluate()]
 
 
 class _Eager:
@@ -222,26 +235,28 @@ def _perturbed_step(model: nn.Module, batch: Mapping[str, Tensor | Constant], wh
         return {}
 
 
-def _same_in_fp64(outcome: Outcome, model: nn.Module, batch: Mapping, built: Built, before: Results) -> bool:
-    """Whether what is beyond its limit in fp32, but not by far, is rounding: a step in fp64 from `before` is eager's.
-
-    The model may cast to fp32 all the same. One that cannot run in fp64 says nothing.
+def _same_in_fp64(
+    outcome: Outcome, model: nn.Module, batch: Mapping, built: Built, before: Results, taken: Callable = _stepped
+) -> bool:
+    """Whether what is beyond its limit in fp32, but not by far, is rounding: what is `taken` from `before` in fp64 is
+    eager's. The model may cast to fp32 all the same. One that cannot run in fp64 says nothing.
     """
     by_far = any(error > TIMES * outcome.limits[label] for label, error in outcome.beyond.items())
     if by_far or floats(built.whole) != ("f32",):
         return False
     wide = lambda values: {k: v.double() if _is_single(v) else v for k, v in values.items()}  # noqa: E731
     whole, *programs = (widened(program, {"f32": "f64"}) for program in (built.whole, *built.programs))
+    evaluation = built.evaluation and [widened(program, {"f32": "f64"}) for program in built.evaluation]
     try:
         other = copy.deepcopy(model).double()
         other.zero_grad(set_to_none=True)
         other.load_state_dict(wide(before), strict=False)
         eager = _Eager(other, wide(batch))
-        ranks = _Ranks(other, wide(batch), Built(whole, programs, None, wide(built.buffers)))
-        reference = eager.step()
+        ranks = _Ranks(other, wide(batch), Built(whole, programs, evaluation, wide(built.buffers)))
+        errors = _errors(*taken(eager, ranks))
     except (NotComparable, EagerFailed, *FAILURES):
         return False
-    return max(_errors(reference, ranks.step(eager.rate)).values()) <= LIMITS["f32", "f64"]
+    return max(errors.values()) <= LIMITS["f32", "f64"]
 
 
 def _is_single(value: object) -> bool:

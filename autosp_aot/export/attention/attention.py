@@ -23,13 +23,13 @@ from torch.fx import Graph, Node
 
 import autosp_aot.ops.attention.captured  # noqa: F401  (defines torch.ops.autosp)
 from autosp_aot.errors import BuildError, Problem
-from autosp_aot.export.attention.bands import band_of
 from autosp_aot.export.attention.products import Product, before_repetition, made, regroup, transposed
 from autosp_aot.export.attention.scores import Scores
 from autosp_aot.export.attention.softmaxes import scores_product, weighted_sum, without_sink
 from autosp_aot.export.canonical.constants import arguments, constants_of, written
 from autosp_aot.export.regions import without_gradients
 from autosp_aot.export.source import where
+from autosp_aot.ir.bands import band_of
 from autosp_aot.ir.operators import wide
 from autosp_aot.ir.program import Arg
 

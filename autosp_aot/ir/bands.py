@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from autosp_aot.ir.intervals import INF, Intervals, Position
+from autosp_aot.ir.intervals import INF, Intervals, Known, Position
+from autosp_aot.ir.program import Arg
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Band:
 NOTHING = Band(False, None, False)
 
 
-def band_of(score, rows: int, keys: int, dtypes: list[torch.dtype], safe: bool) -> Band:
+def band_of(score: Arg, rows: int, keys: int, dtypes: list[torch.dtype], safe: bool) -> Band:
     """The band of an expression over `rows` queries and `keys` keys; `dtypes` are those of its vectors.
 
     Where a query that sees nothing would not give zeros (not `safe`), every one has to see something to be plain.
     """
     distances = torch.arange(-(rows - 1), keys)
-    leaves: dict = {"q": Position(1, 0, 0), "k": Position(0, 1, 0)}
+    leaves: dict[str, Known] = {"q": Position(1, 0, 0), "k": Position(0, 1, 0)}
     places = Intervals(len(distances), leaves, distances)
     leaves["s"] = places.number(0.0, c=1.0)
     for at, dtype in enumerate(dtypes):

@@ -73,7 +73,8 @@ class Explanation:
 
 
 def explain(path: str | Path, value: str) -> Explanation:
-    """Explain a value of an artifact, named in full or by an end of its name that no other value has.
+    """Explain a value of an artifact, named in full, by an end of its name that no other value has, or as what the step
+    gives (`loss`, `grad.<parameter>`).
 
     Where several such names differ in the number of a layer only, the first is explained. Raises ArtifactError:
     `no-such-value`, `value-ambiguous` with the candidates, and what reading an artifact raises.
@@ -81,7 +82,8 @@ def explain(path: str | Path, value: str) -> Explanation:
     manifest, whole = read_manifest(path), read_whole(path)
     program = read_bodies(path)[0][1]
     names = dict.fromkeys((*program.values(), *values_of(program.instrs())))
-    found = _resolved(value, list(names), str(path))
+    given = {label: name for section in program.sections for label, name in section.gives}
+    found = [given[value]] if value in given else _resolved(value, list(names), str(path))
     alike = [f"{folded(found)[0]}: the first of {len(found)}, explain another by its whole name"] if found[1:] else []
     rows = ("one of", alike), *_Explainer(manifest, whole, program).rows(found[0])
     return Explanation(found[0], tuple((heading, tuple(lines)) for heading, lines in rows if any(lines)))

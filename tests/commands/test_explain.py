@@ -158,6 +158,11 @@ def test_a_unique_end_or_beginning_of_a_name_will_do(saved):
     assert explain(saved, "gelu").value == "blocks.0.gelu"
 
 
+def test_what_the_step_gives_is_found_by_its_label(saved):
+    assert explain(saved, "loss").value == "div.all_reduce"
+    assert explain(saved, "grad.head.weight").value.endswith(".all_reduce")
+
+
 def test_a_name_that_every_layer_has_is_explained_of_the_first(tmp_path):
     model = plain.build_model(**TINY | {"layers": 3}, dtype="float64")
     artifact = compile_model(model, plain.example_batch(2, 5), {"input_ids": 1, "labels": 1}, BuildConfig(2), "")

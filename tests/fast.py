@@ -42,7 +42,7 @@ SLOW = (
     "tests/test_module_names.py",
     "tests/test_plain_models.py",
     "tests/test_sequences.py",
-    "tests/training/test_targets.py",
+    "tests/training/test_loss_targets.py",
 )
 
 

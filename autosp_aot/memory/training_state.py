@@ -9,7 +9,7 @@ For n elements over N ranks (data parallel x sequence parallel):
 
 Method: mixed-precision Adam and its partition over ranks, ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054). Parameters
 and gradients are whole on every rank, as our programs need them. It is what the loop of `autosp-aot run` holds
-(`runtime/optimizer.py`); accumulating more than one micro-batch, that has sums of bf16 gradients in fp32 besides, 4 n.
+(`training/optimizer.py`); accumulating more than one micro-batch, that has sums of bf16 gradients in fp32 besides, 4 n.
 """
 
 from dataclasses import dataclass

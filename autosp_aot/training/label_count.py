@@ -1,6 +1,6 @@
 """How many labels count: what a model divides the sum of its losses by that takes `num_items_in_batch`.
 
-    %target = ...%labels...                         lines of whole.program (see targets.py)
+    %target = ...%labels...                         lines of whole.program (see loss_targets.py)
     nll_loss_forward(%scores, %target, ..., -100)   what is not -100 counts
     div(%nll_loss, %num_items_in_batch)
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from autosp_aot.artifact.manifest import Manifest, TensorSpec
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.runtime.execute import DTYPES
-from autosp_aot.training.targets import CROSS_ENTROPY, Targets, open_targets
+from autosp_aot.training.loss_targets import CROSS_ENTROPY, Targets, open_targets
 
 ITEMS = "num_items_in_batch"
 

@@ -30,7 +30,7 @@ from autosp_aot.training.data import Feed, StoredBatch, open_feed
 from autosp_aot.training.deepspeed.config import checked_config, read_config
 from autosp_aot.training.label_count import is_items, open_items
 from autosp_aot.training.loop import Training, train
-from autosp_aot.training.targets import check_targets, shifted_inputs
+from autosp_aot.training.loss_targets import check_targets, shifted_inputs
 
 STORED = ".safetensors"
 INTERRUPTED = 128  # a shell's exit code for a process that signal n ended is 128 + n

@@ -14,7 +14,7 @@ from autosp_aot.errors import ArtifactError
 from autosp_aot.training import launch
 from autosp_aot.training.data import open_feed
 from autosp_aot.training.loop import Training
-from autosp_aot.training.targets import shifted_inputs
+from autosp_aot.training.loss_targets import shifted_inputs
 
 V = 300
 BATCH = {name: torch.zeros(2, 8, dtype=torch.int64) for name in ("input_ids", "labels")}
@@ -159,9 +159,9 @@ def test_the_message_of_run_has_a_line_and_ways_out(tmp_path):
             launch.run(Training(path, 1), data, None, eval_data)
         assert str(caught.value) == (
             "error[targets-not-causal]: the scores of a position follow from the tokens after it\n"
-            f"  where  test_targets.py:{outside.__code__.co_firstlineno + 1}\n"
+            f"  where  test_loss_targets.py:{outside.__code__.co_firstlineno + 1}\n"
             "  why    data fills every input with the same tokens, and with attention that is not causal "
-            f"(test_targets.py:{both_ways.__code__.co_firstlineno + 1}) the model reads what it is to name\n"
+            f"(test_loss_targets.py:{both_ways.__code__.co_firstlineno + 1}) the model reads what it is to name\n"
             "  fix    give inputs and targets with --batch-file"
         )
 
@@ -180,7 +180,7 @@ def test_targets_of_a_stored_batch_are_classes_or_ignored(tmp_path, bad, refused
     assert str(caught.value) == (
         f"error[target-out-of-range]: 1 targets are no class, {bad} among them\n"
         f"  where  {file}\n"
-        f"  why    the loss (test_targets.py:{outside.__code__.co_firstlineno + 1}) has scores for 0 to 299 and passes "
-        "over -1\n"
+        f"  why    the loss (test_loss_targets.py:{outside.__code__.co_firstlineno + 1}) has scores for 0 to 299 and "
+        "passes over -1\n"
         "  fix    give targets among these, or build the model with the ignore_index of the file"
     )

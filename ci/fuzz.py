@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -198,16 +199,15 @@ def outcome_of(path: Path, expected: Numbers | None) -> tuple[int, str]:
 def in_child(path: Path, expected: Numbers | None) -> tuple[int, str]:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            check(path)
+            try:
+                check(path)
+            except AutospError as error:
+                return 3 if error.exit_code == 3 else 1, str(error)
             found = None if expected is None else numbers(path)
-        if found is None or alike(found, expected):
-            return 0, ""
-        return 4, ""
-    except AutospError as error:
-        return 3 if error.exit_code == 3 else 1, str(error)
+        return (0, "") if found is None or alike(found, expected) else (4, "")
     except BaseException:  # whatever it is, it is what a user would have seen
         return 1, traceback.format_exc()
 

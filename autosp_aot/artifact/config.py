@@ -79,6 +79,8 @@ def checked_config(
             "budget-unused", f"{said}, with a memory budget", why="with both of them said, nothing is left to choose",
             fix="leave one of them auto, or leave the budget out: autosp-aot plan says whether it fits",
         ))  # fmt: skip
+    if memory_budget_bytes is not None:
+        memory_budget_bytes = int(memory_budget_bytes)  # 70e9 is a number of bytes too
     kind = target if device is None else device.kind
     return BuildConfig(ranks, kind, recompute, strict, memory_budget_bytes, tile, offload, device, evaluation)
 

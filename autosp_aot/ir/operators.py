@@ -22,15 +22,18 @@ FACTORIES = frozenset({
     "aten.arange.start_step", "aten.full.default", "aten.ones.default", "aten.scalar_tensor.default",
     "aten.zeros.default",
 })  # fmt: skip
-# Elementwise operators that torch does not tag so.
-UNTAGGED = frozenset({
-    "aten.__and__.Tensor", "aten.__or__.Tensor", "aten._prelu_kernel.default", "aten._prelu_kernel_backward.default",
-    "aten._to_copy.default", "aten.elu_backward.default", "aten.fill.Scalar", "aten.floor_divide.Scalar",
-    "aten.floor_divide.default", "aten.hardsigmoid_backward.default", "aten.hardswish.default",
-    "aten.hardswish_backward.default", "aten.hardtanh_backward.default", "aten.leaky_relu_backward.default",
-    "aten.masked_fill.Tensor", "aten.mish_backward.default", "aten.softplus_backward.default", "aten.where.Scalar",
-    "aten.where.ScalarOther", "aten.where.ScalarSelf",
-})  # fmt: skip
+# Elementwise operators that torch does not tag so, and whether a score may consist of one: those have a derivative in
+# what they compute with, and broadcast every operand.
+UNTAGGED = {
+    "aten.__and__.Tensor": True, "aten.__or__.Tensor": True, "aten._prelu_kernel.default": False,
+    "aten._prelu_kernel_backward.default": False, "aten._to_copy.default": False, "aten.elu_backward.default": False,
+    "aten.fill.Scalar": False, "aten.floor_divide.Scalar": False, "aten.floor_divide.default": False,
+    "aten.hardsigmoid_backward.default": False, "aten.hardswish.default": False,
+    "aten.hardswish_backward.default": False, "aten.hardtanh_backward.default": False,
+    "aten.leaky_relu_backward.default": False,
+    "aten.masked_fill.Tensor": False, "aten.mish_backward.default": False, "aten.softplus_backward.default": False,
+    "aten.where.Scalar": True, "aten.where.ScalarOther": True, "aten.where.ScalarSelf": True,
+}  # fmt: skip
 # What torch computes a number's operator with: the number becomes a tensor.
 OF_TENSORS = {f"aten.{name}.Scalar": f"aten.{name}.Tensor" for name in ("div", "mul")}
 
@@ -54,10 +57,14 @@ def overload(name: str) -> torch._ops.OpOverload | None:
 
 
 @cache
-def elementwise(name: str) -> bool:
-    """Whether a name is that of an allowed operator that works element by element, with broadcasting."""
+def elementwise(name: str, in_scores: bool = False) -> bool:
+    """Whether a name is that of an allowed operator that works element by element, with broadcasting.
+
+    With `in_scores`, of one that a score may consist of.
+    """
     found = overload(name)
-    return found is not None and (torch.Tag.pointwise in found.tags or name in UNTAGGED)
+    untagged = UNTAGGED.get(name, False) if in_scores else name in UNTAGGED
+    return found is not None and (torch.Tag.pointwise in found.tags or untagged)
 
 
 @cache

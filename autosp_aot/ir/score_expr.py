@@ -47,7 +47,8 @@ def check(score: Arg, vectors: int) -> None:
         elif isinstance(part, tuple) and part[:1] == ("cast",):
             fits = len(part) == 3 and part[1] in DTYPES
         else:
-            fits = not isinstance(part, tuple) or (part != () and isinstance(part[0], str) and elementwise(part[0]))
+            named = isinstance(part, tuple) and part != () and isinstance(part[0], str)
+            fits = not isinstance(part, tuple) or (named and elementwise(part[0], in_scores=True))
         if not fits:
             raise ValueError(f"{part[:1]} is no part of a score expression")
 

@@ -81,8 +81,8 @@ class _Verifier:
             _check_count(record, instr)
             if record.copies:
                 self.host.copied(record, instr, [self.alive[name] for name in refs])
-        elif instr.op.partition(".")[0] not in ("aten", "autosp"):
-            raise illegal(f"{instr.op} is not an operator", instr)
+        elif instr.op.partition(".")[0] not in ("aten", "autosp") or not instr.values():
+            raise illegal(f"{instr.op} is not an operator" + ", or gives nothing" * (not instr.values()), instr)
         if instr.into is not None:
             self.reuse(instr, instr.into, after)
         self.aliases.make(instr)

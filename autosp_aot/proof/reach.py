@@ -66,31 +66,36 @@ def _made(instr: Instr, values: Mapping[str, Value], found: Mapping[str, Reach],
     outs, operands = instr.values(), [found.get(name) for name in instr.refs()]
     inputs, ahead = frozenset().union(*(reach.inputs for reach in read)), next((r.ahead for r in read if r.ahead), "")
     unknown = [Reach(None, 1, 1, -inf, inf, inputs, ahead)] * len(outs)
-    if any(reach.dim is None for reach in read):
-        return unknown
     if instr.op in OURS and OURS[instr.op].quadratic:
         reach = _attended(instr, values, operands)
-        return unknown if reach is None else [replace(reach, inputs=inputs, ahead=reach.ahead or ahead)] * len(outs)
+        return [replace(reach, inputs=inputs, ahead=reach.ahead or ahead)] * len(outs)
+    if any(reach.dim is None for reach in read):
+        return unknown
     spec = spec_of(instr, [values[name] for name in instr.refs()], 2)
     made = None if spec is None else _followed(instr, spec, operands)
     return unknown if made is None else [replace(r, inputs=inputs, ahead=r.ahead or ahead) for r in made]
 
 
-def _attended(instr: Instr, values: Mapping[str, Value], operands: list[Reach | None]) -> Reach | None:
-    """Of an attention [B, N, S, D]: the output and lse have the rows of q in dim 2."""
+def _attended(instr: Instr, values: Mapping[str, Value], operands: list[Reach | None]) -> Reach:
+    """Of an attention [B, N, S, D]: the output and lse have the rows of q in dim 2.
+
+    A score expression that is not known to hide later keys may do so all the same, by numbers that are only very low.
+    """
     q, k, *_ = (values[name] for name in instr.refs())
     vectors = [values[name] for name in instr.refs()[3:] if len(values[name].shape) == 4]
-    if any(reach is not None and reach.dim not in (2, 3) for reach in operands):
-        return None
-    scoring = dict(instr.kwargs)
-    rows, keys = q.sizes[2], k.sizes[2]
-    causal = scoring.get("causal", False)
-    if not causal and scoring.get("score") is not None and rows == keys:
+    scoring, rows, keys = dict(instr.kwargs), q.sizes[2], k.sizes[2]
+    causal, score = scoring.get("causal", False), scoring.get("score")
+    if not causal and score is None:
+        return Reach(2, 1, rows, -inf, inf, frozenset(), f"attention that is not causal ({instr.where.source})")
+    if not causal and rows == keys:
         dtypes = [DTYPES[vector.dtype] for vector in vectors]
-        causal = band_of(scoring["score"], rows, keys, dtypes, scoring.get("safe", True)).causal
-    if not causal or rows != keys:
-        what = "attention over other keys" if rows != keys else "attention that is not causal"
-        return Reach(2, 1, rows, -inf, inf, frozenset(), f"{what} ({instr.where.source or instr.op})")
+        causal = band_of(score, rows, keys, dtypes, scoring.get("safe", True)).causal
+    along = all(
+        reach is None or (reach.outer, reach.extent) == (1, rows) and reach.dim in ((2,) if at < 3 else (2, 3))
+        for at, reach in enumerate(operands)
+    )
+    if not causal or not along or rows != keys:
+        return Reach(None, 1, 1, -inf, inf, frozenset())
     return Reach(2, 1, rows, -inf, max(reach.high for reach in operands if reach is not None), frozenset())
 
 
@@ -112,9 +117,10 @@ def _followed(instr: Instr, spec: Spec, operands: list[Reach | None]) -> list[Re
     for reach, placement in zip(operands, placed[0], strict=True):
         if reach is None:
             continue
-        if placement.cut is None or (placement.cut.dim, placement.cut.outer) != (reach.dim, reach.outer):
-            return None
-        reads.append((reach, placement.cut.bounds[1]))
+        cut = placement.cut
+        if cut is None or (cut.dim, cut.outer) != (reach.dim, reach.outer) or cut.bounds[1][0] == cut.bounds[1][1]:
+            return None  # or another operand is where this position is
+        reads.append((reach, cut.bounds[1]))
     made = []
     for placement in placed[1]:
         if placement.partial and placement.cut is None:

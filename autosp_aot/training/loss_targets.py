@@ -18,6 +18,7 @@ from torch import Tensor
 from autosp_aot.artifact.manifest import BUFFERS, Manifest
 from autosp_aot.artifact.read import read_tensors, read_whole
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.ir.operators import DTYPES
 from autosp_aot.ir.program import Instr, Program, Ref, Section
 from autosp_aot.proof.reach import Reach, reaches
 from autosp_aot.runtime.comm import Group
@@ -28,6 +29,8 @@ from autosp_aot.runtime.module import run
 HOST = Group(0, 1, torch.device("cpu"))
 CROSS_ENTROPY = "aten.nll_loss_forward.default"
 # Operators that pick a score by label, and which argument the labels are.
+# What stands for the tokens of a row in a probe: numbers that are no class, and no mark for what does not count.
+FIRST = 10**8
 CROSS_ENTROPIES = (CROSS_ENTROPY, "aten.nll_loss2d_forward.default")
 LABELS_OF = dict.fromkeys(CROSS_ENTROPIES, 1) | {"aten.gather.default": 2}
 
@@ -78,7 +81,7 @@ def check_targets(path: Path, manifest: Manifest, batches: Iterable[Mapping[str,
     crosses = [found for found in open_targets(path, manifest) if found.instr.op in CROSS_ENTROPIES]
     for batch in batches:
         for found in (found for found in crosses if found.reads <= {*batch, *found.constants}):
-            classes, ignored = values[found.instr.args[0].name].sizes[1], found.instr.args[4]
+            classes, ignored = values[found.instr.args[0].name].sizes[:2][-1], found.instr.args[4]
             targets = found.of(dict(batch))
             wrong = targets[(targets != ignored) & ((targets < 0) | (targets >= classes))]
             if wrong.numel():
@@ -94,19 +97,24 @@ def check_targets(path: Path, manifest: Manifest, batches: Iterable[Mapping[str,
 class Compared:
     """What an instruction of the loss compares at a position: scores, and the token that they are to name."""
 
-    place: str
+    instr: Instr
     scores: Reach
     targets: Reach
 
     @property
+    def place(self) -> str:
+        return self.instr.where.source
+
+    @property
     def is_known(self) -> bool:
-        """Whether the target of a position is one token."""
-        return self.targets.dim is not None and self.targets.low == self.targets.high
+        """Whether it is known after which token, of those that the scores of a position follow from, its target is."""
+        alike = (self.targets.outer, self.targets.extent) == (self.scores.outer, self.scores.extent)
+        return self.scores.known and alike and self.targets.dim is not None and self.targets.low == self.targets.high
 
     @property
     def ahead(self) -> float:
-        """How far the target is after the last token that the scores follow from; if that is unknown, after its own."""
-        return self.targets.high - (self.scores.high if self.scores.known else 0)
+        """How many tokens after the last one that the scores follow from the target is, where that is known."""
+        return self.targets.high - self.scores.high
 
 
 def shifted_inputs(path: Path, manifest: Manifest) -> frozenset[str]:
@@ -122,21 +130,41 @@ def shifted_inputs(path: Path, manifest: Manifest) -> frozenset[str]:
         if len(tokens) > 1:
             raise _refused("targets-unknown", [""])
         return frozenset()
-    unknown = [one.place for one in found if not one.is_known]
-    if unknown:
-        raise _refused("targets-unknown", unknown)
-    mixed = [one.place for one in found if one.scores.ahead]
+    mixed = [one for one in found if one.scores.ahead]
     if mixed:
-        raise _refused("targets-not-causal", mixed, found[0].scores.ahead)
+        raise _refused("targets-not-causal", [one.place for one in mixed], mixed[0].scores.ahead)
+    if not all(one.is_known for one in found):
+        _refuse_asked(path, manifest, list(tokens), found)
+        return frozenset()
     if len({one.ahead for one in found}) > 1:
         raise _refused("targets-several", [one.place for one in found])
     if found[0].ahead >= 1:
         return frozenset()
     scored, named = (frozenset().union(*(reach.inputs for reach in part))
                      for part in ([one.scores for one in found], [one.targets for one in found]))  # fmt: skip
-    if found[0].ahead != 0 or not all(one.scores.known for one in found) or scored & named:
+    if found[0].ahead < 0 or scored & named:
         raise _refused("targets-not-shifted", [one.place for one in found])
     return named
+
+
+def _refuse_asked(path: Path, manifest: Manifest, tokens: list[str], found: list[Compared]) -> None:
+    """Refuse a loss that asks for the first token of a row, which nothing comes before, or of which that is unknown.
+
+    Which tokens are asked for is tried on a batch; a model that asks for none of the first shifts its targets.
+    """
+    given = {spec.name for spec in (*manifest.batch, *manifest.buffers)}
+    probe = {spec.name: torch.ones(spec.shape, dtype=DTYPES[spec.dtype]) for spec in manifest.batch}
+    for name in tokens:
+        rows, length = probe[name].shape
+        probe[name] = torch.arange(FIRST, FIRST + length, dtype=probe[name].dtype).expand(rows, length)
+    for targets in open_targets(path, manifest):
+        if not targets.reads & set(tokens):
+            continue
+        asked = set(targets.of(probe).flatten().tolist()) if targets.reads <= given else set()
+        if FIRST in asked:
+            raise _refused("targets-not-shifted", [targets.instr.where.source])
+        if not any(token > FIRST for token in asked):
+            raise _refused("targets-unknown", [targets.instr.where.source])
 
 
 def _compared(whole: Program, tokens: Mapping[str, int]) -> list[Compared]:
@@ -153,10 +181,10 @@ def _compared(whole: Program, tokens: Mapping[str, int]) -> list[Compared]:
     nothing = Reach(None, 1, 1, -inf, inf, frozenset())
     pairs = ((instr, instr.args[0].name, instr.args[LABELS_OF[instr.op]].name) for instr in picks)
     compared = [
-        Compared(instr.where.source, found.get(scores, nothing), found[labels])
+        Compared(instr, found.get(scores, nothing), found[labels])
         for instr, scores, labels in pairs if labels in found
     ]  # fmt: skip
-    return list(dict.fromkeys(compared))
+    return compared
 
 
 WHAT = {

@@ -55,23 +55,19 @@ class TokenFiles:
 
 @dataclass(frozen=True)
 class Text:
-    """Files end to end, a token a byte; `ends[i]` is where file i ends. Of a folder only windows of UTF-8 are drawn."""
+    """Files end to end, a token a byte; `ends[i]` is where file i ends. Windows that are not UTF-8 are passed over."""
 
     paths: tuple[Path, ...]
     ends: tuple[int, ...]
-    is_folder: bool
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         for _ in range(DRAWS):
-            start = int(rng.integers(0, self.ends[-1] - count + 1))
-            window = self._read(start, count)
+            window = self._read(int(rng.integers(0, self.ends[-1] - count + 1)), count)
             if _is_utf8(window):
                 return np.frombuffer(window, np.uint8).astype(np.int64)
-            if not self.is_folder:
-                raise _no_text(self.paths[0], f"its bytes {start} to {start + count} are none")
         raise ArtifactError(Problem(
             "no-text", f"none of {DRAWS} places drawn holds {count} bytes of text", f"--data, {len(self.paths)} files",
-            "windows that are not UTF-8 are passed over in a folder", "give a folder of text, or a single file",
+            "windows that are not UTF-8 are passed over", "give text, or token ids as .npy",
         ))  # fmt: skip
 
     def _read(self, start: int, count: int) -> bytes:
@@ -116,13 +112,13 @@ def open_source(vocabulary: int | None, data: Path | None, length: int) -> Sourc
         longest = max(source.sizes)
     else:
         ends = tuple(itertools.accumulate(path.stat().st_size for path in paths))
-        source, longest = Text(paths, ends, data.is_dir()), ends[-1] if ends else 0
+        source, longest = Text(paths, ends), ends[-1] if ends else 0
     if longest < length:
         raise ArtifactError(Problem(
             "data-too-short", f"{data} holds {longest} tokens in a row and a sequence has {length}",
             fix="give more data, or build with a shorter --seq",
         ))  # fmt: skip
-    if isinstance(source, Text) and not source.is_folder:
+    if isinstance(source, Text) and not data.is_dir():
         with data.open("rb") as file:
             if not _is_utf8(file.read(LOOKED_AT_BYTES)):
                 raise _no_text(data, f"its first {min(longest, LOOKED_AT_BYTES)} bytes are none")

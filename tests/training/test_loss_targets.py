@@ -15,6 +15,8 @@ from autosp_aot.training import launch
 from autosp_aot.training.data import open_feed
 from autosp_aot.training.loop import Training
 from autosp_aot.training.loss_targets import shifted_inputs
+from tests.architectures import ARCHITECTURES
+from tests.steps import half_labelled
 
 V = 300
 BATCH = {name: torch.zeros(2, 8, dtype=torch.int64) for name in ("input_ids", "labels")}
@@ -67,6 +69,26 @@ def ahead_alone(logits, labels):
     return F.cross_entropy(logits[:, 1:].flatten(0, 1), labels[:, 1:].flatten())
 
 
+def in_chunks(logits, labels):
+    y = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    parts = zip(logits.chunk(2, 1), y.chunk(2, 1))
+    return sum(F.cross_entropy(x.flatten(0, 1), t.flatten(), reduction="sum") for x, t in parts)
+
+
+def rolled(logits, labels):
+    y = torch.full_like(labels, -100)
+    y[:, :-1] = labels[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def sequence_first(logits, labels):
+    return F.cross_entropy(logits.transpose(0, 1)[:-1].flatten(0, 1), labels.t()[1:].flatten())
+
+
+def last_alone(logits, labels):
+    return F.cross_entropy(logits[0, -2], labels[0, -1])
+
+
 def saved(loss, path, batch=BATCH, mix=None) -> Path:
     return build(Model(loss, mix), batch, 1, target="cpu").save(path / "a")
 
@@ -101,6 +123,37 @@ def averaged(x):
     return x + x.mean(1, keepdim=True)
 
 
+def hidden_by_numbers(x):
+    at = torch.arange(x.shape[1])
+    scores = (x @ x.mT).masked_fill(at[None] > at[:, None], -1e9)
+    return scores.softmax(-1) @ x
+
+
+def from_the_middle(x):
+    return x.slice_scatter(x[:, 4:5], 1, 0, 1)
+
+
+def of_one_row(x):
+    rows = x.reshape(1, 1, -1, x.shape[2])
+    return F.scaled_dot_product_attention(rows, rows, rows, is_causal=True).view_as(x)
+
+
+@pytest.mark.parametrize(("loss", "mix"), [
+    (in_chunks, None), (rolled, causal), (sequence_first, causal), (last_alone, causal), (sliced, hidden_by_numbers),
+    (sliced, from_the_middle), (sliced, of_one_row),
+])  # fmt: skip
+def test_what_shifts_its_targets_itself_is_tried_where_it_cannot_be_read_off(loss, mix, tmp_path):
+    path = saved(loss, tmp_path, mix=mix)
+    assert shifted_inputs(path, read_manifest(path)) == frozenset()
+
+
+@pytest.mark.parametrize("name", ["bloom", "gemma2", "mpt", "mistral", "mixtral", "mamba2"])
+def test_stock_causal_models_shift_their_targets(name, tmp_path):
+    batch = half_labelled(9)
+    path = build(ARCHITECTURES[name].build(), batch, 1, target="cpu", eager_check=False).save(tmp_path / "a")
+    assert shifted_inputs(path, read_manifest(path)) == frozenset()
+
+
 @pytest.mark.parametrize("mix", [None, causal, windowed, summed, convolved])
 @pytest.mark.parametrize(("loss", "shifted"), [
     (sliced, set()), (padded, set()), (gathered_and_sliced, set()),
@@ -120,7 +173,8 @@ def test_of_a_model_that_reads_one_token_ahead_the_one_after_it_is_asked_for(tmp
     (outside, both_ways, "targets-not-causal"), (sliced, both_ways, "targets-not-causal"),
     (two_ahead, None, "targets-several"), (outside, looking_ahead, "targets-not-shifted"),
     (sliced, averaged, "targets-not-causal"), (outside, averaged, "targets-not-causal"),
-    (one_hot, None, "targets-unknown"),
+    (outside, hidden_by_numbers, "targets-not-shifted"), (outside, from_the_middle, "targets-not-shifted"),
+    (outside, of_one_row, "targets-not-shifted"), (one_hot, None, "targets-unknown"),
 ])  # fmt: skip
 def test_other_models_are_refused_by_name(loss, mix, code, tmp_path):
     path = saved(loss, tmp_path, mix=mix)
@@ -184,3 +238,10 @@ def test_targets_of_a_stored_batch_are_classes_or_ignored(tmp_path, bad, refused
         "passes over -1\n"
         "  fix    give targets among these, or build the model with the ignore_index of the file"
     )
+
+
+def test_one_target_alone_is_checked_too(tmp_path):
+    path, file = saved(last_alone, tmp_path, mix=causal), tmp_path / "batch.safetensors"
+    save_file({"input_ids": BATCH["input_ids"], "labels": torch.full((2, 8), V)}, file)
+    with pytest.raises(ArtifactError, match="target-out-of-range"):
+        launch.run(Training(path, 1), None, file)

@@ -97,7 +97,7 @@ def compare(model: nn.Module, batch: Mapping[str, Tensor | Constant], built: Bui
             rounding = _errors(reference, [other | {label: t for label, t in reference.items() if label not in other}])
             limits = {label: max(base, times * rounding.get(label, 0.0)) for label in errors}
         outcome = Outcome(errors, {label: limits.get(label, base) for label in errors}, number)
-        if outcome.beyond and _same_in_fp64(outcome, model, batch, built, before):
+        if outcome.beyond and _same_in_fp64(outcome, model, batch, built, ranks.inputs | before):
             outcome = replace(outcome, limits={label: TIMES * limit for label, limit in outcome.limits.items()})
         if outcome.beyond:
             return _located(outcome, built.whole, ranks.inputs | before, eager.outputs, model)
@@ -105,7 +105,7 @@ def compare(model: nn.Module, batch: Mapping[str, Tensor | Constant], built: Bui
         return outcome
     errors |= _errors(*_evaluated(eager, ranks))
     outcome = Outcome(errors, outcome.limits | {"evaluation": limits["loss"]}, steps, "the model in eval mode")
-    if outcome.beyond and _same_in_fp64(outcome, model, batch, built, ranks.state(), _evaluated):
+    if outcome.beyond and _same_in_fp64(outcome, model, batch, built, ranks.inputs, _evaluated):
         outcome = replace(outcome, limits=outcome.limits | {"evaluation": TIMES * limits["loss"]})
     return outcome
 
@@ -236,10 +236,12 @@ def _perturbed_step(model: nn.Module, batch: Mapping[str, Tensor | Constant], wh
 
 
 def _same_in_fp64(
-    outcome: Outcome, model: nn.Module, batch: Mapping, built: Built, before: Results, taken: Callable = _stepped
+    outcome: Outcome, model: nn.Module, batch: Mapping, built: Built, inputs: Results, taken: Callable = _stepped
 ) -> bool:
-    """Whether what is beyond its limit in fp32, but not by far, is rounding: what is `taken` from `before` in fp64 is
-    eager's. The model may cast to fp32 all the same. One that cannot run in fp64 says nothing.
+    """Whether what is beyond its limit in fp32, but not by far, is rounding: what is `taken` in fp64 is eager's.
+
+    `inputs` are all that the programs had; the model has its own buffers, as its steps have left them. It may cast to
+    fp32 all the same. One that cannot run in fp64 says nothing.
     """
     by_far = any(error > TIMES * outcome.limits[label] for label, error in outcome.beyond.items())
     if by_far or floats(built.whole) != ("f32",):
@@ -250,9 +252,12 @@ def _same_in_fp64(
     try:
         other = copy.deepcopy(model).double()
         other.zero_grad(set_to_none=True)
-        other.load_state_dict(wide(before), strict=False)
+        with torch.no_grad():
+            for name, parameter in other.named_parameters(remove_duplicate=False):
+                parameter.copy_(inputs.get(name, parameter))
         eager = _Eager(other, wide(batch))
         ranks = _Ranks(other, wide(batch), Built(whole, programs, evaluation, wide(built.buffers)))
+        ranks.inputs |= wide(inputs)
         errors = _errors(*taken(eager, ranks))
     except (NotComparable, EagerFailed, *FAILURES):
         return False

@@ -7,7 +7,8 @@ from autosp_aot.artifact.read import read_bodies, read_manifest, read_recipe, re
 from autosp_aot.commands.check.random_inputs import vocabularies
 from autosp_aot.errors import ArtifactError, Problem
 from autosp_aot.ir.program import Int, Program, Value
-from autosp_aot.ir.verify import verify
+from autosp_aot.ir.structure.table import STRUCTURE
+from autosp_aot.ir.verify import illegal, verify
 from autosp_aot.memory.costs import costs, curve
 from autosp_aot.passes import decisions
 from autosp_aot.passes.partition import Partition
@@ -64,6 +65,9 @@ def _prove_read(
     for program in (whole, *(program for _, program in bodies)):
         check_operators(program, manifest)
     verify(whole)
+    moved = next((instr for instr in whole.instrs() if instr.op in STRUCTURE), None)
+    if moved is not None:
+        raise illegal(f"{moved.op} in an unsharded program", moved)
     curve(whole, 0, manifest.target)  # every call can be made, and makes what it says
     return whole, bodies, prove(whole, bodies)
 

@@ -95,7 +95,7 @@ def functional(target: object) -> torch._ops.OpOverload | None:
 
 
 def is_elementwise(target: torch._ops.OpOverload) -> bool:
-    return elementwise(str(target)) or target in CASTS
+    return elementwise(str(target), in_scores=True) or target in CASTS
 
 
 def _evaluate(node: Node, known: dict[Node, Known], most: int) -> Known:

@@ -217,8 +217,9 @@ def named(function: Callable, arguments: str) -> Callable:
     saving = {field.name for field in fields(Saved)}
 
     def called(*values, **scoring):
-        given = dict(zip(names, values)) | {name: scoring.pop(name) for name in names if name in scoring}
-        assert len(values) <= len(names) == len(given), f"{len(given)} arguments for {arguments}"
+        given = dict(zip(names, values)) | {name: scoring.pop(name) for name in names[len(values) :] if name in scoring}
+        if not len(values) <= len(names) == len(given):
+            raise TypeError(f"{max(len(values), len(given))} arguments for {arguments}")
         saved = [Saved(**{name: given.pop(name) for name in names if name in saving})] if "out" in given else []
         which = [given.pop("which")] if "which" in given else []
         return function(Arguments(**given, scoring=scoring), *saved, *which)

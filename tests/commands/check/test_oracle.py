@@ -175,6 +175,23 @@ def test_what_is_somewhat_beyond_its_limit_in_fp32_is_judged_in_fp64(monkeypatch
     assert asked and asked[0] is not found
 
 
+def test_fp64_does_not_forgive_a_buffer_that_steps_change(monkeypatch):
+    """From the second step on eager has another buffer than the programs, by little more than rounding."""
+
+    class Creeping(Inner):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if type(x) is Tensor and self.training and not torch.compiler.is_compiling():
+                x.register_hook(lambda grad: (self.scale.mul_(1 + 4e-5), None)[1])
+            return self.linear(x) * self.scale
+
+    with pytest.raises(BuildError, match="differs-from-eager"):
+        build(of(Creeping, torch.float32), BATCH, 2, target="cpu", evaluation=False)
+
+
 def test_a_difference_is_named_with_the_module_where_it_first_shows(monkeypatch):
     OFF["flags"](monkeypatch)
     model = of(Compiling)

@@ -61,5 +61,5 @@ def test_python_takes_sizes_as_text():
     model = plain.build_model(vocab_size=8, hidden_size=4, layers=1, heads=2, kv_heads=1, max_length=8)
     manifest = build(model, plain.example_batch(1, 4), 2, memory_budget="1MiB", tile=2, target="cpu").manifest
     assert (manifest.config.recompute, manifest.config.memory_budget_bytes, manifest.config.tile) == ("auto", 2**20, 2)
-    budget_bytes = build(model, plain.example_batch(1, 4), 2, memory_budget=1e6, target="cpu").manifest.config.budget_bytes
-    assert (type(budget_bytes), budget_bytes) == (int, 10**6)
+    config = build(model, plain.example_batch(1, 4), 2, memory_budget=1e6, target="cpu").manifest.config
+    assert (type(config.memory_budget_bytes), config.memory_budget_bytes) == (int, 10**6)

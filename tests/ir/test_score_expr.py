@@ -24,6 +24,8 @@ def test_expressions_of_elementwise_operators_are_allowed(score):
     (("aten.sum.default", "s"), "is no part of a score expression"),
     (("aten.rand_like.default", "s"), "is no part of a score expression"),
     (("os.system.default", "s"), "is no part of a score expression"),
+    (("aten.masked_fill.Tensor", "s", "v0", "v1"), "is no part of a score expression"),  # its value has no dims
+    (("aten.floor_divide.default", "s", "v0"), "is no part of a score expression"),  # it has no derivative
     (("constant", "f99", 0.0), "is no part of a score expression"),
     (("cast", "f99", "s"), "is no part of a score expression"),
     ((), "is no part of a score expression"),

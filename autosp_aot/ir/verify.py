@@ -81,8 +81,8 @@ class _Verifier:
             _check_count(record, instr)
             if record.copies:
                 self.host.copied(record, instr, [self.alive[name] for name in refs])
-        elif instr.op.partition(".")[0] not in ("aten", "autosp") or not instr.values():
-            raise illegal(f"{instr.op} is not an operator" + ", or gives nothing" * (not instr.values()), instr)
+        else:
+            _check_call(instr)
         if instr.into is not None:
             self.reuse(instr, instr.into, after)
         self.aliases.make(instr)
@@ -193,6 +193,14 @@ class _Host:
             if at < hi and lo < end:
                 raise illegal(f"{value.name} is put at bytes {at} to {end}, where {name} is until byte {hi}", instr)
         return at, end
+
+
+def _check_call(instr: Instr) -> None:
+    """A call is of an operator, and something is made of a result."""
+    if instr.op.partition(".")[0] not in ("aten", "autosp"):
+        raise illegal(f"{instr.op} is not an operator", instr)
+    if not instr.values() and instr.into is None:
+        raise illegal(f"{instr.op} gives nothing that has a name", instr)
 
 
 def _check_count(record: Structural, instr: Instr) -> None:

@@ -54,6 +54,7 @@ def test_a_legal_program():
      "section backward gives grad.w, but s.all_reduce is not alive at its end"),
     ("section backward", "section again", "sections forward, again, sum_gradients"),
     ("aten.sum.default(%y)", "os.system(%y)", "os.system is not an operator"),
+    ("  free(%y)\n", "  _ = aten.neg.default(%y)\n  free(%y)\n", "aten.neg.default gives nothing that has a name"),
     ("shard(%x)", "shard(%x, %w)", "shard has 2 operands and 1 results"),
     ("all_reduce(%s)", "all_reduce(%s, %s.all_reduce)", "s.all_reduce is used but not alive"),
     ("all_reduce(%g)", "all_reduce(%g, %w)", "all_reduce has operands, and a result for each"),

@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ def built(name: str, path: Path) -> Path:
     artifact = compile_model(model, plain.example_batch(2, 6), {"input_ids": 1, "labels": 1}, config, "")
     stored = {spec.name for spec in artifact.manifest.parameters}
     weights = {key: value for key, value in model_values(model).items() if key in stored}
-    return type(artifact)(**{**vars(artifact), "weights": weights}).save(path)
+    return replace(artifact, weights=weights).save(path)
 
 
 def damage(path: Path, rng: random.Random) -> tuple[str, str]:

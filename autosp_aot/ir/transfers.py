@@ -81,6 +81,11 @@ class Shard:
         return (parts[0] if parts else tensor.narrow(self.dim, 0, 0)).contiguous()
 
 
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes of the storage that a tensor lies in."""
+    return tensor.untyped_storage().nbytes()
+
+
 def join_into(buffer: Tensor, parts: list[Tensor]) -> None:
     """Copy parts into a buffer one after the other."""
     for place, part in zip(buffer.split([part.numel() for part in parts]), parts):

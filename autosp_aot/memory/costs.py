@@ -14,8 +14,8 @@ from torch import Tensor
 from autosp_aot.ir.operators import wide
 from autosp_aot.ir.program import ITEMSIZE, RECOMPUTED, TILE, Body, Instr, PerRank, Program, Value, at_rank, values_of
 from autosp_aot.ir.structure.table import FREE, STRUCTURE, meets, to_host
-from autosp_aot.ir.transfers import received_bytes
-from autosp_aot.memory.layouts import Layouts, storage_bytes
+from autosp_aot.ir.transfers import received_bytes, storage_bytes
+from autosp_aot.memory.layouts import Layouts
 from autosp_aot.memory.rank_classes import unlike_ranks
 from autosp_aot.ops.table import OURS
 

@@ -18,6 +18,7 @@ from autosp_aot.ir.operators import DTYPES, FACTORIES, overload
 from autosp_aot.ir.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
 from autosp_aot.ir.structure.record import At
 from autosp_aot.ir.structure.table import STRUCTURE
+from autosp_aot.ir.transfers import storage_bytes
 from autosp_aot.ir.verify import illegal
 from autosp_aot.ops.table import OURS
 
@@ -125,11 +126,6 @@ class Layouts:
         workspace_bytes += sum(storage_bytes(results[at]) for at in unused if owners[at] == len(operands) + at)
         layouts = tuple(None if at in unused else self.one(result) for at, result in enumerate(results))
         return Made(layouts, owners, workspace_bytes)
-
-
-def storage_bytes(tensor: Tensor) -> int:
-    """Bytes of the storage that a tensor lies in."""
-    return tensor.untyped_storage().nbytes()
 
 
 def _declared(result: Tensor, out: Value | None) -> Tensor:

@@ -60,3 +60,9 @@ class OwnOp:
     over_heads: OverHeads | None = None
     site: int | str | None = None
     makes_memory: bool = False
+
+    @property
+    def arguments(self) -> dict[str, bool]:
+        """The names of its arguments in order, and whether each is given by its place; others are by keyword."""
+        said = self.signature.partition("(")[2].partition(")")[0].split(", ")
+        return {name.partition("=")[0]: "=" not in name for name in said}

@@ -81,7 +81,7 @@ class StoredBatch:
         }
 
 
-    def all(self) -> Iterator[dict[str, Tensor]]:
+    def batches(self) -> Iterator[dict[str, Tensor]]:
         """Every micro-batch that there is."""
         return map(self.at, range(self.count))
 

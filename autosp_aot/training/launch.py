@@ -71,7 +71,7 @@ def run(
         feeds.append(open_feed(inputs, training.seed, tokens, batches, training.eval_batches, shifted))
     for feed in feeds:
         if isinstance(feed, StoredBatch):
-            check_targets(training.artifact, manifest, feed.all(), feed.path)
+            check_targets(training.artifact, manifest, feed.batches(), feed.path)
     if shifted and os.environ.get("RANK", "0") == "0":
         names = ", ".join(sorted(shifted))
         print(f"{names}: the next tokens, since the loss compares position with position", flush=True)

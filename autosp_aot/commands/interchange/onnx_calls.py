@@ -92,7 +92,7 @@ def named(instr: Instr) -> dict[str, object]:
 @cache
 def _names(op: str) -> list[str]:
     if op in OURS:
-        return [said.partition("=")[0] for said in OURS[op].signature.partition("(")[2].partition(")")[0].split(", ")]
+        return list(OURS[op].arguments)
     return [argument.name for argument in _arguments(op)]
 
 

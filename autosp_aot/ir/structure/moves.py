@@ -10,7 +10,7 @@ from autosp_aot.ir.operators import wide
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, inside
 from autosp_aot.ir.program import Instr
 from autosp_aot.ir.structure.record import Action, Answer, At, Exchange, HostMemory, Structural, Sum, Values
-from autosp_aot.ir.transfers import Move, Shard, join_into
+from autosp_aot.ir.transfers import Move, Shard, join_into, storage_bytes
 
 
 def _keeps(source: Placement, target: Placement) -> bool:
@@ -71,7 +71,7 @@ def _exchange_layout(operands: Sequence[Tensor], sources: Values, targets: Value
         return [result], sent
     dtype = wide(result.dtype)
     added_up = result.numel() * dtype.itemsize if move.summing and dtype != result.dtype else 0
-    return [result], max(sent + _bytes(received) - _bytes(result), _bytes(received) + added_up)
+    return [result], max(sent + storage_bytes(received) - storage_bytes(result), storage_bytes(received) + added_up)
 
 
 def _exchanged(instr: Instr, sources: Values, targets: Values, at: At) -> Mapping[str, object]:
@@ -112,15 +112,11 @@ def _all_reduce_layout(operands: Sequence[Tensor], *_: object) -> tuple[list[Ten
     total = torch.empty(sum(t.numel() for t in operands), dtype=wide(dtype), device=operands[0].device)
     parts = total.split([t.numel() for t in operands])
     results = [part.to(dtype).view(t.shape) for part, t in zip(parts, operands)]
-    return results, 0 if wide(dtype) == dtype else _bytes(total)
+    return results, 0 if wide(dtype) == dtype else storage_bytes(total)
 
 
 def _group(instr: Instr, sources: Values, targets: Values, at: At) -> Mapping[str, object]:
     return {"group": tuple(range(at.ranks))}
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
 
 
 # In this order: the first that fits is what a value is moved by.

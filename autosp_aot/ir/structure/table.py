@@ -1,4 +1,4 @@
-"""The instructions that are no operators, in the order that the architecture names them.
+"""The instructions that are no operators: their records by name.
 
 What a walk over a program has to know by itself are two: `free`, which ends lifetimes, and `tiles`, which has a body.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 from autosp_aot.ir.operators import wide
 from autosp_aot.ops.attention.arguments import Arguments, KernelCall, RowRun, Saved, of_heads
 from autosp_aot.ops.attention.blockwise import blockwise, blockwise_backward, blockwise_vector_gradient
-from autosp_aot.ops.attention.workspace import dense, gradient, has_kernel, outputs
+from autosp_aot.ops.attention.workspace import dense, densed, gradient, has_kernel, outputs
 
 aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -21,7 +21,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 def attention(call: Arguments) -> tuple[Tensor, Tensor]:
     """Forward: out and the log of the sum of exponentials of each row's scores."""
-    call = _densed(call)
+    call = densed(call)
     target, width = call.q.device.type, call.v.shape[3]
     if call.q.numel() == 0:
         return outputs(call.q, width, target)
@@ -41,7 +41,7 @@ def attention_backward(call: Arguments, saved: Saved) -> Gradients:
     """Gradients of q, k and v; those of k and v hold what this rank's query heads add to them."""
     if call.q.numel() == 0:
         return gradient(call.q), gradient(call.k).zero_(), gradient(call.v).zero_()
-    call, saved = _densed(call), replace(saved, out=dense(saved.out))
+    call, saved = densed(call), replace(saved, out=dense(saved.out))
     runs = call.head_runs()
     results = (gradient(call.q), gradient(call.k), gradient(call.v)) if len(runs) > 1 else None
     for run in runs:
@@ -70,7 +70,7 @@ def attention_rows(call: Arguments) -> tuple[Tensor, Tensor]:
     """`attention` over heads and rows as one dim."""
     shape, dtype = call.q.shape[:2], wide(call.q.dtype)
     results = call.q.new_empty((*shape, call.v.shape[3])), call.q.new_empty(shape, dtype=dtype)
-    call = _densed(call)
+    call = densed(call)
     for run in call.row_runs() if call.q.numel() else ():
         found = None
         for _, part in _by_keys(run, call.of_rows(run)):
@@ -85,7 +85,7 @@ def attention_rows_backward(call: Arguments, saved: Saved) -> Gradients:
     """Gradients of `attention_rows`; those of k and v hold what this rank's rows add to them."""
     dtypes = [t.dtype for t in (call.q, call.k, call.v)]
     grads = [t.new_zeros(t.shape, dtype=saved.lse.dtype) for t in (call.q, call.k, call.v)]
-    call, saved = _densed(call), replace(saved, out=dense(saved.out))
+    call, saved = densed(call), replace(saved, out=dense(saved.out))
     for run in call.row_runs() if call.q.numel() else ():
         own = saved.part(run.rows)
         for keys, part in _by_keys(run, call.of_rows(run)):
@@ -105,10 +105,6 @@ def attention_rows_vector_gradient(call: Arguments, saved: Saved, which: int) ->
     for run in call.row_runs() if call.q.numel() else ():
         run.vectors([total])[0].add_(blockwise_vector_gradient(call.of_rows(run), saved.part(run.rows), which))
     return total.to(vector.dtype)
-
-
-def _densed(call: Arguments) -> Arguments:
-    return replace(call, q=dense(call.q), k=dense(call.k), v=dense(call.v))
 
 
 def _by_keys(run: RowRun, call: KernelCall) -> Iterator[tuple[slice, KernelCall]]:

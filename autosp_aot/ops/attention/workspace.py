@@ -41,6 +41,11 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
+def densed(call: Arguments) -> Arguments:
+    """The call with q, k and v as `dense` makes them."""
+    return replace(call, q=dense(call.q), k=dense(call.k), v=dense(call.v))
+
+
 def outputs(q: Tensor, width: int, target: str) -> tuple[Tensor, Tensor]:
     """Empty out [B, N, S, width] and lse [B, N, S] of a dense q [B, N, S, D], laid out as flash kernels make them.
 
@@ -208,7 +213,7 @@ def _largest_rows(call: Arguments, target: str) -> _LargestRun:
 def _densed(call: Arguments, *others: Tensor) -> tuple[Arguments, int]:
     """The call as `dense` makes its tensors, and the bytes of these copies and of the others'."""
     copied = sum(t.numel() * t.itemsize for t in (call.q, call.k, call.v, *others) if not is_dense(t))
-    return replace(call, q=dense(call.q), k=dense(call.k), v=dense(call.v)), copied
+    return densed(call), copied
 
 
 def _most_heads(runs: list[HeadRun]) -> int:

@@ -125,7 +125,7 @@ OFF = {
     "state": lambda patch: [patch.setattr(part, "refuse_state", first_step_only) for part in (joint, evaluation)],
     "sharing": lambda patch: patch.setattr(joint, "refuse_shared", lambda model: None),
     "flags": lambda patch: patch.setattr(joint, "eager_flags", contextlib.nullcontext),
-    "dense": lambda patch: patch.setattr(kernels, "dense", lambda tensor: tensor),
+    "dense": lambda patch: patch.setattr(kernels, "densed", lambda call: call),
 }  # fmt: skip
 
 

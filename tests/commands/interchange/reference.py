@@ -108,8 +108,7 @@ def _call(op: str, tensors: list[Tensor], attributes: dict) -> list[Tensor]:
         items.extend([None] * (int(at) - len(items)) + [tensor])
     function, kinds = OURS[op].kernel if op in OURS else overload(op), {}
     if op in OURS:
-        said = OURS[op].signature.partition("(")[2].partition(")")[0].split(", ")
-        needed = [name for name in said if "=" not in name]
+        needed = [name for name, by_place in OURS[op].arguments.items() if by_place]
     else:
         kinds = {a.name: str(a.type) for a in function._schema.arguments}
         needed = [a.name for a in function._schema.arguments if not a.has_default_value()]

@@ -17,6 +17,7 @@ from autosp_aot.ir.structure.table import FREE, STRUCTURE, meets, to_host
 from autosp_aot.ir.transfers import received_bytes, storage_bytes
 from autosp_aot.memory.layouts import Layouts
 from autosp_aot.memory.rank_classes import unlike_ranks
+from autosp_aot.ops.record import Demand
 from autosp_aot.ops.table import OURS
 
 CONTRACTIONS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default")
@@ -205,6 +206,10 @@ class Storages:
             if out is not None and result is not None:
                 self.add(out.name, result, "" if to_host(instr.op) else owners[owner])
         return Moment(section, instr.values()[0].name, self.total, self.total + made.workspace_bytes)
+
+    def unmet(self, instr: Instr) -> dict[int, Demand]:
+        """What the kernel of a call demands of operands that does not hold, by place."""
+        return self.layouts.unmet(instr, self.tensors, self.box)
 
     def tiles(self, instr: Instr, body: Body, section: str) -> Moment:
         """Room for all results, sums in a wide dtype; a tile after the other; then each sum in its own dtype."""

@@ -20,6 +20,7 @@ from autosp_aot.ir.structure.record import At
 from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ir.transfers import storage_bytes
 from autosp_aot.ir.verify import illegal
+from autosp_aot.ops.record import Demand
 from autosp_aot.ops.table import OURS
 
 
@@ -61,15 +62,7 @@ class Layouts:
         if instr.into is not None:
             return Made((tensors[instr.refs()[instr.into]],), (instr.into,), 0)
 
-        def filled(arg):
-            kind = type(arg)
-            if kind is Ref:
-                return tensors[arg.name]
-            if kind is tuple or kind is list:
-                return tuple(map(filled, arg))
-            return arg.values[box] if kind is PerRank else arg
-
-        args, kwargs = filled(instr.args), tuple((name, filled(value)) for name, value in instr.kwargs)
+        args, kwargs = _filled(instr.args, tensors, box), _filled(instr.kwargs, tensors, box)
         key: tuple = instr.op, args, kwargs, tuple(out and out.dtype for out in instr.outs)
         if instr.op in STRUCTURE:
             placements = [out.placement for out in instr.values()] + [values[name].placement for name in instr.refs()]
@@ -89,6 +82,13 @@ class Layouts:
                 raise illegal(f"{out.name} is not what {instr.op} makes", instr, f"that is {list(result.shape)}")
         return found
 
+    def unmet(self, instr: Instr, tensors: Mapping[str, Tensor], box: int) -> dict[int, Demand]:
+        """What the kernel of a call demands of operands with these layouts that does not hold, by place."""
+        if instr.op not in OURS or OURS[instr.op].demands is None:
+            return {}
+        args, kwargs = _filled(instr.args, tensors, box), _filled(instr.kwargs, tensors, box)
+        return OURS[instr.op].unmet(args, dict(kwargs), self.target)
+
     def _results(
         self, instr: Instr, operands: list[Tensor], args: tuple, kwargs: dict, values: Mapping[str, Value], box: int,
         tiles: int,
@@ -101,7 +101,7 @@ class Layouts:
         assert record.layout is not None, "a walk has dealt with what gives nothing itself"
         sources, targets = [values[name] for name in instr.refs()], instr.values()
         sources, targets = ([self.local(v, box, tiles) for v in group] for group in (sources, targets))
-        return record.layout(operands, sources, targets, At(box // tiles, self.ranks, box))
+        return record.layout(instr, operands, sources, targets, At(box // tiles, self.ranks, box))
 
     def local(self, value: Value, box: int, tiles: int) -> Value:
         """The value as a rank has it, or a tile."""
@@ -117,6 +117,9 @@ class Layouts:
         """The results on meta tensors, and bytes needed beside them."""
         if op.startswith("aten."):
             return _aten(op, args, kwargs), 0
+        unmet = OURS[op].unmet(args, kwargs, self.target)
+        for at, demand in unmet.items():
+            raise ValueError(f"its operand {at} has strides {list(args[at].stride())}: {demand.source}")
         return OURS[op].workspace(*args, target=self.target, **kwargs)
 
     def _made(self, instr: Instr, operands: list[Tensor], results: list[Tensor], workspace_bytes: int) -> Made:
@@ -126,6 +129,16 @@ class Layouts:
         workspace_bytes += sum(storage_bytes(results[at]) for at in unused if owners[at] == len(operands) + at)
         layouts = tuple(None if at in unused else self.one(result) for at, result in enumerate(results))
         return Made(layouts, owners, workspace_bytes)
+
+
+def _filled(arg, tensors: Mapping[str, Tensor], box: int):
+    """An argument with the layouts of what it names, and the numbers of a rank."""
+    kind = type(arg)
+    if kind is Ref:
+        return tensors[arg.name]
+    if kind is tuple or kind is list:
+        return tuple([_filled(item, tensors, box) for item in arg])
+    return arg.values[box] if kind is PerRank else arg
 
 
 def _declared(result: Tensor, out: Value | None) -> Tensor:

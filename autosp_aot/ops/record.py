@@ -5,7 +5,7 @@
 ATen's operators have their schemas in torch and a line in `sharding/table.py`; `ops/table.py` answers for both.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +30,20 @@ class OverHeads:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What a kernel takes the memory of an operand to be.
+
+    holds     whether a tensor's is so
+    order     the dims of a copy that is so, as they lie in memory, outermost first
+    source    file and line of the kernel that says it
+    """
+
+    holds: Callable[[Tensor], bool]
+    order: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True)
 class OwnOp:
     """An operator of our own.
 
@@ -46,6 +60,7 @@ class OwnOp:
     over_heads     of an attention over heads, what else is known of it
     site           where the number of a drawing operator's stream is: the place or the name of the argument
     makes_memory   whether it makes a tensor of none, so has to be told the device
+    demands        (arguments, target=) -> what its kernels take the memory of operands to be, by their names
     """
 
     name: str
@@ -60,9 +75,18 @@ class OwnOp:
     over_heads: OverHeads | None = None
     site: int | str | None = None
     makes_memory: bool = False
+    demands: Callable[..., Mapping[str, Demand]] | None = None
 
     @property
     def arguments(self) -> dict[str, bool]:
         """The names of its arguments in order, and whether each is given by its place; others are by keyword."""
         said = self.signature.partition("(")[2].partition(")")[0].split(", ")
         return {name.partition("=")[0]: "=" not in name for name in said}
+
+    def unmet(self, args: Sequence, keywords: Mapping, target: str) -> dict[int, Demand]:
+        """The demands that do not hold of a call with positional `args`, by the operand's place among them."""
+        if self.demands is None:
+            return {}
+        places = {name: at for at, name in enumerate(self.arguments)}
+        found = {places[name]: demand for name, demand in self.demands(*args, target=target, **keywords).items()}
+        return {at: demand for at, demand in found.items() if not demand.holds(args[at])}

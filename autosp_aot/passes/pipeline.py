@@ -9,6 +9,7 @@ from autosp_aot.ir.verify import verify
 from autosp_aot.passes.early_backward import EarlyBackward
 from autosp_aot.passes.inplace import Reuse
 from autosp_aot.passes.keep.policy import Keep
+from autosp_aot.passes.lay_out import LayOut
 from autosp_aot.passes.offload import Offload
 from autosp_aot.passes.order import Order
 from autosp_aot.passes.partition import Partition
@@ -45,6 +46,7 @@ def schedule(config: BuildConfig) -> tuple[Pass, ...]:
     return (
         Recompute(),
         Tile(config.tile, config.target),
+        LayOut(config.target),
         Order(config.target),
         Offload(config),
         Release(),
@@ -59,6 +61,7 @@ def evaluation_pipeline(config: BuildConfig) -> tuple[Pass, ...]:
         Partition(config.ranks, strict=config.strict),
         OnlySection(),
         Tile(config.tile, config.target),
+        LayOut(config.target),
         Order(config.target),
         Release(),
         Reuse(config.target),

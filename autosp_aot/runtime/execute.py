@@ -5,6 +5,7 @@ so the same code runs over torch.distributed (`comm`) and in one process (`simul
 """
 
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from autosp_aot.ir import operators
 from autosp_aot.ir.operators import DTYPES, wide
 from autosp_aot.ir.placement import PARTIAL
 from autosp_aot.ir.program import Body, Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
+from autosp_aot.ir.structure.moves import in_order
 from autosp_aot.ir.structure.record import Action, Answer, At, Meeting
 from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ir.transfers import narrowed, places_of_tile
+from autosp_aot.ops.record import OwnOp
 from autosp_aot.ops.table import OURS
 from autosp_aot.runtime.host_pool import Host
 
@@ -27,11 +30,14 @@ class Executor:
     """One rank's program, ready to run on a device.
 
     `program` has every number filled in (`Program.for_rank`). Operators were checked when the artifact was loaded.
-    Where `traced`, what is called does not depend on values (`OwnOp.traced`).
+    Where `traced`, what is called does not depend on values (`OwnOp.traced`). A program that was not laid out for
+    this device's kernels (the unsharded one, one of another target) is run with `copying`: what they demand is copied.
     """
 
-    def __init__(self, program: Program, rank: int, device: torch.device, traced: bool = False):
-        self.program, self.rank, self.device, self.traced = program, rank, device, traced
+    def __init__(
+        self, program: Program, rank: int, device: torch.device, traced: bool = False, copying: bool = False
+    ):
+        self.program, self.rank, self.device, self.traced, self.copying = program, rank, device, traced, copying
         self.values = program.values()
         self.host = Host(program, device)
         self.steps = {section.name: self._prepare(section) for section in program.sections}
@@ -99,7 +105,8 @@ class Executor:
 
     def _function(self, op: str) -> Callable:
         if op in OURS:
-            return self.traced and OURS[op].traced or OURS[op].kernel
+            kernel = self.traced and OURS[op].traced or OURS[op].kernel
+            return partial(_copying, OURS[op], self.device.type) if self.copying else kernel
         found = operators.overload(op)
         assert found is not None, "operators were checked"
         return found
@@ -141,6 +148,14 @@ class Executor:
             return [self._structural(instr, values, self.rank * len(tiles) + tile) for tile in tiles]
         own = [map_instr(instr, lambda n: n.values[tile]) for tile in tiles]
         return [self._call(instr)] * len(tiles) if own[0] is instr else [self._call(i) for i in own]
+
+
+def _copying(op: OwnOp, target: str, *args, **keywords):
+    """The kernel's results, of operands copied where they do not lie as it demands."""
+    found = list(args)
+    for at, demand in op.unmet(args, keywords, target).items():
+        found[at] = in_order(args[at], demand.order)
+    return op.kernel(*found, **keywords)
 
 
 def _failed(instr: Instr, error: Exception) -> ArtifactError:

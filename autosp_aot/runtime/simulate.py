@@ -12,15 +12,17 @@ from autosp_aot.runtime.execute import Executor, SectionRun
 
 
 def simulate(
-    programs: list[Program], inputs: dict[str, Tensor], grad_loss: Tensor, guess: Tensor | None = None
-) -> list[dict[str, Tensor]]:
+    programs: list[Program], inputs: dict[str, Tensor], grad_loss: Tensor, guess: Tensor | None = None,
+    copying: bool = False,
+) -> list[dict[str, Tensor]]:  # fmt: skip
     """One step of all ranks: by rank, `loss` and `grad.<parameter>`.
 
     `programs[r]` is rank r's program; the whole step is a program of one rank. `inputs` are parameters, buffers, the
-    batch and, where it draws, `seed` by name. What is computed before backward takes `guess` (default 1) for grad_loss.
+    batch and, where it draws, `seed` by name. What is computed before backward takes `guess` (default 1) for grad_loss. Programs that
+    were not laid out for CPU are run with `copying` (see `Executor`).
     """
     guess = torch.ones_like(grad_loss) if guess is None else guess
-    executors = [Executor(program, rank, torch.device("cpu")) for rank, program in enumerate(programs)]
+    executors = [Executor(program, rank, torch.device("cpu"), copying=copying) for rank, program in enumerate(programs)]
     values = [inputs | {"grad_loss": grad_loss, "early.grad_loss": guess} for _ in executors]
     results: list[dict[str, Tensor]] = [{} for _ in executors]
     for section in programs[0].sections:

@@ -53,8 +53,9 @@ section evaluate takes ()
   %y.rows: f32[2, 4] @ Shard(0, cut4) = reduce_scatter(%y)
   %c: f32[2, 4] @ Shard(0, cut4) = tiles(%y.rows) in 2
     %tile.y: f32[1, 4] @ Shard(0, cut4') = shard(%y.rows)
-    %tile.c: f32[1, 4] @ Shard(0, cut4') = aten.exp.default(%tile.y)
-    free(%tile.y)
+    %tile.y.relayout: f32[1, 4] @ Shard(0, cut4') = relayout(%tile.y, [1, 0])
+    %tile.c: f32[1, 4] @ Shard(0, cut4') = aten.exp.default(%tile.y.relayout)
+    free(%tile.y, %tile.y.relayout)
   gives (%tile.c)
   %s: f32[] @ Partial = aten.sum.default(%a.back)
   %m: f32[] @ Replicate = aten.amax.default(%a.whole)
@@ -69,6 +70,7 @@ TWICE = [
         ("Shard(0, cut4) = shard(%x)", "%x", "[2, 4] @ Shard(0, cut4)"),
         ("Shard(0, cut4) = offload(%a, 0)", "%a", "[4, 4] @ Replicate"),
         ("Shard(0, cut4) = fetch(%a.host)", "%a.host", "[4, 4] @ Replicate"),
+        ("Shard(0, cut4') = relayout(%tile.y, [1, 0])", "%tile.y", "[4, 4] @ Replicate"),
     )
 ]
 

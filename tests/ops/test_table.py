@@ -17,6 +17,7 @@ from autosp_aot.memory.costs import costs
 from autosp_aot.memory.rank_classes import unlike_ranks
 from autosp_aot.ops import table
 from autosp_aot.ops.record import OwnOp
+from autosp_aot.passes.lay_out import lay_out
 from autosp_aot.passes.query_rows import split_query_rows
 from autosp_aot.runtime.execute import Executor
 from tests.sharding import attention_cases, routing_cases
@@ -71,6 +72,7 @@ def outcomes(program: Program, tensors: dict[str, Tensor], first_head: Instr) ->
         lambda: table.schema(instr.op),
         lambda: table.spec_of(instr, operands, 2).extents,
         lambda: costs(program, "cpu"),
+        lambda: lay_out(reversed_in_memory(instr.op), "cpu"),
         lambda: unlike_ranks(replace(program, ranks=2, sections=(replace(program.sections[0], instrs=(first_head,)),))),
         lambda: split_query_rows(program, 99),
         lambda: undrawn(program),
@@ -84,6 +86,29 @@ def outcomes(program: Program, tensors: dict[str, Tensor], first_head: Instr) ->
             yield reader()
         except Exception as error:  # which one it is, is the outcome: a record without a field fails in any way
             yield type(error)
+
+
+def reversed_in_memory(op: str) -> Program:
+    """A plain call of the operator whose operands lie in memory with their dims in the opposite order."""
+    args = call(op)[0]
+    if op == "autosp.expert_mm":
+        args = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(2, 8, 16).bfloat16()
+    tensors = [leaf for leaf in flatten(args) if isinstance(leaf, Tensor)]
+    names = iter(range(len(tensors)))
+    refs = map_args(args, lambda leaf: Ref(f"r{next(names)}") if isinstance(leaf, Tensor) else leaf)
+    value = lambda name, t: Value(name, DTYPE_NAMES[t.dtype], tuple(t.shape), REPLICATE)  # noqa: E731
+    orders = [tuple(reversed(range(t.dim()))) for t in tensors]
+    inputs = tuple(Input("batch", value(f"x{at}", tensors[at].permute(order))) for at, order in enumerate(orders))
+    turned = [
+        Instr((value(f"r{at}", tensors[at]),), "aten.permute.default", (Ref(f"x{at}"), order))
+        for at, order in enumerate(orders)
+    ]
+    (made,) = one_call(op)[0].instrs()
+    plain = tuple((name, number) for name, number in made.kwargs if name == "scale")
+    refs = tuple(None if name == "grad_lse" else ref for name, ref in zip(table.OURS[op].arguments, refs))
+    outs = made.outs if op != "autosp.expert_mm" else (Value("y0", "bf16", (3, 16)),)
+    section = Section("step", (), (*turned, replace(made, outs=outs, args=refs, kwargs=plain)), ())
+    return Program(1, inputs, (section,))
 
 
 def executed(program: Program, tensors: dict[str, Tensor], traced: bool) -> list[tuple]:

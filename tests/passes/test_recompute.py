@@ -16,6 +16,7 @@ from autosp_aot.ir.structure.table import STRUCTURE, meets
 from autosp_aot.ir.verify import verify
 from autosp_aot.passes.analysis.segments import segments
 from autosp_aot.passes.keep.policy import by_policy
+from autosp_aot.passes.lay_out import lay_out
 from autosp_aot.passes.partition import Partition
 from autosp_aot.passes.pipeline import compile_program
 from autosp_aot.passes.recompute import Recompute, recompute
@@ -49,7 +50,7 @@ class Small:
         self.split = replace(step, segments=segments(step.program))
 
     def keeping(self, kept) -> Program:
-        program = release(recompute(self.split.program, self.split.segments, kept))
+        program = release(lay_out(recompute(self.split.program, self.split.segments, kept), "cpu"))
         verify(program)
         derive(program, self.whole)
         return program

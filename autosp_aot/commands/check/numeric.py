@@ -22,10 +22,12 @@ from autosp_aot.ir.program import ITEMSIZE, Dtype, Instr, Program, Ref, map_args
 from autosp_aot.ir.structure.table import to_host
 from autosp_aot.memory.costs import costs
 from autosp_aot.ops.uniform import UNIFORM
+from autosp_aot.passes.lay_out import lay_out
 from autosp_aot.passes.release import release
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
 from autosp_aot.runtime.weights_in import read_weights
+from autosp_aot.targets.table import CPU
 
 MEMORY_LIMIT_BYTES = 8 * 2**30
 EXACT, CASTS, SINGLE = 1e-12, 1e-6, 1e-5
@@ -127,7 +129,7 @@ def _wide(inputs: Mapping[str, Tensor], wider: Mapping[str, str]) -> dict[str, T
 
 def _run(programs: list[Program], inputs: dict[str, Tensor]) -> list[Results]:
     loss = programs[0].values()[dict(programs[0].sections[0].gives)["loss"]]
-    return simulate(programs, inputs, torch.tensor(GRAD_LOSS, dtype=DTYPES[loss.dtype]))
+    return simulate(programs, inputs, torch.tensor(GRAD_LOSS, dtype=DTYPES[loss.dtype]), copying=True)
 
 
 def _errors(reference: Results, results: Iterable[Results]) -> dict[str, float]:
@@ -183,7 +185,8 @@ def widened(program: Program, wider: Mapping[str, str]) -> Program:
 def refuse_large(manifest: Manifest, whole: Program) -> None:
     """Raise ArtifactError where the inputs, and everybody's activations and gradients, do not fit."""
     inputs = sum(entry.value.nbytes() for entry in whole.inputs)
-    alone, together = costs(release(whole), "cpu").peak_bytes, manifest.step.costs.peak_bytes * manifest.ranks
+    alone = costs(release(lay_out(whole, CPU.name)), CPU.name).peak_bytes
+    together = manifest.step.costs.peak_bytes * manifest.ranks
     needed = (inputs + max(alone, together)) * (2 if _wider(whole) else 1)
     if needed > MEMORY_LIMIT_BYTES:
         gib = lambda count: f"{count / 2**30:.1f} GiB"  # noqa: E731

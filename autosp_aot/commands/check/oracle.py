@@ -193,14 +193,15 @@ class _Ranks:
 
     def step(self, rate: float) -> list[Results]:
         """By rank: loss, gradients, and the parameters after the step."""
-        found = simulate(self.programs, self.inputs, torch.ones((), dtype=self.dtype))
+        found = simulate(self.programs, self.inputs, torch.ones((), dtype=self.dtype), copying=True)
         gradients = {name.removeprefix("grad."): grad for name, grad in found[0].items() if name != "loss"}
         self.inputs |= {name: self.inputs[name] - rate * grad for name, grad in gradients.items()}
         return [result | self.state() for result in found]
 
     def evaluate(self) -> list[Tensor]:
         assert self.evaluation is not None, "there is an evaluation"
-        return [result["loss"] for result in simulate(self.evaluation, self.inputs, torch.ones((), dtype=self.dtype))]
+        found = simulate(self.evaluation, self.inputs, torch.ones((), dtype=self.dtype), copying=True)
+        return [result["loss"] for result in found]
 
 
 @contextlib.contextmanager
@@ -313,7 +314,7 @@ def _located(outcome: Outcome, whole: Program, inputs: Results, outputs, model: 
 
     Where all are, the difference is in a gradient: the module of the parameter that is worst.
     """
-    executor = Executor(undrawn(whole), 0, torch.device("cpu"))
+    executor = Executor(undrawn(whole), 0, torch.device("cpu"), copying=True)
     dtype = DTYPES[whole.values()[dict(whole.sections[0].gives)["loss"]].dtype]
     values = inputs | {"grad_loss": torch.ones((), dtype=dtype)}
     lockstep([executor.run("step", values)])

@@ -11,6 +11,7 @@ from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ir.verify import illegal, verify
 from autosp_aot.memory.costs import costs, curve
 from autosp_aot.passes import decisions
+from autosp_aot.passes.lay_out import lay_out
 from autosp_aot.passes.partition import Partition
 from autosp_aot.passes.step import Step
 from autosp_aot.proof.collectives import Collective, check_collectives, collectives_by_rank
@@ -68,7 +69,7 @@ def _prove_read(
     moved = next((instr for instr in whole.instrs() if instr.op in STRUCTURE), None)
     if moved is not None:
         raise illegal(f"{moved.op} in an unsharded program", moved)
-    curve(whole, 0, manifest.target)  # every call can be made, and makes what it says
+    curve(lay_out(whole, manifest.target), 0, manifest.target)  # every call can be made, and makes what it says
     return whole, bodies, prove(whole, bodies)
 
 

@@ -14,11 +14,11 @@ def _copy(instr: Instr, sources: Values, targets: Values, at: At, host: HostMemo
     return host.step(instr)
 
 
-def _new_layout(operands: Sequence[Tensor], *_: object) -> tuple[list[Tensor], int]:
+def _new_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> tuple[list[Tensor], int]:
     return [torch.empty_like(operands[0])], 0
 
 
-def _same_layout(operands: Sequence[Tensor], *_: object) -> tuple[list[Tensor], int]:
+def _same_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> tuple[list[Tensor], int]:
     return [operands[0]], 0
 
 

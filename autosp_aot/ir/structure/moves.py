@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Generator, Mapping, Sequence
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, inside
 from autosp_aot.ir.program import Instr
 from autosp_aot.ir.structure.record import Action, Answer, At, Exchange, HostMemory, Structural, Sum, Values
 from autosp_aot.ir.transfers import Move, Shard, join_into, storage_bytes
+
+
+Made = tuple[list[Tensor], int]  # what a layout is
 
 
 def _keeps(source: Placement, target: Placement) -> bool:
@@ -42,7 +46,7 @@ def _shard(instr: Instr, sources: Values, targets: Values, at: At, _: HostMemory
     return lambda values: values.update({target.name: shard(values[source.name])})
 
 
-def _shard_layout(operands: Sequence[Tensor], sources: Values, targets: Values, at: At) -> tuple[list[Tensor], int]:
+def _shard_layout(_: Instr, operands: Sequence[Tensor], sources: Values, targets: Values, at: At) -> Made:
     return [Shard(sources[0], targets[0], at.rank, at.box)(operands[0])], 0
 
 
@@ -61,7 +65,7 @@ def _exchange(instr: Instr, sources: Values, targets: Values, at: At, _: HostMem
     return step
 
 
-def _exchange_layout(operands: Sequence[Tensor], sources: Values, targets: Values, at: At) -> tuple[list[Tensor], int]:
+def _exchange_layout(_: Instr, operands: Sequence[Tensor], sources: Values, targets: Values, at: At) -> Made:
     """The buffer that is sent goes when another has been received, that one when the result is made of it."""
     (operand,), move = operands, Move(sources[0], targets[0], at.rank, at.ranks)
     sent = 0 if move.packed_in_place(operand) else sum(move.send_sizes) * operand.itemsize
@@ -106,7 +110,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return buffer
 
 
-def _all_reduce_layout(operands: Sequence[Tensor], *_: object) -> tuple[list[Tensor], int]:
+def _all_reduce_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> Made:
     """All lie in one buffer; in a narrower dtype than that of the sum they are copied out of it."""
     dtype = operands[0].dtype
     total = torch.empty(sum(t.numel() for t in operands), dtype=wide(dtype), device=operands[0].device)
@@ -118,6 +122,33 @@ def _all_reduce_layout(operands: Sequence[Tensor], *_: object) -> tuple[list[Ten
 def _group(instr: Instr, sources: Values, targets: Values, at: At) -> Mapping[str, object]:
     return {"group": tuple(range(at.ranks))}
 
+
+# --- the same in other memory -----------------------------------------------------------------------------------------
+
+
+def _relayout(instr: Instr, sources: Values, targets: Values, at: At, _: HostMemory) -> Action:
+    (source,), (target,), order = sources, targets, instr.args[1]
+    return lambda values: values.update({target.name: in_order(values[source.name], order)})
+
+
+def _relayout_layout(instr: Instr, operands: Sequence[Tensor], *_: object) -> Made:
+    return [in_order(operands[0], instr.args[1])], 0
+
+
+def in_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """A copy whose dims lie in memory in this order, outermost first, without gaps."""
+    if sorted(order) != list(range(tensor.dim())):
+        raise ValueError(f"{list(order)} is no order of {tensor.dim()} dims")
+    copied = tensor.permute(order).clone(memory_format=torch.contiguous_format)
+    return copied.permute([order.index(dim) for dim in range(tensor.dim())])
+
+
+def _order(instr: Instr, *_: object) -> Mapping[str, object]:
+    return {"order": instr.args[1]}
+
+
+# A copy of a value for a kernel that reads its memory in another order of dims than it was made in.
+RELAYOUT = Structural("relayout", eq, _relayout_layout, _relayout, _order, operands=1, in_tiles=True)
 
 # In this order: the first that fits is what a value is moved by.
 MOVES = (

@@ -58,8 +58,9 @@ class At:
 Values = Sequence[Value]
 # (instruction, the values it takes and gives, with that rank's shapes, where) -> what it does.
 Execute = Callable[[Instr, Values, Values, At, HostMemory], Action]
-# (operands on meta tensors, the values it takes and gives, where) -> results with their strides, and bytes beside them.
-Layout = Callable[[Sequence[Tensor], Values, Values, At], tuple[list[Tensor], int]]
+# (instruction, operands on meta tensors, the values it takes and gives, where) -> results with their strides, and bytes
+# beside them.
+Layout = Callable[[Instr, Sequence[Tensor], Values, Values, At], tuple[list[Tensor], int]]
 
 
 @dataclass(frozen=True)

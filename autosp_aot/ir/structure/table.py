@@ -7,7 +7,7 @@ from torch import Tensor
 
 from autosp_aot.ir.program import Instr
 from autosp_aot.ir.structure.host_copies import HOST_COPIES
-from autosp_aot.ir.structure.moves import MOVES
+from autosp_aot.ir.structure.moves import MOVES, RELAYOUT
 from autosp_aot.ir.structure.record import Action, At, HostMemory, Structural, Values
 
 FREE = "free"
@@ -29,6 +29,7 @@ STRUCTURE = {
     for record in (
         *MOVES,
         *HOST_COPIES,
+        RELAYOUT,
         Structural(FREE, execute=_free, in_tiles=True),
         Structural(TILES),
     )

@@ -1,6 +1,6 @@
 """Attention kernels by target, and our own blockwise one for what they lack; arguments are those of `arguments.py`.
 
-What of q, k, v and out is not dense is copied: flash kernels read the head dim as if it were, and do not check it.
+Operands lie as `contract.py` demands, which programs see to: kernels do not check it, so it is checked here again.
 `lse` is fp32 for half dtypes, else q's dtype. A rank without heads yields empty tensors and calls no kernel.
 """
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from autosp_aot.ir.operators import wide
 from autosp_aot.ops.attention.arguments import Arguments, KernelCall, RowRun, Saved, of_heads
 from autosp_aot.ops.attention.blockwise import blockwise, blockwise_backward, blockwise_vector_gradient
-from autosp_aot.ops.attention.workspace import dense, densed, gradient, has_kernel, outputs
+from autosp_aot.ops.attention.contract import by_row, demands, has_kernel
+from autosp_aot.ops.attention.workspace import gradient, outputs
+from autosp_aot.targets.table import TARGETS
 
 aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -21,8 +23,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 def attention(call: Arguments) -> tuple[Tensor, Tensor]:
     """Forward: out and the log of the sum of exponentials of each row's scores."""
-    call = densed(call)
     target, width = call.q.device.type, call.v.shape[3]
+    _require(call)
     if call.q.numel() == 0:
         return outputs(call.q, width, target)
     runs = call.head_runs()
@@ -41,7 +43,7 @@ def attention_backward(call: Arguments, saved: Saved) -> Gradients:
     """Gradients of q, k and v; those of k and v hold what this rank's query heads add to them."""
     if call.q.numel() == 0:
         return gradient(call.q), gradient(call.k).zero_(), gradient(call.v).zero_()
-    call, saved = densed(call), replace(saved, out=dense(saved.out))
+    _require(call, saved)
     runs = call.head_runs()
     results = (gradient(call.q), gradient(call.k), gradient(call.v)) if len(runs) > 1 else None
     for run in runs:
@@ -70,7 +72,7 @@ def attention_rows(call: Arguments) -> tuple[Tensor, Tensor]:
     """`attention` over heads and rows as one dim."""
     shape, dtype = call.q.shape[:2], wide(call.q.dtype)
     results = call.q.new_empty((*shape, call.v.shape[3])), call.q.new_empty(shape, dtype=dtype)
-    call = densed(call)
+    _require(call)
     for run in call.row_runs() if call.q.numel() else ():
         found = None
         for _, part in _by_keys(run, call.of_rows(run)):
@@ -85,7 +87,7 @@ def attention_rows_backward(call: Arguments, saved: Saved) -> Gradients:
     """Gradients of `attention_rows`; those of k and v hold what this rank's rows add to them."""
     dtypes = [t.dtype for t in (call.q, call.k, call.v)]
     grads = [t.new_zeros(t.shape, dtype=saved.lse.dtype) for t in (call.q, call.k, call.v)]
-    call, saved = densed(call), replace(saved, out=dense(saved.out))
+    _require(call, saved)
     for run in call.row_runs() if call.q.numel() else ():
         own = saved.part(run.rows)
         for keys, part in _by_keys(run, call.of_rows(run)):
@@ -105,6 +107,15 @@ def attention_rows_vector_gradient(call: Arguments, saved: Saved, which: int) ->
     for run in call.row_runs() if call.q.numel() else ():
         run.vectors([total])[0].add_(blockwise_vector_gradient(call.of_rows(run), saved.part(run.rows), which))
     return total.to(vector.dtype)
+
+
+def _require(call: Arguments, *saved: Saved) -> None:
+    """Raise RuntimeError where an operand does not lie as a kernel takes it to."""
+    tensors = {"q": call.q, "k": call.k, "v": call.v} | {name: t for one in saved for name, t in vars(one).items()}
+    for name, demand in demands(call, *saved, target=call.q.device.type).items():
+        if not demand.holds(tensors[name]):
+            strides = list(tensors[name].stride())
+            raise RuntimeError(f"{name} with strides {strides} is not what the kernel reads: {demand.source}")
 
 
 def _by_keys(run: RowRun, call: KernelCall) -> Iterator[tuple[slice, KernelCall]]:
@@ -139,7 +150,13 @@ def _forward(call: KernelCall) -> tuple[Tensor, Tensor]:
 
 def _backward(call: KernelCall, saved: Saved) -> Gradients:
     kernel = _kernels(call)
-    return blockwise_backward(call, saved) if kernel is None or saved.grad_lse is not None else kernel[1](call, saved)
+    if kernel is None or saved.grad_lse is not None:
+        return blockwise_backward(call, saved)
+    flash = TARGETS[call.q.device.type].flash
+    saved = replace(saved, **{name: by_row(getattr(saved, name)) for name in flash.copied})
+    if flash.dense_lse:
+        saved = replace(saved, lse=saved.lse.contiguous())
+    return kernel[1](call, saved)
 
 
 def _kernels(call: KernelCall) -> tuple[Callable, Callable] | None:
@@ -180,6 +197,6 @@ def _cuda_flash_backward(call: KernelCall, saved: Saved) -> Gradients:
     q, k, scoring = call.q, call.k, call.scoring
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a random generator that dropout 0 does not read
     return aten._scaled_dot_product_flash_attention_backward(
-        saved.grad_out, q, k, call.v, saved.out, saved.lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0,
+        saved.grad_out, q, k, call.v, saved.out, saved.lse, None, None, q.shape[2], k.shape[2], 0.0,
         scoring.causal, state, state[:1], scale=scoring.scale,
     )  # fmt: skip

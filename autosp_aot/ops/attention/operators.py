@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 
-from autosp_aot.ops.attention import kernels, rule, workspace
+from autosp_aot.ops.attention import contract, kernels, rule, workspace
 from autosp_aot.ops.attention.arguments import named
 from autosp_aot.ops.record import OverHeads, OwnOp, Shape
 
@@ -22,18 +22,23 @@ def _attention(name: str, arguments: str, results: str, products: int, rows: str
     `rows` is the name of the operator over heads and rows as one dim.
     """
     kernel, memory = getattr(kernels, name), getattr(workspace, name)
-    query = arguments.split(", ").index("q")
+    query, in_blocks = arguments.split(", ").index("q"), "which" in arguments
+
+    def of_target(function: Callable) -> Callable:
+        return lambda *values, target, **scoring: named(partial(function, target=target), arguments)(*values, **scoring)
+
     of_keys = tuple(at for at, result in enumerate(results.strip("()").split(", ")) if result in ("grad_k", "grad_v"))
     return OwnOp(
         f"autosp.{name}",
         f"autosp.{name}({arguments}, {_SCORING}) -> {results}",
         named(kernel, arguments),
-        lambda *values, target, **scoring: named(partial(memory, target=target), arguments)(*values, **scoring),
+        of_target(memory),
         partial(rule.spec, arguments, results),
         flops=_flops(products, query),
         traced=partial(named(kernel, arguments), traced=True),
         over_heads=OverHeads(query, f"autosp.{rows}", of_keys) if rows else None,
         site="site",
+        demands=None if in_blocks else of_target(contract.demands),
         **fields,
     )
 

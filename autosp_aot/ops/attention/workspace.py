@@ -1,15 +1,11 @@
 """What attention makes in memory, by shapes, dtype and target: kernels obey it, `memory/` counts it.
 
-    attention    out like q, lse as `outputs` says        backward    gradients [B, S, N, D] in memory
+    attention    out like q, lse as `outputs` says        backward    gradients as `gradients` says
     rows of q    all without gaps
 
-What of q, k, v and out is not dense is copied. Beside its results a call needs what its runs need one at a time: a run
-is one key/value head with its query heads (all heads at once where they are one to one), or the rows of one head.
-`_LargestRun` says how much that is.
-
-Sources: FlashAttention-2's `mha_bwd` (Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp, as in
-aten/native/transformers/cuda/flash_attn) rounds rows to 128 and widths to 32, adds up grad_q in fp32 and keeps one fp32
-number a row; AOTriton's backward keeps that number (aten/native/transformers/hip/flash_attn/aot). Blocks of ATen's CPU
+Operands lie as `contract.py` demands. Beside its results a call needs what its runs need one at a time: a run is one
+key/value head with its query heads (all heads at once where they are one to one), or the rows of one head.
+`_LargestRun` says how much that is. What kernels make is in `targets/flash.py`, with its sources; blocks of ATen's CPU
 kernel are a few MiB a thread at any length and not counted.
 """
 
@@ -18,32 +14,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autosp_aot.ir.operators import DTYPE_NAMES, wide
+from autosp_aot.ir.operators import wide
 from autosp_aot.ir.score_expr import walk
 from autosp_aot.ops.attention.arguments import Arguments, HeadRun, Saved
+from autosp_aot.ops.attention.contract import is_by_row, takes_call
 from autosp_aot.ops.record import FEW
 from autosp_aot.targets.table import TARGETS
 
 # Tensors of a block's size that blockwise attention has at once: beside a score expression, for each part of it, for
 # the gradient of a part, and for dropout (64-bit positions and bits).
 SCORING, PART, PART_GRADIENT, DRAWING = 8, 1, 2, 12
+# Rows of all parts into which `set_params_splitkv` splits the keys: at most 128 parts, and parts of 64 rows that fill
+# the two blocks a multiprocessor (160 at most) at most four times over; no parts where they do so by 0.8 (256 blocks).
+PARTS, PART_ROWS, ALL_PART_ROWS, UNSPLIT_BLOCKS = 128, 64, 4 * 2 * 160 * 64, 256
 # Results, and the bytes needed beside them.
 Workspace = tuple[list[Tensor], int]
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements of the last dim lie next to each other, as flash kernels take them to without a check."""
-    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a contiguous copy where it is not dense."""
-    return tensor if is_dense(tensor) else tensor.contiguous()
-
-
-def densed(call: Arguments) -> Arguments:
-    """The call with q, k and v as `dense` makes them."""
-    return replace(call, q=dense(call.q), k=dense(call.k), v=dense(call.v))
 
 
 def outputs(q: Tensor, width: int, target: str) -> tuple[Tensor, Tensor]:
@@ -64,25 +49,23 @@ def gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty((batch, rows, heads, width), dtype=dtype or like.dtype).transpose(1, 2)
 
 
-def has_kernel(q: Tensor, k: Tensor, v: Tensor, plain: bool, causal: bool, target: str) -> bool:
-    """Whether flash attention takes a call; `plain` says that softmax is all there is to its scoring.
-
-    A causal kernel is given as many rows as keys: kernels differ in which keys the first row sees.
-    """
-    if not plain or q.shape[-1] != v.shape[-1] or (causal and q.shape[2] != k.shape[2]):
-        return False
-    flash, width = TARGETS[target].flash, q.shape[-1]
-    return DTYPE_NAMES[q.dtype] in flash.dtypes and width <= flash.width_limit and width % flash.width_multiple == 0
+def gradients(call: Arguments, target: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v as one run of flash attention gives them."""
+    flash, heads = TARGETS[target].flash, call.q.shape[1]
+    if flash.gradients_by_row:
+        return gradient(call.q), gradient(call.k), gradient(call.v)
+    k, v = (t.expand(-1, heads, -1, -1) for t in (call.k, call.v))
+    each = [torch.empty_like(t) for t in (call.q, k, k if flash.grad_v_like_k else v)]
+    return (each[0], *(t.sum(1, keepdim=True) for t in each[1:])) if call.group > 1 else tuple(each)
 
 
 def attention(call: Arguments, target: str) -> Workspace:
-    call, copied_bytes = _densed(call)
     results = outputs(call.q, call.v.shape[3], target)
     if call.q.numel() == 0:
         return list(results), 0
     runs = call.head_runs()
     run = _LargestRun(call, target, _most_heads(runs))
-    return list(results), copied_bytes + run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
+    return list(results), run.forward_bytes() + (run.output_bytes() if len(runs) > 1 else 0)
 
 
 def attention_backward(call: Arguments, saved: Saved, target: str) -> Workspace:
@@ -90,15 +73,18 @@ def attention_backward(call: Arguments, saved: Saved, target: str) -> Workspace:
     results = [gradient(q), gradient(k), gradient(v)]
     if q.numel() == 0:
         return results, 0
-    call, copied_bytes = _densed(call, saved.out)
     runs = call.head_runs()
     run = _LargestRun(call, target, _most_heads(runs))
-    beside = run.backward_bytes(saved.grad_lse is not None)
+    flash = run.has_kernel() and saved.grad_lse is None
+    if flash and len(runs) == 1:
+        results = list(gradients(call, target))
+    largest = max(runs, key=lambda one: one.heads.stop - one.heads.start)
+    beside = run.backward_bytes(saved.part(lambda t: t[:, largest.heads]))
     if call.group == 1:
-        return results, copied_bytes + beside
+        return results, beside
     sums = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.itemsize
     own = run.gradient_bytes() + max(beside, sums)
-    return results, copied_bytes + (own if len(runs) > 1 else own - sums - q.numel() * q.itemsize)
+    return results, own if len(runs) > 1 else own - sums - q.numel() * q.itemsize
 
 
 def attention_vector_gradient(call: Arguments, saved: Saved, which: int, target: str) -> Workspace:
@@ -111,20 +97,18 @@ def attention_rows(call: Arguments, target: str) -> Workspace:
     results = [q.new_empty((*q.shape[:2], call.v.shape[3])), q.new_empty(q.shape[:2], dtype=wide(q.dtype))]
     if q.numel() == 0:
         return results, 0
-    call, copied_bytes = _densed(call)
     run = _largest_rows(call, target)
     # Up to two sets of keys, merged in the wide dtype, and one left from the run before.
-    return results, copied_bytes + 8 * run.output_bytes(wide(q.dtype)) + run.forward_bytes()
+    return results, 8 * run.output_bytes(wide(q.dtype)) + run.forward_bytes()
 
 
 def attention_rows_backward(call: Arguments, saved: Saved, target: str) -> Workspace:
     operands = [call.q, call.k, call.v]
     if call.q.numel() == 0:
         return _summed(operands, saved.lse.dtype, 0)
-    call, copied_bytes = _densed(call, saved.out)
     run = _largest_rows(call, target)
-    beside = copied_bytes + run.gradient_bytes() + run.backward_bytes(saved.grad_lse is not None)
-    return _summed(operands, saved.lse.dtype, beside)
+    part = saved.part(lambda t: t[:, : run.rows].unsqueeze(1))
+    return _summed(operands, saved.lse.dtype, run.gradient_bytes() + run.backward_bytes(part))
 
 
 def attention_rows_vector_gradient(call: Arguments, saved: Saved, which: int, target: str) -> Workspace:
@@ -146,6 +130,11 @@ class _LargestRun:
         return self.call.q.shape[2] if self.most_rows is None else self.most_rows
 
     @property
+    def width(self) -> int:
+        """The head dim."""
+        return self.call.q.shape[-1]
+
+    @property
     def lines(self) -> int:
         """Heads of all sequences of the batch."""
         return self.call.q.shape[0] * self.heads
@@ -156,15 +145,17 @@ class _LargestRun:
 
     def gradient_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Of q, k and v, every query head with keys and values of its own."""
-        widths = self.rows * self.call.q.shape[3] + self.call.k.shape[2] * (self.call.k.shape[3] + self.call.v.shape[3])
+        widths = self.rows * self.width + self.call.k.shape[2] * (self.call.k.shape[3] + self.call.v.shape[3])
         return self.lines * widths * (dtype or self.call.q.dtype).itemsize
 
     def forward_bytes(self) -> int:
-        return 0 if self.has_kernel() else self.block_bytes(SCORING, PART)
+        return self.split_bytes() if self.has_kernel() else self.block_bytes(SCORING, PART)
 
-    def backward_bytes(self, lse_has_gradient: bool) -> int:
-        if self.has_kernel() and not lse_has_gradient:
-            return self.flash_bytes() + self.lse_bytes() if TARGETS[self.target].flash.accumulates else 0
+    def backward_bytes(self, saved: Saved) -> int:
+        """Beside the gradients; `saved` is what the run is given of it."""
+        if self.has_kernel() and saved.grad_lse is None:
+            accumulated = self.flash_bytes() if TARGETS[self.target].flash.accumulates else 0
+            return accumulated + self.copied_bytes(saved)
         return self.accumulated_bytes() + self.block_bytes(2 * SCORING, PART + PART_GRADIENT)
 
     def vector_gradient_bytes(self, which: int) -> int:
@@ -178,13 +169,28 @@ class _LargestRun:
         return gradients + self.lines * self.rows * dtype.itemsize
 
     def flash_bytes(self) -> int:
-        rows, width = -(-self.call.q.shape[2] // 128) * 128, -(-self.call.q.shape[3] // 32) * 32
-        return self.lines * rows * (width + 1) * 4
+        return self.lines * -(-self.rows // 128) * 128 * (self.flash_width + 1) * 4
 
-    def lse_bytes(self) -> int:
-        """Of the dense copy of lse [B, n, rows] that a kernel reads where that is a part of a larger one."""
-        is_part = self.heads < self.call.q.shape[1] or self.rows < self.call.q.shape[2]
-        return self.lines * self.rows * wide(self.call.q.dtype).itemsize if is_part and self.call.q.shape[0] > 1 else 0
+    @property
+    def flash_width(self) -> int:
+        width = self.width
+        multiple = 32 if width <= 128 else 64
+        return -(-width // multiple) * multiple
+
+    def split_bytes(self) -> int:
+        """Of outputs and lse, in fp32, of all parts into which the keys of few rows are split."""
+        if not TARGETS[self.target].flash.splits:
+            return 0
+        if self.most_rows is None and self.lines * -(-self.rows // PART_ROWS) >= UNSPLIT_BLOCKS:
+            return 0
+        return min(PARTS * self.lines * self.rows, ALL_PART_ROWS) * (self.flash_width + 1) * 4
+
+    def copied_bytes(self, saved: Saved) -> int:
+        """Of the copies of a run's parts that a kernel reads instead of them."""
+        flash = TARGETS[self.target].flash
+        read = [(getattr(saved, name), is_by_row) for name in flash.copied]
+        read += [(saved.lse, Tensor.is_contiguous)] if flash.dense_lse else []
+        return sum(part.numel() * part.itemsize for part, lies_so in read if not lies_so(part))
 
     def block_bytes(self, tensors: int, parts: int) -> int:
         """Of a block of rows and keys: scores, expression, draws, and what is read of q, k, v and vectors, widened."""
@@ -193,27 +199,17 @@ class _LargestRun:
         rows, keys = min(size, self.rows), min(size, self.call.k.shape[2])
         count = sum(1 for _ in walk(scoring.get("score"))) if scoring.get("score") is not None else 0
         block = tensors * itemsize + 8 * (count * parts + (DRAWING if scoring.get("dropout") else 0))
-        read = tensors * (rows + keys) * max(self.call.q.shape[3], self.call.v.shape[3]) * itemsize
+        read = tensors * (rows + keys) * max(self.width, self.call.v.shape[3]) * itemsize
         seen = 8 * sum(3 * vector.numel() for vector in self.call.vectors)
         return self.lines * (rows * keys * block + read) + seen + FEW
 
     def has_kernel(self) -> bool:
-        scoring = self.call.scoring
-        plain = scoring.get("score") is None and scoring.get("window") is None and not scoring.get("dropout")
-        if self.most_rows is not None and plain:
-            return has_kernel(self.call.q, self.call.k, self.call.v, plain, False, self.target)
-        return has_kernel(self.call.q, self.call.k, self.call.v, plain, scoring.get("causal", False), self.target)
+        return takes_call(self.call, self.target)
 
 
 def _largest_rows(call: Arguments, target: str) -> _LargestRun:
     """The largest run over heads and rows as one dim."""
-    return _LargestRun(replace(call, q=call.q.unsqueeze(1)), target, 1, min(call.rows, call.q.shape[1]))
-
-
-def _densed(call: Arguments, *others: Tensor) -> tuple[Arguments, int]:
-    """The call as `dense` makes its tensors, and the bytes of these copies and of the others'."""
-    copied = sum(t.numel() * t.itemsize for t in (call.q, call.k, call.v, *others) if not is_dense(t))
-    return densed(call), copied
+    return _LargestRun(call, target, 1, min(call.rows, call.q.shape[1]))
 
 
 def _most_heads(runs: list[HeadRun]) -> int:

@@ -23,7 +23,7 @@ ALIGNED = 8
 def expert_mm(ids: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Forward, and with `weight.transpose(1, 2)` the gradient of x."""
     experts, width, out_width = weight.shape
-    if _grouped(x, width, out_width):
+    if takes_rows(x, width, out_width):
         order, ends, routed = _sorted(ids, experts)
         product = grouped_mm(x[order], weight, offs=ends).masked_fill_(~routed, 0)
         return torch.empty_like(product).index_copy_(0, order, product)
@@ -35,7 +35,7 @@ def expert_mm(ids: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def expert_mm_weight_grad(ids: Tensor, x: Tensor, grad: Tensor, experts: int) -> Tensor:
     """The gradient of weight: what this rank's rows add to it."""
-    if _grouped(x, x.shape[1], grad.shape[1]):
+    if takes_rows(x, x.shape[1], grad.shape[1]):
         order, ends, _ = _sorted(ids, experts)
         empty = ends == torch.cat([ends.new_zeros(1), ends[:-1]])
         return grouped_mm(x[order].t(), grad[order], offs=ends).masked_fill_(empty.view(-1, 1, 1), 0)
@@ -45,7 +45,7 @@ def expert_mm_weight_grad(ids: Tensor, x: Tensor, grad: Tensor, experts: int) ->
     return out
 
 
-def _grouped(x: Tensor, *widths: int) -> bool:
+def takes_rows(x: Tensor, *widths: int) -> bool:
     """Whether torch's grouped product takes these rows."""
     return x.dtype is torch.bfloat16 and x.shape[0] > 0 and not any(width % ALIGNED for width in widths)
 

@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor
 
 from autosp_aot.ops.experts import kernels, traced
-from autosp_aot.ops.record import FEW, OwnOp, Shape
+from autosp_aot.ops.record import FEW, Demand, OwnOp, Shape
 from autosp_aot.sharding.contractions import notation
 
 
@@ -28,6 +28,21 @@ def _sorted_bytes(ids: Tensor, experts: int) -> int:
     return 8 * 8 * (ids.shape[0] + experts) + FEW
 
 
+def _demands(ids: Tensor, x: Tensor, weight: Tensor, target: str) -> dict[str, Demand]:
+    """Of the grouped product: a matrix lies dense in one of its dims, and its other one begins where vectors can."""
+    if not kernels.takes_rows(x, x.shape[1], weight.shape[2]):
+        return {}
+    source = "cuda/GroupedMM.cpp: check_valid_strides, as in torch/_meta_registrations.py: _meta_grouped_mm_common"
+    return {"weight": Demand(_readable, (0, 1, 2), source)}
+
+
+def _readable(weight: Tensor) -> bool:
+    (rows, columns), (row, column) = weight.shape[1:], weight.stride()[1:]
+    step = row if column == 1 and row >= columns else column if row == 1 and column >= rows else None
+    aligned = (step, weight.stride(0), weight.storage_offset())
+    return step is not None and all(number * weight.itemsize % 16 == 0 for number in aligned)
+
+
 def _flops(shapes: list[Shape], scoring) -> int:
     return 2 * prod(shapes[-2]) * shapes[-1][-1]
 
@@ -41,6 +56,7 @@ EXPERT_MM = OwnOp(
     notation("t,tk,Ekn->tn", linear=((1,), (2,))),
     _flops,
     traced.expert_mm,
+    demands=_demands,
 )
 EXPERT_MM_WEIGHT_GRAD = OwnOp(
     "autosp.expert_mm_weight_grad",

@@ -15,7 +15,7 @@ from autosp_aot.commands.check.oracle import Built, compare
 from autosp_aot.errors import BuildError
 from autosp_aot.export import evaluation, joint
 from autosp_aot.export.state import _Steps
-from autosp_aot.ops.attention import kernels
+from autosp_aot.ops.attention import contract
 from tests import mutants
 from tests.steps import half_labelled
 
@@ -125,7 +125,7 @@ OFF = {
     "state": lambda patch: [patch.setattr(part, "refuse_state", first_step_only) for part in (joint, evaluation)],
     "sharing": lambda patch: patch.setattr(joint, "refuse_shared", lambda model: None),
     "flags": lambda patch: patch.setattr(joint, "eager_flags", contextlib.nullcontext),
-    "dense": lambda patch: patch.setattr(kernels, "densed", lambda call: call),
+    "dense": lambda patch: patch.setattr(contract, "_readable", lambda tensor, alignment_bytes: True),
 }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def _operator(domain: str, kind: str, rank: int, meeting: Meeting) -> type[OpRun
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in self.onnx_node.attribute}
         if domain == "aten" or f"{domain}.{kind}" in OURS:
             found = _call(f"{domain}.{kind}", tensors, attributes)
-        elif kind in ("offload", "fetch", "wait"):
+        elif kind in ("offload", "fetch", "wait", "relayout"):
             found = tensors[:1]
         elif kind == "all_reduce":
             found = _summed(meeting.exchange(rank, tensors))

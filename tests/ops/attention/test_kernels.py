@@ -10,6 +10,7 @@ from autosp_aot.ops.attention.arguments import KernelCall, Saved, Scoring
 from autosp_aot.ops.attention.blockwise import blockwise, blockwise_backward
 from autosp_aot.ops.table import OURS
 from autosp_aot.targets.table import CPU, CUDA, TARGETS
+from tests.laid_out import laid_out
 
 SCALE = 0.7
 
@@ -23,22 +24,27 @@ def reference(q, k, v, causal, group=1, first_head=0):
     return scores.softmax(-1) @ v[:, served], scores.logsumexp(-1)
 
 
+def called(op, *args, **scoring):
+    """The kernel's results, of operands laid out as it demands."""
+    return OURS[op].kernel(*laid_out(op, args, scoring, args[0].device.type), **scoring)
+
+
 def attention(q, k, v, scale, causal, *tail):
-    return OURS["autosp.attention"].kernel(q, k, v, [], None, *tail, scale=scale, causal=causal)
+    return called("autosp.attention", q, k, v, [], None, *tail, scale=scale, causal=causal)
 
 
 def attention_backward(grad_out, q, k, v, out, lse, scale, causal, *tail):
     given = grad_out, q, k, v, out, lse, None, [], None
-    return OURS["autosp.attention_backward"].kernel(*given, *tail, scale=scale, causal=causal)
+    return called("autosp.attention_backward", *given, *tail, scale=scale, causal=causal)
 
 
 def attention_rows(q, k, v, scale, causal, *tail):
-    return OURS["autosp.attention_rows"].kernel(q, k, v, [], None, *tail, scale=scale, causal=causal)
+    return called("autosp.attention_rows", q, k, v, [], None, *tail, scale=scale, causal=causal)
 
 
 def attention_rows_backward(grad_out, q, k, v, out, lse, scale, causal, *tail):
     given = grad_out, q, k, v, out, lse, None, [], None
-    return OURS["autosp.attention_rows_backward"].kernel(*given, *tail, scale=scale, causal=causal)
+    return called("autosp.attention_rows_backward", *given, *tail, scale=scale, causal=causal)
 
 
 def tensors(heads, kv_heads, rows, keys, width=4, v_width=4):

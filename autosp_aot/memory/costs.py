@@ -20,8 +20,6 @@ from autosp_aot.memory.rank_classes import unlike_ranks
 from autosp_aot.ops.record import Demand
 from autosp_aot.ops.table import OURS
 
-CONTRACTIONS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default")
-
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -269,17 +267,55 @@ def _products(instr: Instr, values: Mapping[str, Value], rank: int) -> Iterator[
     calls, tiles = (instr.body.instrs, instr.body.tiles) if instr.body else ((instr,), 1)
     own = values_of(calls) if instr.body else {}
     for call in calls:
-        if call.op in CONTRACTIONS or (call.op in OURS and OURS[call.op].flops):
+        if call.op in FLOPS or (call.op in OURS and OURS[call.op].flops):
             again = call.values()[0].name.removeprefix(TILE).startswith(RECOMPUTED)
             for box in range(rank * tiles, (rank + 1) * tiles):
                 places = [(own[name], box) if name in own else (values[name], rank) for name in call.refs()]
+                places += [(out, box if instr.body else rank) for out in call.values()]
                 yield again, _flops(call, [tuple(at_rank(n, at) for n in v.shape) for v, at in places])
 
 
 def _flops(instr: Instr, shapes: list[tuple[int, ...]]) -> int:
-    """Multiplications and additions of the products in a call; all else is linear and small beside them."""
+    """Multiplications and additions of the products in a call; all else is linear and small beside them.
+
+    `shapes` are those of its operands, then of its results.
+    """
+    count = len(instr.refs())
     own = OURS[instr.op].flops if instr.op in OURS else None
-    if own is not None:
-        return own(shapes, dict(instr.kwargs))
-    a, b = shapes[-2:]
-    return 2 * prod(a) * b[-1]
+    return FLOPS[instr.op](instr, shapes[:count], shapes[count:]) if own is None else own(shapes[:count], dict(instr.kwargs))
+
+
+def _product(instr: Instr, read: list[tuple[int, ...]], made: list[tuple[int, ...]]) -> int:
+    """Of the last two operands: [..., M, K] and [..., K, N], or [M, K] and [K]."""
+    a, b = read[-2:]
+    return 2 * prod(a) * (b[-1] if len(b) > 1 else 1)
+
+
+def _convolution(instr: Instr, read: list[tuple[int, ...]], made: list[tuple[int, ...]]) -> int:
+    """Of y with a weight [outputs, inputs / groups, *kernel]: that many products for each element of y.
+
+    Transposed, the weight is [inputs, outputs / groups, *kernel], and it is each element of x that has them.
+    """
+    x, weight = read[:2]
+    transposed = instr.args[6]
+    return 2 * prod(x if transposed else made[0]) * prod(weight[1:])
+
+
+def _convolution_backward(instr: Instr, read: list[tuple[int, ...]], made: list[tuple[int, ...]]) -> int:
+    """As many as forward has for each of the gradients of x and of the weight that are made."""
+    grad, x, weight = read[:3]
+    transposed, wanted = instr.args[7], instr.args[10]
+    assert isinstance(wanted, tuple), "output_mask"
+    return 2 * prod(x if transposed else grad) * prod(weight[1:]) * sum(map(bool, wanted[:2]))
+
+
+FLOPS = {
+    "aten.addmm.default": _product,
+    "aten.baddbmm.default": _product,
+    "aten.bmm.default": _product,
+    "aten.convolution.default": _convolution,
+    "aten.convolution_backward.default": _convolution_backward,
+    "aten.dot.default": _product,
+    "aten.mm.default": _product,
+    "aten.mv.default": _product,
+}

@@ -45,7 +45,7 @@ def lay_out(program: Program, target: str) -> Program:
             made, instr = _demanded(instr, ranks, copies)
             for one in (*made, instr):
                 for storages in ranks:
-                    storages.values |= {out.name: out for out in one.values()}
+                    storages.values.update((out.name, out) for out in one.values())
                     storages.step(one, section.name)
                 instrs.append(one)
         sections.append(replace(section, instrs=tuple(instrs)))

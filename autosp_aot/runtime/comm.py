@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.ir.operators import DTYPE_NAMES
 from autosp_aot.targets.table import CPU, CUDA, ROCM, TARGETS
 
 
@@ -24,15 +25,23 @@ class Group:
         """Send `buffer` (1-D) split by `send_sizes` to the ranks in order; returns what they sent here, in order."""
         if self.size == 1:
             return buffer
+        if not self._sends(buffer):  # as bytes
+            sizes = [[size * buffer.itemsize for size in each] for each in (send_sizes, receive_sizes)]
+            return self.exchange(buffer.view(torch.uint8), *sizes).view(buffer.dtype)
         received = buffer.new_empty(sum(receive_sizes))
         dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=self.process_group)
         return received
 
     def sum(self, buffer: Tensor) -> Tensor:
         """The sum of `buffer` over all ranks, in the same storage."""
+        if self.size > 1 and not self._sends(buffer):
+            return buffer.copy_(self.sum(buffer.int()))  # what overflows is cut off as an i16 sum's is
         if self.size > 1:
             dist.all_reduce(buffer, group=self.process_group)
         return buffer
+
+    def _sends(self, buffer: Tensor) -> bool:
+        return DTYPE_NAMES[buffer.dtype] not in TARGETS[self.device.type].unsent
 
     def reduce_scatter(self, buffer: Tensor) -> Tensor:
         """This rank's of `size` equal parts of the sum of `buffer` (1-D) over all ranks, added in their order."""

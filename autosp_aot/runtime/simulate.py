@@ -18,8 +18,8 @@ def simulate(
     """One step of all ranks: by rank, `loss` and `grad.<parameter>`.
 
     `programs[r]` is rank r's program; the whole step is a program of one rank. `inputs` are parameters, buffers, the
-    batch and, where it draws, `seed` by name. What is computed before backward takes `guess` (default 1) for grad_loss. Programs that
-    were not laid out for CPU are run with `copying` (see `Executor`).
+    batch and, where it draws, `seed` by name. What is computed before backward takes `guess` (default 1) for grad_loss.
+    Programs that were not laid out for CPU are run with `copying` (see `Executor`).
     """
     guess = torch.ones_like(grad_loss) if guess is None else guess
     executors = [Executor(program, rank, torch.device("cpu"), copying=copying) for rank, program in enumerate(programs)]

@@ -94,7 +94,7 @@ CUDA_FLASH = Flash(
         "gradients_by_row": _CUDA + "dq = at::empty_like(q);",
         "grad_v_like_k": _CUDA + "dv = at::empty_like(v);",
         "splits": _CUDA + "set_params_splitkv(..., /*num_splits*/0, dprops, opts);",
-        "accumulates": _CUDA + "dq_accum = at::empty({batch_size, seqlen_q_rounded, num_heads, head_size_rounded}, ...);",
+        "accumulates": _CUDA + "dq_accum = at::empty({batch_size, seqlen_q_rounded, num_heads, ...}, ...);",
     },
 )
 ROCM_FLASH = replace(
@@ -112,6 +112,6 @@ ROCM_FLASH = replace(
         "gradients_by_row": _ROCM + "dq = at::empty_like(q);",
         "grad_v_like_k": _ROCM + "dv = at::empty_like(k);",
         "splits": _ROCM + "attn_fwd(...), into one output",
-        "accumulates": _ROCM + "at::Tensor delta = at::empty_like(softmax_lse_cont); less than CUDA's, which is counted",
+        "accumulates": _ROCM + "at::Tensor delta = at::empty_like(softmax_lse_cont); CUDA's is more, and counted",
     },
 )

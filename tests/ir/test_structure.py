@@ -49,7 +49,8 @@ section evaluate takes ()
   %a.columns: f32[4, 2] @ Shard(1, cut4) = all_to_all(%a.back)
   %a.whole: f32[4, 4] @ Replicate = all_gather(%a.columns)
   %w.shard: f32[2, 4] @ Shard(0, cut4) = shard(%w)
-  %y: f32[4, 4] @ Partial = aten.mm.default(%a.columns, %w.shard)
+  %w.relayout: f32[2, 4] @ Shard(0, cut4) = relayout(%w.shard, [1, 0])
+  %y: f32[4, 4] @ Partial = aten.mm.default(%a.columns, %w.relayout)
   %y.rows: f32[2, 4] @ Shard(0, cut4) = reduce_scatter(%y)
   %c: f32[2, 4] @ Shard(0, cut4) = tiles(%y.rows) in 2
     %tile.y: f32[1, 4] @ Shard(0, cut4') = shard(%y.rows)
@@ -70,7 +71,7 @@ TWICE = [
         ("Shard(0, cut4) = shard(%x)", "%x", "[2, 4] @ Shard(0, cut4)"),
         ("Shard(0, cut4) = offload(%a, 0)", "%a", "[4, 4] @ Replicate"),
         ("Shard(0, cut4) = fetch(%a.host)", "%a.host", "[4, 4] @ Replicate"),
-        ("Shard(0, cut4') = relayout(%tile.y, [1, 0])", "%tile.y", "[4, 4] @ Replicate"),
+        ("Shard(0, cut4) = relayout(%w.shard, [1, 0])", "%w.shard", "[4, 4] @ Replicate"),
     )
 ]
 
@@ -129,7 +130,7 @@ def test_the_program_has_every_instruction_and_is_right():
 def test_what_is_asked_of_a_name():
     groups = [{op for op in (*STRUCTURE, "aten.mm.default") if ask(op)} for ask in (meets, moves, copies, to_host)]
     collectives = {"all_to_all", "all_gather", "reduce_scatter", "all_reduce"}
-    assert groups == [collectives, {*collectives, "shard"}, {"offload", "fetch", "wait"}, {"offload"}]
+    assert groups == [collectives, {*collectives, "shard", "relayout"}, {"offload", "fetch", "wait"}, {"offload"}]
 
 
 def test_a_move_is_the_one_that_fits():

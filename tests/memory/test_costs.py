@@ -1,6 +1,8 @@
 """Costs of programs small enough to count by hand."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from autosp_aot.ir.text import parse_program
 from autosp_aot.memory.costs import Moved, costs, moved
@@ -101,12 +103,37 @@ EXPERTS = "%e: f32[1, 4, 4] @ Replicate = aten.reshape.default(%w, [1, 4, 4])\n"
 @pytest.mark.parametrize("line, flops", [
     ("%a: f32[4, 4] @ Replicate = aten.mm.default(%x, %w)", 2 * 4 * 4 * 4),
     ("%a: f32[4, 4] @ Replicate = aten.addmm.default(%w, %x, %w)", 2 * 4 * 4 * 4),
+    ("%b: f32[4] @ Replicate = aten.sum.dim_IntList(%x, [0])\n%a: f32[4] @ Replicate = aten.mv.default(%x, %b)", 32),
+    (f"{EXPERTS}%a: f32[1, 4, 4] @ Replicate = aten.baddbmm.default(%e, %e, %e)", 2 * 4 * 4 * 4),
     (f"{EXPERTS}%a: f32[4, 4] @ Replicate = autosp.expert_mm(%x, %x, %e)", 2 * 4 * 4 * 4),
     ("%a: f32[2, 4, 4] @ Replicate = autosp.expert_mm_weight_grad(%x, %x, %w, 2)", 2 * 4 * 4 * 4),
     ("%a: f32[4, 4] @ Replicate = aten.mul.Tensor(%x, %w)", 0),
 ])  # fmt: skip
 def test_the_flops_of_products(line, flops):
     assert costs(program(line), "cpu").flops == flops
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_those_of_convolutions_are_torch_s_own_count(transposed, groups):
+    x, weight = torch.ones(2, 4, 9, requires_grad=True), torch.ones(4, 4 // groups, 3, requires_grad=True)
+    with FlopCounterMode(display=False) as counted:
+        y = torch.ops.aten.convolution(x, weight, None, [2], [1], [1], transposed, [0], groups)
+    forward = counted.get_total_flops()
+    with FlopCounterMode(display=False) as counted:
+        y.sum().backward()
+    shape = list(y.shape)
+    backward = counted.get_total_flops() if groups == 1 else 2 * forward  # torch multiplies that of a weight by groups
+    given = f"None, [2], [1], [1], {transposed}, [0], {groups}"
+    text = f"""
+        %i: f32[2, 4, 9] @ Replicate = aten.full.default([2, 4, 9], 1.0)
+        %k: f32[4, {4 // groups}, 3] @ Replicate = aten.full.default([4, {4 // groups}, 3], 1.0)
+        %y: f32{shape} @ Replicate = aten.convolution.default(%i, %k, {given})
+    """
+    assert costs(program(text), "cpu").flops == forward
+    made = f"%gi: f32[2, 4, 9] @ Replicate; %gk: f32[4, {4 // groups}, 3] @ Replicate; _"
+    call = f"aten.convolution_backward.default(%y, %i, %k, {given}, [True, True, False])"
+    assert costs(program(f"{text}{made} = {call}"), "cpu").flops == forward + backward
 
 
 QKV = """
@@ -125,9 +152,10 @@ def test_the_flops_of_attention_are_two_products_half_of_them_when_causal(causal
 
 def test_attention_backward_does_five_products():
     outs = "%o: f32[1, 2, 8, 4] @ Replicate; %l: f32[1, 2, 8] @ Replicate"
-    forward = f"{QKV}{outs} = autosp.attention(%q, %k, %k, [], None, 2, 0, scale=0.5)"
+    order = "%d: f32[1, 2, 8, 4] @ Replicate = relayout(%q, [0, 2, 1, 3])\n"
+    forward = f"{QKV}{order}{outs} = autosp.attention(%q, %k, %k, [], None, 2, 0, scale=0.5)"
     grads = "%g: f32[1, 2, 8, 4] @ Replicate; _; _"
-    backward = f"{grads} = autosp.attention_backward(%q, %q, %k, %k, %o, %l, None, [], None, 2, 0, scale=0.5)"
+    backward = f"{grads} = autosp.attention_backward(%d, %q, %k, %k, %o, %l, None, [], None, 2, 0, scale=0.5)"
     both, one = (costs(program(text), "cpu").flops for text in (f"{forward}\n{backward}", forward))
     assert both - one == 5 * (2 * PAIRS * 4)
 

@@ -92,7 +92,7 @@ def reversed_in_memory(op: str) -> Program:
     """A plain call of the operator whose operands lie in memory with their dims in the opposite order."""
     args = call(op)[0]
     if op == "autosp.expert_mm":
-        args = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(2, 8, 16).bfloat16()
+        args = torch.zeros(3).long(), torch.zeros(3, 8).bfloat16(), torch.zeros(2, 8, 16).bfloat16()
     tensors = [leaf for leaf in flatten(args) if isinstance(leaf, Tensor)]
     names = iter(range(len(tensors)))
     refs = map_args(args, lambda leaf: Ref(f"r{next(names)}") if isinstance(leaf, Tensor) else leaf)

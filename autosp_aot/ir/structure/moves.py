@@ -13,7 +13,6 @@ from autosp_aot.ir.program import Instr
 from autosp_aot.ir.structure.record import Action, Answer, At, Exchange, HostMemory, Structural, Sum, Values
 from autosp_aot.ir.transfers import Move, Shard, join_into, storage_bytes
 
-
 Made = tuple[list[Tensor], int]  # what a layout is
 
 

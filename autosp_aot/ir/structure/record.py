@@ -101,5 +101,5 @@ class Structural:
 
     @property
     def moves(self) -> bool:
-        """Whether it changes a value's placement."""
+        """Whether it gives a value placed otherwise, or in other memory of its device."""
         return self.fits is not None and not self.copies

@@ -42,7 +42,7 @@ def meets(op: str) -> bool:
 
 
 def moves(op: str) -> bool:
-    """Whether an instruction changes a value's placement."""
+    """Whether an instruction gives a value placed otherwise, or in other memory of its device."""
     return op in STRUCTURE and STRUCTURE[op].moves
 
 

@@ -7,7 +7,6 @@
 Where a call is several runs, kernels are given parts of these three, which are copied one run at a time.
 """
 
-import torch
 from torch import Tensor
 
 from autosp_aot.ir.operators import DTYPE_NAMES

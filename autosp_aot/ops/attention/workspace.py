@@ -9,7 +9,7 @@ key/value head with its query heads (all heads at once where they are one to one
 kernel are a few MiB a thread at any length and not counted.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,7 +56,9 @@ def gradients(call: Arguments, target: str) -> tuple[Tensor, Tensor, Tensor]:
         return gradient(call.q), gradient(call.k), gradient(call.v)
     k, v = (t.expand(-1, heads, -1, -1) for t in (call.k, call.v))
     each = [torch.empty_like(t) for t in (call.q, k, k if flash.grad_v_like_k else v)]
-    return (each[0], *(t.sum(1, keepdim=True) for t in each[1:])) if call.group > 1 else tuple(each)
+    if call.group > 1:
+        each[1:] = [t.sum(1, keepdim=True) for t in each[1:]]
+    return each[0], each[1], each[2]
 
 
 def attention(call: Arguments, target: str) -> Workspace:
@@ -188,9 +190,9 @@ class _LargestRun:
     def copied_bytes(self, saved: Saved) -> int:
         """Of the copies of a run's parts that a kernel reads instead of them."""
         flash = TARGETS[self.target].flash
-        read = [(getattr(saved, name), is_by_row) for name in flash.copied]
-        read += [(saved.lse, Tensor.is_contiguous)] if flash.dense_lse else []
-        return sum(part.numel() * part.itemsize for part, lies_so in read if not lies_so(part))
+        parts = [part for part in (getattr(saved, name) for name in flash.copied) if not is_by_row(part)]
+        parts += [saved.lse] if flash.dense_lse and not saved.lse.is_contiguous() else []
+        return sum(part.numel() * part.itemsize for part in parts)
 
     def block_bytes(self, tensors: int, parts: int) -> int:
         """Of a block of rows and keys: scores, expression, draws, and what is read of q, k, v and vectors, widened."""

@@ -37,10 +37,10 @@ def _demands(ids: Tensor, x: Tensor, weight: Tensor, target: str) -> dict[str, D
 
 
 def _readable(weight: Tensor) -> bool:
-    (rows, columns), (row, column) = weight.shape[1:], weight.stride()[1:]
-    step = row if column == 1 and row >= columns else column if row == 1 and column >= rows else None
-    aligned = (step, weight.stride(0), weight.storage_offset())
-    return step is not None and all(number * weight.itemsize % 16 == 0 for number in aligned)
+    (rows, columns), (each, row, column) = weight.shape[1:], weight.stride()
+    if (column != 1 or row < columns) and (row != 1 or column < rows):
+        return False
+    return all(number * weight.itemsize % 16 == 0 for number in (each, max(row, column), weight.storage_offset()))
 
 
 def _flops(shapes: list[Shape], scoring) -> int:

@@ -27,7 +27,7 @@ from autosp_aot.errors import Problem
 from autosp_aot.ir.program import Value
 from autosp_aot.memory.costs import Costs
 
-FORMAT = 6  # docs/format.md has the history, tests/artifact/formats an artifact of each from 5 on
+FORMAT = 7  # docs/format.md has the history, tests/artifact/formats an artifact of each from 5 on
 # The releases that read a format, as people say them. What is not here was written by development versions alone.
 READ_BY = {6: "0.1.0"}
 MANIFEST = "manifest.json"

@@ -281,8 +281,9 @@ def _flops(instr: Instr, shapes: list[tuple[int, ...]]) -> int:
     `shapes` are those of its operands, then of its results.
     """
     count = len(instr.refs())
+    read, made = shapes[:count], shapes[count:]
     own = OURS[instr.op].flops if instr.op in OURS else None
-    return FLOPS[instr.op](instr, shapes[:count], shapes[count:]) if own is None else own(shapes[:count], dict(instr.kwargs))
+    return FLOPS[instr.op](instr, read, made) if own is None else own(read, dict(instr.kwargs))
 
 
 def _product(instr: Instr, read: list[tuple[int, ...]], made: list[tuple[int, ...]]) -> int:

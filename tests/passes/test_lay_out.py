@@ -21,7 +21,7 @@ section evaluate takes ()
   %p: f32[1, 2, 3, 4] @ Replicate; _ = autosp.attention(%q, %o, %q, [], None, 1, 0, scale=0.5, window=2, causal=True)
   %r: f32[1, 2, 3, 4] @ Replicate; _ = autosp.attention(%q, %o, %o, [], None, 1, 0, scale=0.5, causal=True)
 gives ()
-"""
+"""  # noqa: E501
 AFTER = """\
 autosp program 1
 ranks 1
@@ -64,8 +64,8 @@ def test_what_is_not_copied_is_refused():
     assert str(caught.value) == (
         "error[program-illegal]: autosp.attention cannot be called like this\n"
         "  where  o, l = autosp.attention(...)\n"
-        "  why    its operand 0 has strides [24, 3, 1, 6]: cpu/FlashAttentionKernel.cpp: cpublas::gemm(..., q_data + i *"
-        " qStrideB + j * qStrideH + m * qStrideM, qStrideM, ...)\n"
+        "  why    its operand 0 has strides [24, 3, 1, 6]: cpu/FlashAttentionKernel.cpp: cpublas::gemm(..., q_data + i"
+        " * qStrideB + j * qStrideH + m * qStrideM, qStrideM, ...)\n"
         "  fix    build the artifact again"
     )
 

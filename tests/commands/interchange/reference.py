@@ -19,6 +19,7 @@ from torch import Tensor
 from autosp_aot.ir.operators import DTYPES, overload, wide
 from autosp_aot.ir.transfers import join_into, narrowed
 from autosp_aot.ops.table import OURS
+from tests.laid_out import laid_out
 
 WAIT_S = 60
 
@@ -113,7 +114,11 @@ def _call(op: str, tensors: list[Tensor], attributes: dict) -> list[Tensor]:
         kinds = {a.name: str(a.type) for a in function._schema.arguments}
         needed = [a.name for a in function._schema.arguments if not a.has_default_value()]
     arguments |= {name: _value(value, kinds.get(name, "")) for name, value in attributes.items()}
-    found = function(**dict.fromkeys(needed) | arguments)
+    if op in OURS:  # numpy keeps no layout
+        placed, scoring = [arguments.pop(name, None) for name in needed], arguments
+        found = function(*laid_out(op, tuple(placed), scoring), **scoring)
+    else:
+        found = function(**dict.fromkeys(needed) | arguments)
     return [found] if isinstance(found, Tensor) else list(found)
 
 

@@ -21,7 +21,7 @@ ROOMS = {
     "artifact": ("errors", "targets", "ir", "memory"),
     "export": ("errors", "ir", "ops", "artifact"),
     "passes": ("errors", "targets", "ir", "sharding", "ops", "memory", "proof", "artifact"),
-    "runtime": ("errors", "targets", "ir", "ops", "artifact"),
+    "runtime": ("errors", "targets", "ir", "ops", "memory", "proof", "artifact"),
     "training": ("errors", "targets", "ir", "proof", "artifact", "runtime"),
     "commands": ("errors", "targets", "ir", "sharding", "ops", "memory", "proof", "artifact", "export", "passes",
                  "runtime", "training"),

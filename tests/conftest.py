@@ -1,5 +1,6 @@
 import gc
 import os
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,13 @@ torch.set_num_threads(1)  # in tensors as small as these, threads would do nothi
 os.environ["OMP_NUM_THREADS"] = "1"  # so in processes that tests start
 
 TINY = {"vocab_size": 8, "hidden_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 8}
+
+
+def pytest_configure(config):
+    """What is kept for the user, such as verdicts of proofs, is kept elsewhere: nothing is known before."""
+    home = tempfile.TemporaryDirectory(prefix="autosp-aot-home-")
+    config.add_cleanup(home.cleanup)
+    os.environ["HOME"] = home.name
 
 
 def pytest_collection_finish():

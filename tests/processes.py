@@ -36,6 +36,27 @@ def run_ranks(size: int, script: Path, *args: object, timeout_s: int = 300) -> l
     return done
 
 
+def run_agents(*lines: tuple, timeout_s: int = 120) -> list[subprocess.CompletedProcess]:
+    """What torchrun says on each of several nodes, of one rank each: `autosp-aot run` with a line of arguments each."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    shared = {"GLOO_SOCKET_IFNAME": loopback, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    port, agents = _free_port(), []
+    for node, arguments in enumerate(lines):
+        said = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", len(lines), "--node-rank", node,
+            "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port, "-m", "autosp_aot", "run",
+            *arguments,
+        ]  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        agents.append(subprocess.Popen(list(map(str, said)), env=os.environ | shared, cwd=ROOT, **pipes))
+    try:
+        outputs = [agent.communicate(timeout=timeout_s) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    return [subprocess.CompletedProcess(a.args, a.returncode, *output) for a, output in zip(agents, outputs)]
+
+
 def command(*args: object, timeout_s: int = 300) -> subprocess.CompletedProcess:
     """What `autosp-aot` does with these arguments in a process of its own."""
     said = [sys.executable, "-c", "from autosp_aot.commands.cli import main; main()", *map(str, args)]

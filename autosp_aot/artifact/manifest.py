@@ -29,7 +29,7 @@ from autosp_aot.memory.costs import Costs
 
 FORMAT = 7  # docs/format.md has the history, tests/artifact/formats an artifact of each from 5 on
 # The releases that read a format, as people say them. What is not here was written by development versions alone.
-READ_BY = {6: "0.1.0"}
+READ_BY = {7: "0.1.0"}
 MANIFEST = "manifest.json"
 WEIGHTS = "weights/model.safetensors"
 BUFFERS = "buffers.safetensors"

@@ -163,6 +163,7 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
 @click.option("--dp", type=POSITIVE, default=1, help="Replicas: groups of ranks, each with its own sequences.")
 @click.option("--accumulate", type=POSITIVE, default=1, help="Micro-batches of each replica in a step.")
 @click.option("--data", type=EXISTING, help="UTF-8 text or .npy of token ids, file or folder; default random tokens.")
+@click.option("--digest", metavar="HASH", help="Refuse any artifact but the one of this digest (check --digest).")
 @click.option("--init-from", type=EXISTING, help="Weights: a Hugging Face folder, or a safetensors file.")
 @click.option("--lr", type=NOT_NEGATIVE, default=1e-3, help="AdamW's learning rate, the maximum of a schedule.")
 @click.option("--warmup", type=click.IntRange(min=0), default=0, help="Linear warmup steps.")
@@ -192,7 +193,8 @@ def run(ctx: click.Context, artifact: Path, data: Path | None, batch_file: Path 
     """Train with an artifact: AdamW, or what a DeepSpeed config says; a line a step.
 
     Starts dp x sp processes on this machine, or joins those that torchrun started. A step is `--dp` x `--accumulate`
-    batches of the shape that was built for; its gradient is that of the mean of their losses.
+    batches of the shape that was built for; its gradient is that of the mean of their losses. The artifact is proved
+    first, unless it was on this machine.
     """
     from autosp_aot.training import launch
     from autosp_aot.training.loop import Training
@@ -234,6 +236,7 @@ def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("artifact", metavar="DIR", type=PATH)
+@click.option("--digest", is_flag=True, help="Print the artifact's digest alone, for run --digest.")
 @click.option("--numeric", is_flag=True, help="Then compare all ranks with the unsharded step, on random inputs.")
 @click.option("--eager", metavar="MODEL.py", type=EXISTING,
               help="Then compare SGD steps of all ranks, in one process, with those of the model itself.")
@@ -241,17 +244,25 @@ def show(artifact: Path, rank: int, evaluation: bool, as_json: bool) -> None:
 @click.option("--set", "options", metavar="KEY=VALUE", multiple=True, callback=pairs_to_options,
               help="An option of build_model, for --eager; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")  # fmt: skip
-def check(artifact: Path, numeric: bool, eager: Path | None, steps: int, options: dict, as_json: bool) -> None:
-    """Prove the per-rank programs equivalent to the unsharded step, without running them."""
+def check(artifact: Path, digest: bool, numeric: bool, eager: Path | None, steps: int, options: dict,
+          as_json: bool) -> None:  # fmt: skip
+    """Prove the per-rank programs equivalent to the unsharded step, without running them.
+
+    What is proved follows from the artifact alone. Whether it is the one that you mean (its weights, its model) its
+    digest says.
+    """
     from autosp_aot.commands.check.eager import check_eager
     from autosp_aot.commands.check.numeric import check_numeric
     from autosp_aot.commands.check.proof import check as check_artifact
+    from autosp_aot.runtime.proved import digest_of
 
     lines = check_artifact(artifact)
     if numeric:
         lines += check_numeric(artifact)
     if eager is not None:
         lines += check_eager(artifact, eager, options, steps)
+    if digest:
+        lines = [digest_of(artifact)]
     click.echo(json.dumps(lines) if as_json else "\n".join(lines))
 
 

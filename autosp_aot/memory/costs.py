@@ -61,9 +61,9 @@ class Costs:
     host_moved_bytes: int
 
 
-def costs(program: Program, target: str) -> Costs:
-    """The costs of a program of all ranks on a target (cpu, cuda, rocm)."""
-    rank, moments = highest(program, target)
+def costs(program: Program, target: str, copying: bool = False) -> Costs:
+    """The costs of a program of all ranks on a target (cpu, cuda, rocm); `copying` as for `Layouts`."""
+    rank, moments = highest(program, target, copying)
     worst = max(moments, key=lambda moment: moment.peak_bytes, default=Moment("forward", "", 0, 0))
     kept = next((moment.alive_bytes for moment in reversed(moments) if moment.section == "forward"), 0)
     values = program.values()
@@ -93,9 +93,9 @@ def heaviest(program: Program) -> int:
     return max(range(program.ranks), key=lambda rank: sum(value.nbytes(rank) * count for value, count in kinds))
 
 
-def highest(program: Program, target: str) -> tuple[int, list[Moment]]:
+def highest(program: Program, target: str, copying: bool = False) -> tuple[int, list[Moment]]:
     """The rank with the highest peak, and its curve."""
-    curves = ((rank, curve(program, rank, target)) for rank in unlike_ranks(program))
+    curves = ((rank, curve(program, rank, target, copying)) for rank in unlike_ranks(program))
     return max(curves, key=lambda entry: max((moment.peak_bytes for moment in entry[1]), default=0))
 
 
@@ -104,9 +104,9 @@ def peak_bytes(program: Program, target: str) -> int:
     return max((moment.peak_bytes for moment in highest(program, target)[1]), default=0)
 
 
-def curve(program: Program, rank: int, target: str) -> list[Moment]:
-    """The memory of rank `rank` at each instruction, in order."""
-    storages = Storages(program, rank, target)
+def curve(program: Program, rank: int, target: str, copying: bool = False) -> list[Moment]:
+    """The memory of rank `rank` at each instruction, in order. Raises ArtifactError for one that cannot be done."""
+    storages = Storages(program, rank, target, copying)
     return [storages.step(instr, section.name) for section in program.sections for instr in section.instrs]
 
 
@@ -181,8 +181,8 @@ def received_of(source: Value, target: Value, ranks: int) -> int:
 class Storages:
     """The storages that are alive, each under the name of the value it was made for, and the names that lie in it."""
 
-    def __init__(self, program: Program, rank: int, target: str):
-        self.layouts, self.box, self.count = Layouts(program.ranks, target), rank, 1
+    def __init__(self, program: Program, rank: int, target: str, copying: bool = False):
+        self.layouts, self.box, self.count = Layouts(program.ranks, target, copying), rank, 1
         self.values: MutableMapping[str, Value] = program.values()
         self.tensors = {entry.value.name: self.layouts.of(entry.value, rank) for entry in program.inputs}
         self.owner = dict.fromkeys(self.tensors, "")

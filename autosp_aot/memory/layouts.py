@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autosp_aot.ir.operators import DTYPES, FACTORIES, overload
 from autosp_aot.ir.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
+from autosp_aot.ir.structure.moves import in_order
 from autosp_aot.ir.structure.record import At
 from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ir.transfers import storage_bytes
@@ -40,11 +41,12 @@ class Made:
 class Layouts:
     """The layouts of values on one target; asked for the same call twice it answers from memory.
 
-    `box` is the number of a rank's numbers among all, in a body of so many `tiles` that of a tile's.
+    `box` is the number of a rank's numbers among all, in a body of so many `tiles` that of a tile's. Of a program that
+    was not laid out for the target, such as the unsharded one, operands are copied as kernels demand: `copying`.
     """
 
-    def __init__(self, ranks: int, target: str):
-        self.ranks, self.target = ranks, target
+    def __init__(self, ranks: int, target: str, copying: bool = False):
+        self.ranks, self.target, self.copying = ranks, target, copying
         self.known: dict[tuple, Tensor] = {}
         self.calls: dict[tuple, Made] = {}
 
@@ -117,10 +119,14 @@ class Layouts:
         """The results on meta tensors, and bytes needed beside them."""
         if op.startswith("aten."):
             return _aten(op, args, kwargs), 0
-        unmet = OURS[op].unmet(args, kwargs, self.target)
-        for at, demand in unmet.items():
-            raise ValueError(f"its operand {at} has strides {list(args[at].stride())}: {demand.source}")
-        return OURS[op].workspace(*args, target=self.target, **kwargs)
+        operands, copied_bytes = list(args), 0
+        for at, demand in OURS[op].unmet(args, kwargs, self.target).items():
+            if not self.copying:
+                raise ValueError(f"its operand {at} has strides {list(args[at].stride())}: {demand.source}")
+            operands[at] = in_order(args[at], demand.order)
+            copied_bytes += storage_bytes(operands[at])
+        results, workspace_bytes = OURS[op].workspace(*operands, target=self.target, **kwargs)
+        return results, workspace_bytes + copied_bytes
 
     def _made(self, instr: Instr, operands: list[Tensor], results: list[Tensor], workspace_bytes: int) -> Made:
         storages = [tensor.untyped_storage()._cdata for tensor in (*operands, *results)]

@@ -1,14 +1,17 @@
 """The ranks of a step over torch.distributed, and the two ways they meet."""
 
+import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autosp_aot.errors import ArtifactError, Problem
+from autosp_aot.errors import ArtifactError, AutospError, Problem
 from autosp_aot.ir.operators import DTYPE_NAMES
+from autosp_aot.runtime.agreement import REFUSED, agree, refuse_differences
 from autosp_aot.targets.table import CPU, CUDA, ROCM, TARGETS
 
 
@@ -85,12 +88,15 @@ class Mesh:
         return self.world.sum(value.clone() if self.sequence.rank == 0 else torch.zeros_like(value))
 
     @staticmethod
-    def join(target: str, sp: int, dp: int | None = None, alone: bool = True) -> "Mesh":
+    def join(
+        target: str, sp: int, dp: int | None = None, alone: bool = True, facts: Mapping[str, str] | None = None
+    ) -> "Mesh":
         """Join the default group if there is one, else the ranks of torchrun's environment, else be a group of one.
 
         A group of one needs no process group; it has one where it is not to be `alone`, for those who ask torch.
+        `facts` say what this rank is about to run, the same on all ranks.
         Raises ArtifactError: `wrong-device` where this machine lacks the target's device for this rank, `world-size`
-        where there are not `dp` (None: any number of) groups of `sp` ranks.
+        where there are not `dp` (None: any number of) groups of `sp` ranks, and what `agree` raises.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         check_devices(target, local_rank + 1)
@@ -98,10 +104,18 @@ class Mesh:
         device = torch.device("cpu") if kind is CPU else torch.device(kind.device_type, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if not dist.is_initialized():
+        facts = {"target": target, "ranks that share a sequence": str(sp), **(facts or {})}
+        if dist.is_initialized():
+            said: list[dict[str, str]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(said, facts)
+            refuse_differences(said)
+        else:
             device_id = device if device.type == "cuda" else None
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                dist.init_process_group(kind.backend, device_id=device_id)
+                store, rank, size = next(dist.rendezvous("env://"))
+                agree(store, rank, size, facts)
+                store = dist.PrefixStore("process group", store)
+                dist.init_process_group(kind.backend, store=store, rank=rank, world_size=size, device_id=device_id)
             elif alone:
                 check_size(1, sp, dp)
                 return Mesh(Group(0, 1, device), Group(0, 1, device))
@@ -112,10 +126,18 @@ class Mesh:
         check_size(world.size, sp, dp)
         return Mesh(world, _sequence_group(world, sp))
 
-    def leave(self) -> None:
-        """Wait for the others and take the process groups down."""
+    @staticmethod
+    def refuse(error: AutospError) -> None:
+        """Tell the ranks of torchrun's environment, who would wait for this one, that it ends with `error`."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            with contextlib.suppress(ArtifactError):  # what they are told, which this rank says in full
+                agree(*next(dist.rendezvous("env://")), {REFUSED: str(error).partition("\n")[0]})
+
+    def leave(self, wait: bool = True) -> None:
+        """Take the process groups down, where it went well after waiting for the others."""
         if dist.is_initialized():
-            dist.barrier()
+            if wait:
+                dist.barrier()
             dist.destroy_process_group()
 
 

@@ -29,18 +29,35 @@ def check_same_batch(batch: Mapping[str, Tensor], ranks: Sums) -> None:
     Marks m of n ranks are equal if and only if n * sum(m * m) = sum(m) * sum(m). Two tensors that differ have the same
     mark once in a million.
     """
-    if ranks.size == 1 or not batch:
-        return
-    names = sorted(batch)  # each rank has an order of its own
-    marks = torch.stack([_mark(batch[name]) for name in names])
-    sums, squares = ranks.sum(torch.stack([marks, marks * marks]).view(-1)).view(2, -1).tolist()
-    differ = [name for name, m, s in zip(names, sums, squares) if ranks.size * s != m * m]
+    differ = _differing(batch, ranks)
     if differ:
         raise ArtifactError(Problem(
             "batches-differ", f"ranks that share a sequence were given different {', '.join(differ)}",
             "forward", f"{ranks.size} ranks compute one loss, each its part of the same batch",
             "deal batches to groups of ranks, not to ranks: a sampler by the number of the group, not of the rank",
         ))  # fmt: skip
+
+
+def check_same_weights(weights: Mapping[str, Tensor], ranks: Sums) -> None:
+    """Raise ArtifactError `weights-differ`, on every rank alike, unless all have the same weights."""
+    differ = _differing(weights, ranks)
+    if differ:
+        more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+        raise ArtifactError(Problem(
+            "weights-differ", f"the ranks begin with different weights: {differ[0]}{more}",
+            why="every rank has all weights, and changes them alike",
+            fix="give all nodes the same files with --init-from",
+        ))  # fmt: skip
+
+
+def _differing(tensors: Mapping[str, Tensor], ranks: Sums) -> list[str]:
+    """The names of tensors of which not all ranks have the same, by one sum over the ranks."""
+    if ranks.size == 1 or not tensors:
+        return []
+    names = sorted(tensors)  # each rank has an order of its own
+    marks = torch.stack([_mark(tensors[name]) for name in names])
+    sums, squares = ranks.sum(torch.stack([marks, marks * marks]).view(-1)).view(2, -1).tolist()
+    return [name for name, m, s in zip(names, sums, squares) if ranks.size * s != m * m]
 
 
 def _mark(tensor: Tensor) -> Tensor:

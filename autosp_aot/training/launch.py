@@ -24,6 +24,7 @@ from autosp_aot.artifact.manifest import Manifest, no_evaluation
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem, need_package
 from autosp_aot.runtime.comm import Mesh, check_devices, check_size
+from autosp_aot.runtime.proved import digest_of, require_digest, require_proof
 from autosp_aot.runtime.weights_out import refuse_saving
 from autosp_aot.targets.table import CPU
 from autosp_aot.training.data import Feed, StoredBatch, open_feed
@@ -31,6 +32,7 @@ from autosp_aot.training.deepspeed.config import checked_config, read_config
 from autosp_aot.training.label_count import is_items, open_items
 from autosp_aot.training.loop import Training, train
 from autosp_aot.training.loss_targets import check_targets, shifted_inputs
+from autosp_aot.training.same_run import facts_of
 
 STORED = ".safetensors"
 INTERRUPTED = 128  # a shell's exit code for a process that signal n ended is 128 + n
@@ -53,7 +55,25 @@ def run(
 
     Raises ArtifactError for whatever does not fit (artifact, machine, weights, data), RankFailed where a process dies.
     """
+    try:
+        training, manifest, feeds = _prepared(training, data, batch_file, eval_data, deepspeed)
+    except AutospError as error:
+        Mesh.refuse(error)
+        raise
+    if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:
+        _join_and_train(training, manifest.target, manifest.ranks, feeds)
+    else:
+        _launch(training, manifest, feeds)
+
+
+def _prepared(
+    training: Training, data: Path | None, batch_file: Path | None, eval_data: Path | None, deepspeed: Path | None
+) -> tuple[Training, Manifest, list[Feed]]:
+    """All that can be refused before ranks meet; what they run, and on what."""
     manifest = read_manifest(training.artifact)
+    require_digest(training.artifact, training.digest)
+    training = replace(training, digest=digest_of(training.artifact))
+    require_proof(training.artifact, manifest)
     if deepspeed is not None:
         need_package("deepspeed", "--deepspeed")
         config = checked_config(read_config(deepspeed), manifest, training.dp)
@@ -75,10 +95,7 @@ def run(
     if shifted and os.environ.get("RANK", "0") == "0":
         names = ", ".join(sorted(shifted))
         print(f"{names}: the next tokens, since the loss compares position with position", flush=True)
-    if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:
-        _join_and_train(training, manifest.target, manifest.ranks, feeds)
-    else:
-        _launch(training, manifest, feeds)
+    return training, manifest, feeds
 
 
 def _check(manifest: Manifest, training: Training) -> None:
@@ -112,9 +129,14 @@ def _check(manifest: Manifest, training: Training) -> None:
 
 
 def _join_and_train(training: Training, target: str, ranks: int, feeds: list[Feed]) -> None:
-    mesh = Mesh.join(target, ranks, training.dp, alone=training.deepspeed is None)
+    facts = facts_of(training, feeds) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+    mesh = Mesh.join(target, ranks, training.dp, training.deepspeed is None, facts)
     feed, *held_out = feeds
-    train(training, feed, mesh, *held_out)
+    try:
+        train(training, feed, mesh, *held_out)
+    except AutospError:
+        mesh.leave(wait=False)
+        raise
     mesh.leave()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from autosp_aot.runtime.comm import Mesh
 from autosp_aot.runtime.load import load
 from autosp_aot.runtime.module import ShardedModel, StepState
+from autosp_aot.runtime.same_batch import check_same_weights
 from autosp_aot.training.data import Feed
 from autosp_aot.training.label_count import Items, open_items
 from autosp_aot.training.learning_rate import Schedule
@@ -37,6 +38,7 @@ class Training:
     zero          1: optimizer state is shared out over all ranks
     clip          the greatest norm that all gradients may have together
     weight_decay  AdamW's
+    digest        of the artifact that is meant; None: whichever is there
     init_from     safetensors file or folder instead of the stored weights
     eval_every    steps from one evaluation to the next; None: no evaluation
     eval_batches  how many batches an evaluation is the mean of, shared out over replicas
@@ -55,6 +57,7 @@ class Training:
     zero: int = 0
     clip: float | None = None
     weight_decay: float = 0.01
+    digest: str | None = None
     init_from: Path | None = None
     eval_every: int | None = None
     eval_batches: int = 8
@@ -175,7 +178,10 @@ def train(training: Training, feed: Feed, mesh: Mesh, held_out: Feed | None = No
 
     `held_out` is what is evaluated on, needed for `eval_every`.
     """
-    module = load(training.artifact, training.init_from, mesh.world.device, mesh.sequence, sum_gradients=False)
+    module = load(
+        training.artifact, training.init_from, mesh.world.device, mesh.sequence, False, training.digest
+    )  # fmt: skip
+    check_same_weights(dict(module.named_parameters()), mesh.world)
     module.step_state = StepState(training.seed)
     items = open_items(training.artifact, module.manifest)
     engine = _engine(module, training, mesh, scale_of(items, mesh.replicas * training.accumulate))

@@ -23,8 +23,8 @@ from autosp_aot.ir.program import Instr, Program, Ref, Section
 from autosp_aot.proof.reach import Reach, reaches
 from autosp_aot.runtime.comm import Group
 from autosp_aot.runtime.execute import Executor
-from autosp_aot.runtime.load import check_operators
 from autosp_aot.runtime.module import run
+from autosp_aot.runtime.operators import check_operators
 
 HOST = Group(0, 1, torch.device("cpu"))
 CROSS_ENTROPY = "aten.nll_loss_forward.default"

@@ -9,11 +9,11 @@ from torch import nn
 from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.commands.check.numeric import difference
-from autosp_aot.commands.check.proof import prove
 from autosp_aot.commands.check.random_inputs import made_up
 from autosp_aot.errors import ArtifactError
 from autosp_aot.ir.program import PerRank
 from autosp_aot.ir.verify import verify
+from autosp_aot.runtime.prove import prove
 from examples import llama, plain
 from tests import mutants as m
 from tests.edits import named

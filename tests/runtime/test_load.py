@@ -11,7 +11,7 @@ from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.errors import ArtifactError
 from autosp_aot.runtime.comm import Group
-from autosp_aot.runtime.load import check_operators
+from autosp_aot.runtime.operators import check_operators
 from tests.edits import edit, named
 from tests.sealing import edit_text, reseal
 

@@ -21,7 +21,6 @@ from autosp_aot.artifact.write import Artifact, Programs, refuse_existing
 from autosp_aot.commands.build.eager_check import compare_build
 from autosp_aot.commands.build.pass_dump import Dump
 from autosp_aot.commands.check.proof import read_back
-from autosp_aot.commands.check.random_inputs import vocabularies
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical.canonical import DTYPES, canonical_program, unsupported
 from autosp_aot.export.evaluation import capture_evaluation, in_eval_mode
@@ -32,6 +31,7 @@ from autosp_aot.export.subject import Subject
 from autosp_aot.ir.program import Program, Value
 from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ir.units import bytes_of
+from autosp_aot.ir.vocabularies import vocabularies
 from autosp_aot.memory.costs import costs
 from autosp_aot.ops.table import schema
 from autosp_aot.passes.decisions import written

@@ -22,7 +22,6 @@ from autosp_aot.ir.program import ITEMSIZE, Dtype, Instr, Program, Ref, map_args
 from autosp_aot.ir.structure.table import to_host
 from autosp_aot.memory.costs import costs
 from autosp_aot.ops.uniform import UNIFORM
-from autosp_aot.passes.lay_out import lay_out
 from autosp_aot.passes.release import release
 from autosp_aot.runtime.execute import DTYPES
 from autosp_aot.runtime.simulate import simulate
@@ -185,7 +184,7 @@ def widened(program: Program, wider: Mapping[str, str]) -> Program:
 def refuse_large(manifest: Manifest, whole: Program) -> None:
     """Raise ArtifactError where the inputs, and everybody's activations and gradients, do not fit."""
     inputs = sum(entry.value.nbytes() for entry in whole.inputs)
-    alone = costs(release(lay_out(whole, CPU.name)), CPU.name).peak_bytes
+    alone = costs(release(whole), CPU.name, copying=True).peak_bytes
     together = manifest.step.costs.peak_bytes * manifest.ranks
     needed = (inputs + max(alone, together)) * (2 if _wider(whole) else 1)
     if needed > MEMORY_LIMIT_BYTES:

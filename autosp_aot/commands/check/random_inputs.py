@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from autosp_aot.ir.program import Program, Value
+from autosp_aot.ir.vocabularies import vocabularies
 from autosp_aot.ops.random import step_seed
 from autosp_aot.runtime.execute import DTYPES
 
@@ -13,17 +14,6 @@ KEEP_ELEMENTS = frozenset({
     "aten.expand.default", "aten.masked_fill.Scalar", "aten.permute.default", "aten.reshape.default",
     "aten.select.int", "aten.slice.Tensor", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.self",
 })  # fmt: skip
-
-
-def vocabularies(whole: Program) -> dict[str, int]:
-    """How many ids a value may hold: the rows of the smallest embedding that looks it up."""
-    values = whole.values()
-    found: dict[str, int] = {}
-    for instr in whole.instrs():
-        if instr.op == "aten.embedding.default":
-            table, ids = instr.refs()
-            found[ids] = min(found.get(ids, values[table].sizes[0]), values[table].sizes[0])
-    return found
 
 
 def labels(whole: Program) -> dict[str, tuple[int, int]]:

@@ -29,8 +29,8 @@ from autosp_aot.ir.program import Instr, Program, rename
 from autosp_aot.ir.structure.table import FREE, copies
 from autosp_aot.runtime.comm import check_devices
 from autosp_aot.runtime.execute import Executor
-from autosp_aot.runtime.load import check_operators
 from autosp_aot.runtime.module import place, run
+from autosp_aot.runtime.operators import check_operators
 from autosp_aot.targets.table import TARGETS
 
 GROUP = "0"  # torch's name of the default process group

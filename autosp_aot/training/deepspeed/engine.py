@@ -11,11 +11,13 @@ DeepSpeed adds up gradients over sequence x data parallel ranks and divides by t
 does, which is what partial sums need.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -29,6 +31,8 @@ from autosp_aot.artifact.read import read_manifest
 from autosp_aot.runtime.comm import Mesh
 from autosp_aot.runtime.load import load
 from autosp_aot.runtime.module import ShardedModel
+from autosp_aot.runtime.proved import digest_of
+from autosp_aot.runtime.same_batch import check_same_weights
 from autosp_aot.training.deepspeed.config import check_samples, checked_config, read_config
 from autosp_aot.training.label_count import is_items
 
@@ -40,6 +44,7 @@ def initialize(
     config: dict | str | Path,
     *,
     init_from: str | Path | None = None,
+    digest: str | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     lr_scheduler: Callable[[Optimizer], object] | None = None,
     training_data: Dataset | None = None,
@@ -49,9 +54,9 @@ def initialize(
 
     `config` is DeepSpeed's, a dict or a JSON file. What it says of sequence parallelism, dtype and batch size has to be
     the artifact's, and what would not be applied to a program is refused; "auto" is filled in where the artifact knows.
-    `init_from` is as for `load`; `optimizer` and `lr_scheduler` are DeepSpeed's, as functions; `training_data`, put
-    together by `collate_fn`, becomes `engine.training_dataloader`, which gives the ranks that share a sequence the same
-    samples.
+    `init_from` and `digest` are as for `load`; `optimizer` and `lr_scheduler` are DeepSpeed's, as functions;
+    `training_data`, put together by `collate_fn`, becomes `engine.training_dataloader`, which gives the ranks that
+    share a sequence the same samples.
 
     DeepSpeed averages over micro-batches and replicas. Where forward takes `num_items_in_batch`, give the number of
     labels that count in all of them together; the loss is then multiplied by their number: the average is the sum.
@@ -61,11 +66,14 @@ def initialize(
     """
     manifest = read_manifest(artifact)
     said = config if isinstance(config, dict) else read_config(Path(config))
-    mesh = Mesh.join(manifest.target, manifest.ranks, alone=False)
+    config_text = json.dumps(said, sort_keys=True, default=str)
+    facts = {"artifact": digest_of(Path(artifact)), "torch": torch.__version__, "config": config_text}
+    mesh = Mesh.join(manifest.target, manifest.ranks, alone=False, facts=facts)
     applied = checked_config(said, manifest, mesh.replicas)
     if isinstance(training_data, Sized):
         check_samples(len(training_data), applied, mesh.replicas)
-    module = load(artifact, init_from, mesh.world.device, mesh.sequence, sum_gradients=False)
+    module = load(artifact, init_from, mesh.world.device, mesh.sequence, sum_gradients=False, digest=digest)
+    check_same_weights(dict(module.named_parameters()), mesh.world)
     return engine_of(
         module, applied, mesh, optimizer=optimizer, lr_scheduler=lr_scheduler, training_data=training_data,
         collate_fn=collate_fn,

@@ -130,8 +130,9 @@ class Mesh:
     def refuse(error: AutospError) -> None:
         """Tell the ranks of torchrun's environment, who would wait for this one, that it ends with `error`."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            store, rank, size = next(dist.rendezvous("env://"))
             with contextlib.suppress(ArtifactError):  # what they are told, which this rank says in full
-                agree(*next(dist.rendezvous("env://")), {REFUSED: str(error).partition("\n")[0]})
+                agree(store, rank, size, {REFUSED: str(error).partition("\n")[0]})
 
     def leave(self, wait: bool = True) -> None:
         """Take the process groups down, where it went well after waiting for the others."""

@@ -2,6 +2,7 @@
 
 MEANINGS = {
     "artifact-files": "The artifact's folder lacks a file of its manifest, or has one that no artifact may have.",
+    "artifact-digest": "The artifact is another one than the digest demands.",
     "artifact-format": "The artifact has another format than this version reads.",
     "artifact-missing": "The path is no artifact.",
     "artifact-size": "A text of the artifact is larger than any build writes.",
@@ -100,6 +101,8 @@ MEANINGS = {
     "random-operator": "Forward draws random numbers in a way that programs cannot reproduce.",
     "rank-failed": "The process of a rank ended with an error, which is shown.",
     "ranks-damaged": "The table of ranks does not fit the programs.",
+    "ranks-differ": "The ranks were started with different artifacts, packages, options or data.",
+    "ranks-missing": "Some of the ranks did not start.",
     "reentrant-checkpoint": "The model uses reentrant activation checkpointing.",
     "scripted-module": "A module is compiled by torch.jit.",
     "sequence-dim-ambiguous": "More than one dim of an input follows the length.",
@@ -118,6 +121,7 @@ MEANINGS = {
     "vocabulary-unknown": "Random tokens are asked for, and the number of token ids is not known.",
     "weights-mismatch": "Names, shapes or dtypes of the given weights are not those of the model.",
     "weights-unreadable": "The given weights are not readable safetensors.",
+    "weights-differ": "Ranks loaded different weights.",
     "world-size": "The number of processes is no multiple of the artifact's ranks.",
     "wrong-device": "The artifact's target is not the device that is present.",
 }

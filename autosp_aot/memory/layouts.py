@@ -24,6 +24,9 @@ from autosp_aot.ir.verify import illegal
 from autosp_aot.ops.record import Demand
 from autosp_aot.ops.table import OURS
 
+# What operators raise of arguments that are not theirs, ours of what is no tensor too.
+UNCALLABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -74,7 +77,7 @@ class Layouts:
             operands = [leaf for leaf in flatten((args, [value for _, value in kwargs])) if isinstance(leaf, Tensor)]
             try:
                 results, workspace_bytes = self._results(instr, operands, args, dict(kwargs), values, box, tiles)
-            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            except UNCALLABLE as error:
                 raise illegal(f"{instr.op} cannot be called like this", instr, str(error).partition("\n")[0]) from error
             found = self.calls[key] = self._made(instr, operands, results, workspace_bytes)
         for result, out in zip(found.results, instr.outs):

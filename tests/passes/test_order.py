@@ -119,7 +119,7 @@ def test_the_peak_of_a_small_graph_never_rises_and_mostly_is_the_lowest(count, o
 def test_a_step_in_order_and_in_place_has_the_same_bits_and_no_higher_peak(name, options):
     seen: dict[str, Program] = {}
     _, inputs = built(ARCHITECTURES[name].build(), half_labelled(13), 3, watch=seen.__setitem__, **options)
-    programs = release(seen["tile"]), seen["release"], seen["reuse"]
+    programs = release(seen["lay-out"]), seen["release"], seen["reuse"]
     given, ordered, in_place = (
         simulate([program.for_rank(rank) for rank in range(3)], inputs, inputs["grad_loss"]) for program in programs
     )

@@ -116,7 +116,7 @@ def build_afresh(ranks: int, seq: int, layers: int) -> Build:
         seconds, memory_bytes = json.loads(done.stdout)
         files = (path / name for name in (*read_manifest(path).files, "manifest.json"))
         artifact_bytes = sum(file.stat().st_size for file in files)
-        whole, ((_, program),) = read_whole(path), read_bodies(path)
+        whole, ((_, program),) = (read(path, read_manifest(path)) for read in (read_whole, read_bodies))
     heads = 2 * HEADS + 2 * max(KV_HEADS, ranks)
     expected_bytes = heads * WIDTH * seq * ITEMSIZE["bf16"]
     exchanged_bytes = exchanged(program) // layers

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 import autosp_aot
-from autosp_aot.artifact.read import read_bodies
+from autosp_aot.artifact.read import read_bodies, read_manifest
 from autosp_aot.commands.plan.planning import Asked, Setting, sweep
 from autosp_aot.commands.plan.report import plan_text
 from autosp_aot.memory.costs import curve
@@ -86,7 +86,7 @@ def step(args: argparse.Namespace, sp: int, measure: Callable, more_bytes: int) 
             model = make_model(args, dtype)
             autosp_aot.build(model, make_batch(args), sp, path, target="cpu", recompute=recompute, tile=tile)
             mp.spawn(worker, (args, sp, folder, measure), sp)
-            ((_, program),) = read_bodies(path)
+            ((_, program),) = read_bodies(path, read_manifest(path))
             for rank in range(sp):
                 planned = max(moment.peak_bytes for moment in curve(program, rank, "cpu"))
                 more = int(Path(folder, str(rank)).read_text()) - planned

@@ -191,13 +191,13 @@ def numbers(path: Path) -> Numbers:
     """Loss and gradients of all ranks with the stored weights on a fixed batch, and the loss in eval mode."""
     manifest, values = read_manifest(path), {}
     for name in (BUFFERS, WEIGHTS):
-        values |= read_tensors(path, name)
+        values |= read_tensors(path, manifest, name)
     draw = torch.Generator().manual_seed(0)
     values |= {spec.name: torch.randint(8, spec.shape, generator=draw) for spec in manifest.batch}
     found = []
     values["seed"] = torch.tensor(1)
     for kind in manifest.programs:
-        programs = [read_rank(path, rank, kind) for rank in range(manifest.ranks)]
+        programs = [read_rank(path, manifest, rank, kind) for rank in range(manifest.ranks)]
         loss = programs[0].values()[dict(programs[0].sections[0].gives)["loss"]]
         found += simulate(programs, values, torch.tensor(0.75 if kind == STEP else 1.0, dtype=DTYPES[loss.dtype]))
     return found

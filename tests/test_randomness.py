@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 
 from autosp_aot.artifact.config import BuildConfig
-from autosp_aot.artifact.read import read_rank
+from autosp_aot.artifact.read import read_manifest, read_rank
 from autosp_aot.commands.build.builder import build, model_values
 from autosp_aot.commands.check.proof import check
 from autosp_aot.errors import ArtifactError
@@ -190,7 +190,8 @@ def test_an_artifact_that_draws_is_proved_and_runs_as_built(tmp_path):
     path = build(model_of("dropout"), BATCH, 3, target="cpu").save(tmp_path / "dropout.sp3")
     check(path)
     built, _ = compiled(model_of("dropout"), 3)
-    assert [read_rank(path, rank) for rank in range(3)] == [built.program.for_rank(rank) for rank in range(3)]
+    manifest = read_manifest(path)
+    assert [read_rank(path, manifest, rank) for rank in range(3)] == [built.program.for_rank(rank) for rank in range(3)]
 
 
 def test_every_rank_draws_its_own_box_once_and_the_seed_lives_through_the_step():

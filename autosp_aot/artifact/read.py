@@ -1,8 +1,10 @@
 """An artifact read strictly: hashes, sizes, schema, parse, verify; nothing else in the folder is believed."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 
@@ -50,7 +52,8 @@ def read_manifest(path: str | Path) -> Manifest:
         why = f"it has no {MANIFEST}"
         raise _damaged("artifact-missing", f"{path} is not an artifact", why, "build one with autosp-aot build")
     try:
-        text = _text(path / MANIFEST)
+        _refuse_long(path / MANIFEST)
+        text = (path / MANIFEST).read_text(encoding="utf-8")
         whole = json.loads(text)
         found = whole["manifest"]
         if text != sealed(found):
@@ -61,7 +64,7 @@ def read_manifest(path: str | Path) -> Manifest:
         raise _damaged("manifest-damaged", f"{path / MANIFEST} cannot be trusted", str(error)) from error
     _check_files(path, manifest)
     for kind in manifest.programs:
-        if (count := len(_ranks(path, kind))) != manifest.ranks:
+        if (count := len(_ranks(path, manifest, kind))) != manifest.ranks:
             what = f"{path / file_of(kind, RANKS)} has {count} ranks"
             raise _damaged("ranks-damaged", what, f"it is for {manifest.ranks}")
     return manifest
@@ -136,8 +139,10 @@ def _check_files(path: Path, manifest: Manifest) -> None:
         what = f"{path / special[0]} is no regular file"
         raise _damaged("artifact-files", what, "reading a pipe or a device might never end")
     for name, digest in manifest.files.items():
+        if name not in (BUFFERS, WEIGHTS):
+            _refuse_long(path / name)
         if sha256_of(path / name) != digest:
-            raise _damaged("file-changed", f"{path / name} is not what was built", "its hash is not the manifest's")
+            raise _changed(path / name)
 
 
 def _is_body(kind: str, name: str) -> bool:
@@ -145,30 +150,37 @@ def _is_body(kind: str, name: str) -> bool:
     return name.startswith(prefix) and bool(BODY.fullmatch(name.removeprefix(prefix)))
 
 
-def _text(path: Path) -> str:
+def _refuse_long(path: Path) -> None:
     if path.stat().st_size > TEXT_LIMIT_BYTES:
         raise _damaged("artifact-size", f"{path} is over {TEXT_LIMIT_BYTES} bytes", "no artifact has so long a text")
-    return path.read_text(encoding="utf-8")
 
 
-def read_whole(path: str | Path, kind: str = STEP) -> Program:
+def _content(path: Path, manifest: Manifest, name: str) -> bytes:
+    """What is in a file, read once: these bytes have the manifest's hash, whatever is put in their place meanwhile."""
+    found = (path / name).read_bytes()
+    if hashlib.sha256(found).hexdigest() != manifest.files[name]:
+        raise _changed(path / name)
+    return found
+
+
+def read_whole(path: str | Path, manifest: Manifest, kind: str = STEP) -> Program:
     """The unsharded step of an artifact, or its unsharded evaluation."""
-    return _parsed(Path(path) / file_of(kind, WHOLE), {}, 1)
+    return _parsed(Path(path), manifest, file_of(kind, WHOLE), {}, 1)
 
 
 def read_recipe(path: str | Path, manifest: Manifest) -> Recipe:
     """How a checkpoint of the model is read and written. Raises ArtifactError (`checkpoint-damaged`)."""
     try:
-        return parse_recipe(_text(Path(path) / CHECKPOINT), manifest.parameters)
+        return parse_recipe(_content(Path(path), manifest, CHECKPOINT).decode(), manifest.parameters)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"{Path(path) / CHECKPOINT} cannot be followed"
         raise _damaged("checkpoint-damaged", what, str(error)) from error
 
 
-def read_rank(path: str | Path, rank: int, kind: str = STEP) -> Program:
+def read_rank(path: str | Path, manifest: Manifest, rank: int, kind: str = STEP) -> Program:
     """One rank's program, every constant filled in; verified. Raises ArtifactError."""
-    entries = _ranks(Path(path), kind)
-    program = _parsed(Path(path) / entries[rank]["body"], entries[rank]["constants"], len(entries))
+    entries = _ranks(Path(path), manifest, kind)
+    program = _parsed(Path(path), manifest, entries[rank]["body"], entries[rank]["constants"], len(entries))
     _check_numbers(program, 1)
     _verify_rank(program, kind)
     return program
@@ -181,12 +193,12 @@ def read_program(path: str | Path, manifest: Manifest, rank: int, evaluation: bo
         raise ArtifactError(Problem("no-such-rank", f"there is no rank {rank}", str(path), why, "give another --rank"))
     if evaluation and manifest.evaluation is None:
         raise ArtifactError(no_evaluation(str(path)))
-    return read_rank(path, rank, EVALUATE if evaluation else STEP)
+    return read_rank(path, manifest, rank, EVALUATE if evaluation else STEP)
 
 
-def read_bodies(path: str | Path, kind: str = STEP) -> list[tuple[tuple[int, ...], Program]]:
+def read_bodies(path: str | Path, manifest: Manifest, kind: str = STEP) -> list[tuple[tuple[int, ...], Program]]:
     """Each body with the ranks that run it; a constant holds the numbers of all ranks (of its own ranks, repeated)."""
-    entries = _ranks(Path(path), kind)
+    entries = _ranks(Path(path), manifest, kind)
     bodies: dict[str, list[int]] = {}
     for rank, entry in enumerate(entries):
         bodies.setdefault(entry["body"], []).append(rank)
@@ -197,7 +209,7 @@ def read_bodies(path: str | Path, kind: str = STEP) -> list[tuple[tuple[int, ...
             raise _damaged("ranks-damaged", f"ranks of {body} have different constants", "they share its names")
         spread = [entries[rank if rank in ranks else ranks[0]]["constants"] for rank in range(len(entries))]
         constants = {name: _of_all([constant[name] for constant in spread]) for name in names}
-        program = _parsed(Path(path) / body, constants, len(entries))
+        program = _parsed(Path(path), manifest, body, constants, len(entries))
         _check_numbers(program, len(entries))
         _verify_rank(program, kind)
         found.append((tuple(ranks), program))
@@ -226,24 +238,24 @@ def _verify_rank(program: Program, kind: str) -> None:
         raise _damaged("program-illegal", "a rank's program lacks a section", f"it has {', '.join(SECTIONS[kind])}")
 
 
-def read_tensors(path: str | Path, name: str) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, manifest: Manifest, name: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file of an artifact. Raises ArtifactError."""
     try:
-        return safetensors.torch.load_file(Path(path) / name)
+        return safetensors.torch.load(_content(Path(path), manifest, name))
     except safetensors.SafetensorError as error:
         raise _damaged("tensors-unreadable", f"{Path(path) / name} cannot be read", str(error)) from error
 
 
-def _ranks(path: Path, kind: str) -> list[Json]:
+def _ranks(path: Path, manifest: Manifest, kind: str) -> list[Json]:
     try:
-        entries: list[Json] = json.loads(_text(path / file_of(kind, RANKS)))
+        entries: list[Json] = json.loads(_content(path, manifest, file_of(kind, RANKS)).decode())
         if not isinstance(entries, list):
             raise ValueError("it is no list of ranks")
         for entry in entries:
             if set(entry) != {"body", "constants"}:
                 raise ValueError("a rank has a body and constants")
             entry["constants"] = {name: _number(n) for name, n in entry["constants"].items()}
-            if not _is_body(kind, entry["body"]) or not (path / entry["body"]).is_file():
+            if not _is_body(kind, entry["body"]) or entry["body"] not in manifest.files:
                 raise ValueError(f"no body {entry['body']!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged("ranks-damaged", f"{path / file_of(kind, RANKS)} cannot be read", str(error)) from error
@@ -259,15 +271,27 @@ def _number(number: object) -> int | tuple[int, ...]:
     return tuple(number)
 
 
-def _parsed(path: Path, constants: Mapping[str, int | tuple[int, ...]], ranks: int) -> Program:
+def _parsed(
+    path: Path, manifest: Manifest, name: str, constants: Mapping[str, int | tuple[int, ...]], ranks: int
+) -> Program:
     try:
-        text = _text(path)
+        text = _content(path, manifest, name).decode()
     except UnicodeDecodeError as error:
-        raise _damaged("program-unreadable", f"{path} cannot be read", str(error)) from error
-    program = parse_program(text, constants)
+        raise _damaged("program-unreadable", f"{path / name} cannot be read", str(error)) from error
+    program = parse_program(text, constants) if constants else _without_constants(text)
     if program.ranks != ranks:
-        raise _damaged("ranks-damaged", f"{path} is for {program.ranks} ranks", f"there are {ranks}")
+        raise _damaged("ranks-damaged", f"{path / name} is for {program.ranks} ranks", f"there are {ranks}")
     return program
+
+
+@lru_cache(maxsize=4)
+def _without_constants(text: str) -> Program:
+    """A program of which all ranks have the same numbers: the unsharded one is asked for by several readers."""
+    return parse_program(text, {})
+
+
+def _changed(path: Path) -> ArtifactError:
+    return _damaged("file-changed", f"{path} is not what was built", "its hash is not the manifest's")
 
 
 def _damaged(code: str, what: str, why: str, fix: str = "build the artifact again") -> ArtifactError:

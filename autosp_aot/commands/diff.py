@@ -61,7 +61,7 @@ def _by_rank(path: str | Path, manifest: Manifest, kinds: Iterable[str]) -> list
     """The sections of each rank's programs; what is counted here does not depend on the constants."""
     found: list[Sections] = [()] * manifest.ranks
     for kind in kinds:
-        for ranks, program in read_bodies(path, kind):
+        for ranks, program in read_bodies(path, manifest, kind):
             for rank in ranks:
                 found[rank] += program.sections
     return found

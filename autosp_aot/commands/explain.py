@@ -79,8 +79,9 @@ def explain(path: str | Path, value: str) -> Explanation:
     Where several such names differ in the number of a layer only, the first is explained. Raises ArtifactError:
     `no-such-value`, `value-ambiguous` with the candidates, and what reading an artifact raises.
     """
-    manifest, whole = read_manifest(path), read_whole(path)
-    program = read_bodies(path)[0][1]
+    manifest = read_manifest(path)
+    whole = read_whole(path, manifest)
+    program = read_bodies(path, manifest)[0][1]
     names = dict.fromkeys((*program.values(), *values_of(program.instrs())))
     given = {label: name for section in program.sections for label, name in section.gives}
     found = [given[value]] if value in given else _resolved(value, list(names), str(path))

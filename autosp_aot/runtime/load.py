@@ -46,9 +46,9 @@ def load(
         what = f"the artifact is for {manifest.target}, the device is {device.type}"
         why, fix = "kernels are fixed when an artifact is built", f"build with --target for {device.type}"
         raise ArtifactError(Problem("wrong-device", what, str(path), why, fix))
-    programs = {kind: read_rank(path, comm.rank, kind) for kind in manifest.programs}
+    programs = {kind: read_rank(path, manifest, comm.rank, kind) for kind in manifest.programs}
     for program in programs.values():
         check_operators(program, manifest)
     weights = read_weights(path, manifest, None if init_from is None else Path(init_from), device)
-    executor, buffers = Executor(programs[STEP], comm.rank, device), read_tensors(path, BUFFERS)
+    executor, buffers = Executor(programs[STEP], comm.rank, device), read_tensors(path, manifest, BUFFERS)
     return ShardedModel(path, manifest, executor, weights, buffers, comm, sum_gradients, programs.get(EVALUATE))

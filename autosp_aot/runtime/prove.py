@@ -43,7 +43,7 @@ def prove_artifact(path: Path, manifest: Manifest) -> dict[str, Proved]:
     """
     proved = {}
     for kind in manifest.programs:
-        whole, bodies = read_whole(path, kind), read_bodies(path, kind)
+        whole, bodies = read_whole(path, manifest, kind), read_bodies(path, manifest, kind)
         for program in (whole, *(program for _, program in bodies)):
             check_operators(program, manifest)
         verify(whole)
@@ -105,7 +105,7 @@ def _check_given(manifest: Manifest, whole: Program, kind: str) -> None:
 def _check_buffers(manifest: Manifest, path: Path) -> None:
     """The file of buffers holds what the manifest says, no more."""
     said = {spec.name: (DTYPES[spec.dtype], spec.shape) for spec in manifest.buffers}
-    held = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read_tensors(path, BUFFERS).items()}
+    held = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in read_tensors(path, manifest, BUFFERS).items()}
     if said != held:
         raise wrong(BUFFERS, said, held)
 

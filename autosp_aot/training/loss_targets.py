@@ -51,7 +51,7 @@ class Targets:
 
 def open_targets(path: Path, manifest: Manifest) -> list[Targets]:
     """The labels that an artifact's loss takes, each once."""
-    whole, constants = read_whole(path), read_tensors(path, BUFFERS)
+    whole, constants = read_whole(path, manifest), read_tensors(path, manifest, BUFFERS)
     inputs = {entry.value.name for entry in whole.inputs}
     found: dict[tuple, Targets] = {}
     for instr in whole.instrs():
@@ -77,7 +77,7 @@ def check_targets(path: Path, manifest: Manifest, batches: Iterable[Mapping[str,
 
     Targets that follow from more than the batch and stored values are left to the step.
     """
-    values = read_whole(path).values()
+    values = read_whole(path, manifest).values()
     crosses = [found for found in open_targets(path, manifest) if found.instr.op in CROSS_ENTROPIES]
     for batch in batches:
         for found in (found for found in crosses if found.reads <= {*batch, *found.constants}):
@@ -125,7 +125,7 @@ def shifted_inputs(path: Path, manifest: Manifest) -> frozenset[str]:
     `targets-several`, `targets-unknown`.
     """
     tokens = {spec.name: 1 for spec in manifest.batch if spec.dtype in ("i64", "i32") and len(spec.shape) == 2}
-    found = _compared(read_whole(path), tokens)
+    found = _compared(read_whole(path, manifest), tokens)
     if not found:
         if len(tokens) > 1:
             raise _refused("targets-unknown", [""])

@@ -12,8 +12,8 @@ from math import inf
 import pytest
 
 from autosp_aot.artifact.config import BuildConfig
-from autosp_aot.artifact.manifest import EVALUATE, MANIFEST, STEP, file_of, sealed
-from autosp_aot.artifact.read import read_bodies, read_manifest, read_rank
+from autosp_aot.artifact.manifest import BUFFERS, EVALUATE, MANIFEST, STEP, file_of, sealed
+from autosp_aot.artifact.read import read_bodies, read_manifest, read_rank, read_recipe, read_tensors, read_whole
 from autosp_aot.artifact.tables import facts
 from autosp_aot.commands.check.proof import read_back
 from autosp_aot.errors import ArtifactError
@@ -56,6 +56,20 @@ def test_a_changed_file_is_said_with_what_to_do(saved):
         "  why    its hash is not the manifest's\n"
         "  fix    build the artifact again"
     )
+
+
+def test_what_was_put_in_place_of_a_file_that_was_hashed_is_not_read(saved):
+    manifest = read_manifest(saved)
+    for name in ("whole.program", "body.0.program", "buffers.safetensors", "ranks.json", "checkpoint.json"):
+        before = (saved / name).read_bytes()
+        (saved / name).write_bytes(before + b" ")
+        with pytest.raises(ArtifactError) as caught:
+            read_whole(saved, manifest)
+            read_rank(saved, manifest, 0)
+            read_tensors(saved, manifest, BUFFERS)
+            read_recipe(saved, manifest)
+        assert str(caught.value).startswith(f"error[file-changed]: {saved / name} ")
+        (saved / name).write_bytes(before)
 
 
 def test_an_extra_file_is_refused(saved):
@@ -180,7 +194,7 @@ def test_a_rank_runs_a_body_of_its_artifact(saved, body):
 @pytest.mark.parametrize("numbers", [[1, 1], [1, 1, 1]])
 def test_a_number_outside_of_tiles_is_one_for_a_rank(saved, numbers):
     edit_ranks(saved, lambda ranks: ranks[1]["constants"].update(dict.fromkeys(ranks[1]["constants"], numbers)))
-    for read in (lambda: read_rank(saved, 1), lambda: read_bodies(saved)):
+    for read in (lambda: read_rank(saved, read_manifest(saved), 1), lambda: read_bodies(saved, read_manifest(saved))):
         with pytest.raises(ArtifactError, match="has too few or too many numbers"):
             read()
 
@@ -202,7 +216,7 @@ def test_a_step_has_the_sections_of_a_step_and_an_evaluation_its_own(saved):
     reseal(saved)
     for kind, sections in ((STEP, "forward, backward, sum_gradients"), (EVALUATE, "evaluate")):
         with pytest.raises(ArtifactError, match=f"it has {sections}\n"):
-            read_rank(saved, 0, kind)
+            read_rank(saved, read_manifest(saved), 0, kind)
 
 
 def test_files_of_an_evaluation_that_the_manifest_denies_are_refused(saved):
@@ -226,7 +240,7 @@ def test_a_table_of_ranks_is_one_entry_a_rank(saved, change, what):
 def test_ranks_of_one_body_name_the_same_constants(saved):
     edit_ranks(saved, lambda ranks: ranks[1]["constants"].update({"$9": 1}))
     with pytest.raises(ArtifactError, match="ranks-damaged"):
-        read_bodies(saved)
+        read_bodies(saved, read_manifest(saved))
 
 
 @pytest.mark.parametrize("old, new", [
@@ -238,7 +252,7 @@ def test_ranks_of_one_body_name_the_same_constants(saved):
 def test_a_text_that_the_printer_would_not_write_is_refused(saved, old, new):
     edit_text(saved, old, new)
     with pytest.raises(ArtifactError, match=r"error\[program-syntax\]: line \d+ of a program cannot be read"):
-        read_rank(saved, 0)
+        read_rank(saved, read_manifest(saved), 0)
 
 
 def test_a_truncated_program_is_refused_though_it_is_sealed(saved):
@@ -246,14 +260,14 @@ def test_a_truncated_program_is_refused_though_it_is_sealed(saved):
     body.write_text(body.read_text()[:2000])
     reseal(saved)
     with pytest.raises(ArtifactError, match="the text does not end with a line end"):
-        read_rank(saved, 0)
+        read_rank(saved, read_manifest(saved), 0)
 
 
 def test_a_body_that_is_no_text_is_refused(saved):
     (saved / "body.0.program").write_bytes(b"\xff\xfe")
     reseal(saved)
     with pytest.raises(ArtifactError, match="error.program-unreadable"):
-        read_rank(saved, 0)
+        read_rank(saved, read_manifest(saved), 0)
 
 
 def test_a_body_for_another_number_of_ranks_is_refused(saved, tiny):
@@ -263,4 +277,4 @@ def test_a_body_for_another_number_of_ranks_is_refused(saved, tiny):
     (saved / "body.0.program").write_text(body.read_text())
     edit_ranks(saved, lambda ranks: [rank.update(constants=dict.fromkeys(names, 0)) for rank in ranks])
     with pytest.raises(ArtifactError, match="body.0.program is for 3 ranks"):
-        read_rank(saved, 0)
+        read_rank(saved, read_manifest(saved), 0)

@@ -16,12 +16,12 @@ def test_what_is_read_is_what_was_built(full, saved):
     manifest = read_manifest(saved)
     assert replace(manifest, files={}) == full.manifest
     assert tuple(sorted(manifest.files)) == tuple(name for name in FILES if name != MANIFEST)
-    assert read_whole(saved) == full.whole
-    assert [read_rank(saved, rank) for rank in (0, 1)] == [full.program.for_rank(rank) for rank in (0, 1)]
+    assert read_whole(saved, manifest) == full.whole
+    assert [read_rank(saved, manifest, rank) for rank in (0, 1)] == [full.program.for_rank(rank) for rank in (0, 1)]
     assert read_recipe(saved, manifest) == full.recipe
-    assert read_bodies(saved) == [((0, 1), full.program)]
-    assert torch.equal(read_tensors(saved, "buffers.safetensors")["b"], full.buffers["b"])
-    assert read_tensors(saved, "weights/model.safetensors").keys() == full.weights.keys()
+    assert read_bodies(saved, manifest) == [((0, 1), full.program)]
+    assert torch.equal(read_tensors(saved, manifest, "buffers.safetensors")["b"], full.buffers["b"])
+    assert read_tensors(saved, manifest, "weights/model.safetensors").keys() == full.weights.keys()
 
 
 def test_writing_twice_gives_the_same_files_that_all_can_read(full, saved, tmp_path):
@@ -34,7 +34,7 @@ def test_writing_twice_gives_the_same_files_that_all_can_read(full, saved, tmp_p
 def test_tensors_that_share_memory_are_stored_apart(full, tmp_path):
     flat = torch.arange(4)
     path = replace(full, buffers={"a": flat[:2], "b": flat[2:], "c": flat.view(2, 2).T}).save(tmp_path / "a")
-    assert read_tensors(path, "buffers.safetensors")["c"].tolist() == [[0, 2], [1, 3]]
+    assert read_tensors(path, read_manifest(path), "buffers.safetensors")["c"].tolist() == [[0, 2], [1, 3]]
 
 
 def test_an_artifact_is_replaced_with_all_its_files(full, saved):

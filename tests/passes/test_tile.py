@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autosp_aot.artifact.config import BuildConfig
-from autosp_aot.artifact.read import read_bodies
+from autosp_aot.artifact.read import read_bodies, read_manifest
 from autosp_aot.commands.build.builder import compile_model
 from autosp_aot.commands.check.proof import check
 from autosp_aot.errors import ArtifactError
@@ -107,7 +107,8 @@ def test_the_text_of_tiles_is_read_back(tiled, tmp_path):
     for rank in range(2):
         own = tiled.program.for_rank(rank)
         assert parse_program(*print_program(own)) == own
-    ((_, read),) = read_bodies(tiled.save(tmp_path / "a"))
+    path = tiled.save(tmp_path / "a")
+    ((_, read),) = read_bodies(path, read_manifest(path))
     assert read == tiled.program
     check(tmp_path / "a")
 

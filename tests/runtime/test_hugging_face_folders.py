@@ -1,19 +1,21 @@
 """Folders that save_pretrained writes, in every layout and dtype: read to the bit, or refused with all offenders."""
 
 import json
-from dataclasses import replace
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from autosp_aot.artifact.read import read_manifest
 from autosp_aot.commands.build.builder import build
 from autosp_aot.errors import ArtifactError
 from autosp_aot.runtime.comm import Group
 from autosp_aot.runtime.load import load
 from autosp_aot.runtime.weights_in import read_weights
 from tests.architectures import ARCHITECTURES
+from tests.sealing import reseal
 
 CPU = torch.device("cpu")
 BATCH = {name: torch.arange(3, 16).view(1, 13) for name in ("input_ids", "labels")}
@@ -34,7 +36,8 @@ def built(tmp_path_factory):
         key = f"{name} {dtype} {changes}"
         if key not in known:
             model = model_of(name, dtype=dtype, **changes)
-            known[key] = build(model, BATCH, 1, folder / key, target="cpu", weights=False).manifest
+            build(model, BATCH, 1, folder / key, target="cpu", weights=False)
+            known[key] = read_manifest(folder / key)
         return folder / key, known[key]
 
     return of
@@ -94,8 +97,8 @@ def test_a_base_model_has_names_of_the_whole_one(tmp_path):
     held = load_file(tmp_path / "whole/model.safetensors")
     del held["lm_head.weight"]
     save_file(held, tmp_path / "held.safetensors")
-    artifact = build(Summed(inner), {"input_ids": BATCH["input_ids"]}, 1, tmp_path / "a", target="cpu", weights=False)
-    values = read_weights(tmp_path / "a", artifact.manifest, tmp_path / "held.safetensors")
+    build(Summed(inner), {"input_ids": BATCH["input_ids"]}, 1, tmp_path / "a", target="cpu", weights=False)
+    values = read_weights(tmp_path / "a", read_manifest(tmp_path / "a"), tmp_path / "held.safetensors")
     assert_holds(values, Summed(whole.model))
 
 
@@ -170,11 +173,12 @@ def test_integers_are_not_cast(built, tmp_path):
 
 
 def test_where_the_build_found_no_recipe_it_is_said(built, tmp_path):
-    artifact, manifest = built("mixtral")
+    artifact, _ = built("mixtral")
     text = (artifact / "checkpoint.json").read_text()
     recipe = json.loads(text) | {"refused": "Other: computes", "tensors": []}
     model_of("mixtral").save_pretrained(tmp_path / "weights")
-    (tmp_path / "a").mkdir()
+    shutil.copytree(artifact, tmp_path / "a")
     (tmp_path / "a" / "checkpoint.json").write_text(json.dumps(recipe))
-    said = refusal(tmp_path / "a", replace(manifest, files={}), tmp_path / "weights")
+    reseal(tmp_path / "a")
+    said = refusal(tmp_path / "a", read_manifest(tmp_path / "a"), tmp_path / "weights")
     assert "names can only be those of the module: no recipe was found at build (Other: computes)\n" in said

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from autosp_aot.artifact.manifest import WEIGHTS
+from autosp_aot.artifact.read import read_manifest
 from autosp_aot.errors import ArtifactError
 from autosp_aot.runtime.weights_in import read_weights
 
@@ -19,9 +20,9 @@ def artifact(tiny2, tmp_path_factory):
 
 
 @pytest.fixture
-def manifest(tiny2):
+def manifest(artifact):
     """One name is a second one of another parameter."""
-    return replace(tiny2.manifest, aliases={"head.tied": "head.weight"})
+    return replace(read_manifest(artifact), aliases={"head.tied": "head.weight"})
 
 
 @pytest.fixture

@@ -154,6 +154,15 @@ def test_stock_causal_models_shift_their_targets(name, tmp_path):
     assert shifted_inputs(path, read_manifest(path)) == frozenset()
 
 
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_stock_models_that_see_later_tokens_are_refused(name, tmp_path):
+    path = tmp_path / "a"
+    build(ARCHITECTURES[name].build(), half_labelled(13), 2, path, target="cpu", eager_check=False, weights=False)
+    with pytest.raises(ArtifactError) as caught:
+        shifted_inputs(path, read_manifest(path))
+    assert [problem.code for problem in caught.value.problems] == ["targets-not-causal"]
+
+
 @pytest.mark.parametrize("mix", [None, causal, windowed, summed, convolved])
 @pytest.mark.parametrize(("loss", "shifted"), [
     (sliced, set()), (padded, set()), (gathered_and_sliced, set()),

@@ -31,14 +31,15 @@ def check_eager(
     `eager-not-comparable`; and BuildError for a model that fails.
     """
     manifest = read_manifest(path)
-    whole = read_whole(path)
+    whole = read_whole(path, manifest)
     refuse_large(manifest, whole)
     model_file = read_model_file(model_path)
     model = make_model(model_file, options, seed, weights=True)
     _refuse_other(manifest, model, str(model_path))
     ranks = range(manifest.ranks)
-    evaluation = [read_rank(path, rank, EVALUATE) for rank in ranks] if manifest.evaluation else None
-    built = Built(whole, [read_rank(path, rank) for rank in ranks], evaluation, read_tensors(path, BUFFERS))
+    evaluation = [read_rank(path, manifest, rank, EVALUATE) for rank in ranks] if manifest.evaluation else None
+    programs = [read_rank(path, manifest, rank) for rank in ranks]
+    built = Built(whole, programs, evaluation, read_tensors(path, manifest, BUFFERS))
     try:
         outcome = compare(model, _batch(manifest, model_file), built, steps)
     except NotComparable as error:

@@ -63,10 +63,10 @@ def check_numeric(path: str | Path) -> list[str]:
 
 
 def _check_program(path: str | Path, manifest: Manifest, kind: str) -> list[str]:
-    whole = read_whole(path, kind)
+    whole = read_whole(path, manifest, kind)
     refuse_large(manifest, whole)
-    programs = [read_rank(path, rank, kind) for rank in range(manifest.ranks)]
-    stored = read_tensors(path, BUFFERS)
+    programs = [read_rank(path, manifest, rank, kind) for rank in range(manifest.ranks)]
+    stored = read_tensors(path, manifest, BUFFERS)
     read = {entry.value.name for entry in whole.inputs if entry.kind == "buffer"}
     if not read <= set(stored):
         weights = read_weights(Path(path), manifest, None)

@@ -45,7 +45,7 @@ def write_pt2(program: Program, manifest: Manifest, rank: int, path: Path, out: 
     """
     check_devices(manifest.target, 1)
     check_operators(program, manifest)
-    exported = exported_program(program, manifest, rank, read_tensors(path, BUFFERS))
+    exported = exported_program(program, manifest, rank, read_tensors(path, manifest, BUFFERS))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor found")  # none of the absent values is
         write_whole(out, lambda file: torch.export.save(exported, file))

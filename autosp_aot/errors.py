@@ -24,6 +24,10 @@ class AutospError(Exception):
         self.problems = problems
         super().__init__(render(problems))
 
+    def __str__(self) -> str:
+        """What it says, whatever torch has added on the way."""
+        return render(self.problems)
+
     def __reduce__(self):
         """As it is made, so that it crosses to another process whole."""
         return type(self), self.problems

@@ -25,6 +25,7 @@ MEANINGS = {
     "capture-failed": "torch.export, or the model under it, raised an exception.",
     "checkpoint-damaged": "`checkpoint.json` does not describe the artifact's parameters.",
     "collective-mismatch": "The ranks' programs disagree about a collective.",
+    "complex-operator": "The model calls an operator with complex values that has no rule for them.",
     "custom-gradient": "The backward of an `autograd.Function` cannot be captured.",
     "data-dependent": "Python code of the model reads a value of a tensor that depends on the batch.",
     "data-format": "The data of `run` has a format that it does not read.",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from autosp_aot.artifact.config import BuildConfig
 from autosp_aot.commands.build.builder import Captured, capture_model, model_values
+from autosp_aot.export.complex import as_real
 from autosp_aot.export.evaluation import capture_evaluation
 from autosp_aot.export.subject import Subject
 from autosp_aot.ir.program import Program
@@ -128,7 +129,7 @@ def _dims(batch: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    return model_values(model) | dict(model.named_buffers())
+    return model_values(model) | {name: as_real(buffer) for name, buffer in model.named_buffers()}
 
 
 def gathers(program: Program, elements: int) -> list[str]:

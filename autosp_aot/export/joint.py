@@ -21,6 +21,7 @@ from autosp_aot.export.attention.attention import canonical_attention
 from autosp_aot.export.canonical.decompose import DECOMPOSITIONS
 from autosp_aot.export.canonical.indices import refuse_indices
 from autosp_aot.export.canonical.randomness import refuse_random
+from autosp_aot.export.complex import Complex, as_pair, as_real
 from autosp_aot.export.diagnose import (
     diagnosed,
     refuse_mutation,
@@ -83,7 +84,7 @@ class Forward:
         """The tensors that it makes of literals."""
         names = self.exported.graph_signature.inputs_to_lifted_tensor_constants.values()
         values = {module_path(name): self.exported.constants[name] for name in names}
-        return {name: value for name, value in values.items() if not isinstance(value, FakeTensor)}  # no parameter
+        return {name: as_real(value) for name, value in values.items() if not isinstance(value, FakeTensor)}
 
 
 def capture(subject: Subject) -> Joint:
@@ -160,6 +161,7 @@ class Step(nn.Module):
         self.slots: dict[str, tuple[str, int]] = {}
         self.parameter_names: list[str] = []
         self.buffer_names: list[str] = []
+        self.pairs: set[int] = set()  # the buffers that are complex values
         own = {id(p): name for name, p in wrapped.named_parameters()}
         by_name = dict(wrapped.named_parameters(remove_duplicate=False))
         parameters: dict[str, nn.Parameter] = {name: p for name, p in wrapped.named_parameters()}
@@ -177,7 +179,9 @@ class Step(nn.Module):
                 continue
             own_name = first[id(buffers[name])] if name in buffers else name
             if own_name not in self.buffer_names:
-                self.register_buffer(f"b{len(self.buffer_names)}", constants[name])
+                if constants[name].is_complex():
+                    self.pairs.add(len(self.buffer_names))
+                self.register_buffer(f"b{len(self.buffer_names)}", as_real(constants[name]))
                 self.buffer_names.append(own_name)
             self.slots[placeholder] = ("buffer", self.buffer_names.index(own_name))
 
@@ -187,9 +191,13 @@ class Step(nn.Module):
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 kind, at = self.slots.get(node.name, ("batch", 0))
-                held = {"parameter": lambda i: self.parameter_list[i], "buffer": lambda i: getattr(self, f"b{i}")}
+                held = {"parameter": lambda i: self.parameter_list[i], "buffer": self.buffer}
                 args.append(batch[_input_name(node, self.exported[0])] if kind == "batch" else held[kind](at))
         return Flat(module).run(*args)[0]
+
+    def buffer(self, at: int) -> Tensor | Complex:
+        value = getattr(self, f"b{at}")
+        return as_pair(value) if at in self.pairs else value
 
 
 def _input_name(node: Node, exported) -> str:

@@ -20,6 +20,8 @@ from torch._export.passes import replace_autocast_with_hop_pass, replace_set_gra
 from torch.fx import Graph, Interpreter, Node
 
 from autosp_aot.export.attention.products import made
+from autosp_aot.export.complex import called, concerned
+from autosp_aot.export.source import where
 
 aten = torch.ops.aten
 SET_GRAD = torch._C._set_grad_enabled
@@ -72,7 +74,16 @@ def spell_casts(graph: Graph) -> None:
 
 
 class Flat(Interpreter):
-    """Runs a flat graph node by node; where one fails, the regions around it are left."""
+    """Runs a flat graph node by node, complex values as pairs; where one fails, the regions around it are left."""
+
+    def run_node(self, node: Node):
+        self.place = where(node).source
+        return super().run_node(node)
+
+    def call_function(self, target, args, kwargs):
+        if concerned(target, args, kwargs):
+            return called(target, args, kwargs, self.place)
+        return super().call_function(target, args, kwargs)
 
     def run(self, *args):
         with torch.set_grad_enabled(torch.is_grad_enabled()):

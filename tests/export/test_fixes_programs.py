@@ -55,13 +55,20 @@ class DenseEmbedding(SparseEmbedding):
         self.embedding = nn.Embedding(V, H)
 
 
-class ComplexRotary(Model):
-    def set_up(self):
-        self.register_buffer("turns", torch.polar(torch.ones(S, H // 2), torch.rand(S, H // 2)))
+class EightBits(Model):
+    def inner(self, x, labels):
+        return x + x.to(torch.float8_e4m3fn).to(x.dtype)  # here
 
+
+class SixteenBits(Model):
+    def inner(self, x, labels):
+        return x + x.to(torch.bfloat16).to(x.dtype)
+
+
+class ComplexSine(Model):
     def inner(self, x, labels):
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self.turns).flatten(2)  # here
+        return torch.view_as_real(pairs.sin()).flatten(2)  # here
 
 
 class RealRotary(Model):
@@ -322,7 +329,9 @@ MENDS = [
     Mend("operator-unknown", diagnose.GROUPED, by_experts_in_fp32, ByWeights, line(ByExperts.inner, 3)),
     Mend("layout-unsupported", "compute it with dense tensors: sparse=False in an embedding", SparseEmbedding,
          DenseEmbedding),
-    Mend("dtype-unsupported", "compute it in real floats or integers", ComplexRotary, RealRotary),
+    Mend("dtype-unsupported", "compute it in real floats or integers", EightBits, SixteenBits),
+    Mend("complex-operator", "write it with real numbers, or with products, sums and views of complex ones",
+         ComplexSine, RealRotary),
     Mend("capture-failed", OPERATORS, Misshapen, Shaped),
     Mend("capture-failed", OPERATORS, Pointer, NoPointer),
     Mend("custom-gradient", "give it every tensor as an argument, save those it needs, and write to none", OwnFunction,

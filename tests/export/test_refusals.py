@@ -114,14 +114,14 @@ def test_sparse_tensors_are_refused():
     )
 
 
-def rotated(x: Tensor) -> Tensor:
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 1j).flatten(2)
+def narrowed(x: Tensor) -> Tensor:
+    return x + x.to(torch.float8_e4m3fn).to(x.dtype)
 
 
-def test_complex_numbers_are_refused():
-    assert refusal(Model(Lambda(rotated))) == (
-        "error[dtype-unsupported]: aten.view_as_complex.default makes or takes torch.complex64\n"
-        f"  where  {line(rotated, 1)}\n"
+def test_floats_of_eight_bits_are_refused():
+    assert refusal(Model(Lambda(narrowed))) == (
+        "error[dtype-unsupported]: aten._to_copy.default makes or takes torch.float8_e4m3fn\n"
+        f"  where  {line(narrowed, 1)}\n"
         "  why    programs have no such dtype\n"
         "  fix    compute it in real floats or integers"
     )

@@ -23,6 +23,7 @@ from autosp_aot.commands.build.pass_dump import Dump
 from autosp_aot.commands.check.proof import read_back
 from autosp_aot.errors import BuildError, Problem
 from autosp_aot.export.canonical.canonical import DTYPES, canonical_program, unsupported
+from autosp_aot.export.complex import as_real
 from autosp_aot.export.evaluation import capture_evaluation, in_eval_mode
 from autosp_aot.export.example_batch import checked_sequence_dims, flat_batch, guess_sequence_dims, make_batch
 from autosp_aot.export.joint import Joint, capture
@@ -146,7 +147,8 @@ def compile_model(
     """Capture, partition and schedule a model; no weights are allocated. `watch` is shown what each pass makes."""
     subject = Subject(model, batch, config.target)
     captured = capture_model(subject)
-    whole, buffers = captured.whole, dict(model.named_buffers()) | captured.constants
+    whole = captured.whole
+    buffers = {name: as_real(buffer) for name, buffer in model.named_buffers()} | captured.constants
     compiled = compile_program(whole, sequence_dims, config, watch=watch)
     steps, evaluation = [compiled], None
     if config.evaluation:
@@ -235,7 +237,7 @@ def model_values(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each once."""
     persistent = set(_state_names(model))
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return values | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return values | {name: as_real(buffer) for name, buffer in model.named_buffers() if name in persistent}
 
 
 def _copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -271,7 +273,7 @@ def _unused(model: nn.Module, inputs: dict[str, list[Value]]) -> list[Value]:
     """Persistent buffers that the step does not read: part of the state all the same."""
     read = {value.name for value in inputs["buffer"]}
     state, buffers = set(_state_names(model)), dict(model.named_buffers())
-    unread = {name: buffer for name, buffer in buffers.items() if name in state and name not in read}
+    unread = {name: as_real(buffer) for name, buffer in buffers.items() if name in state and name not in read}
     wrong = [unsupported(f"buffer {name!r} is {buffer.dtype}", "build_model")
              for name, buffer in unread.items() if buffer.dtype not in DTYPES]  # fmt: skip
     if wrong:

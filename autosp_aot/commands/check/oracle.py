@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from autosp_aot.artifact.batches import Constant, nested, tensors_of
 from autosp_aot.commands.check.numeric import widened
 from autosp_aot.commands.check.undrawn import NotComparable, Undrawn, undrawn
+from autosp_aot.export.complex import as_real
 from autosp_aot.export.loss import forward_at, loss_of
 from autosp_aot.export.user_code import FAILURES, defined_at
 from autosp_aot.ir.operators import DTYPES
@@ -180,7 +181,7 @@ class _Ranks:
         own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         wanted = {e.value.name for program in (built.whole, *(built.evaluation or ())) for e in program.inputs
                   if e.kind in ("parameter", "buffer")}  # fmt: skip
-        values = {name: tensor.detach().cpu().clone() for name, tensor in own if name in wanted}
+        values = {name: as_real(tensor.detach()).cpu().clone() for name, tensor in own if name in wanted}
         drawn = {"seed": torch.tensor(0), ".seed": torch.tensor(0)}
         self.inputs = drawn | values | dict(built.buffers) | {name: t.cpu() for name, t in tensors_of(batch).items()}
         self.parameters = [entry.value.name for entry in built.whole.inputs if entry.kind == "parameter"]

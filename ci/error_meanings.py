@@ -69,6 +69,7 @@ MEANINGS = {
     "no-recipe": "The model's checkpoint layout could not be recorded, so no checkpoint can be written.",
     "no-sequence-dim": "No input has a dim that follows the length.",
     "no-such-choice": "An option of the build has a value that does not exist.",
+    "no-such-file": "A file that an option names does not exist.",
     "no-such-folder": "The folder that an output goes to does not exist.",
     "no-such-rank": "The artifact has fewer ranks than the one asked for.",
     "no-such-value": "No value of the program has the name asked for.",

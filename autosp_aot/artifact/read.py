@@ -94,8 +94,11 @@ def _manifest(found: Json) -> Manifest:
         raise ValueError("its programs are not a step, and an evaluation or none")
     if manifest.config.evaluation != (EVALUATE in manifest.programs):
         raise ValueError("its programs are not those that were to be built")
-    if not {*manifest.aliases.values(), *manifest.trainable} <= {spec.name for spec in manifest.parameters}:
+    parameters = {spec.name for spec in manifest.parameters}
+    if not {*manifest.aliases.values(), *manifest.trainable} <= parameters:
         raise ValueError("an alias or a trainable name is no parameter")
+    if parameters & manifest.aliases.keys():
+        raise ValueError("an alias is the name of another parameter")
     dims = {spec.name: len(spec.shape) for spec in manifest.batch}
     if not all(dim in range(dims.get(name, 0)) for name, dim in manifest.sequence_dims.items()):
         raise ValueError("a sequence dim is no dim of the input")

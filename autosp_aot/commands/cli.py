@@ -162,9 +162,9 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
 @click.option("--steps", type=POSITIVE, default=10, help="Steps to train.")
 @click.option("--dp", type=POSITIVE, default=1, help="Replicas: groups of ranks, each with its own sequences.")
 @click.option("--accumulate", type=POSITIVE, default=1, help="Micro-batches of each replica in a step.")
-@click.option("--data", type=EXISTING, help="UTF-8 text or .npy of token ids, file or folder; default random tokens.")
+@click.option("--data", type=PATH, help="UTF-8 text or .npy of token ids, file or folder; default random tokens.")
 @click.option("--digest", metavar="HASH", help="Refuse any artifact but the one of this digest (check --digest).")
-@click.option("--init-from", type=EXISTING, help="Weights: a Hugging Face folder, or a safetensors file.")
+@click.option("--init-from", type=PATH, help="Weights: a Hugging Face folder, or a safetensors file.")
 @click.option("--lr", type=NOT_NEGATIVE, default=1e-3, help="AdamW's learning rate, the maximum of a schedule.")
 @click.option("--warmup", type=click.IntRange(min=0), default=0, help="Linear warmup steps.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), default="constant", help="LR schedule after warmup.")
@@ -174,15 +174,15 @@ def plan(model: Path, sps: tuple[int, ...], seqs: tuple[int, ...], batch: int, o
               help="Max gradient norm, over all parameters.  [default: no clipping]")
 @click.option("--zero", type=click.Choice(["0", "1"]), default="0",
               help="1: optimizer state is sharded over all dp x sp ranks. 0: it is replicated.")
-@click.option("--deepspeed", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--deepspeed", metavar="FILE.json", type=PATH,
               help="Train with DeepSpeed by this config: its optimizer, ZeRO, accumulation and clipping.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the data order and of dropout.")
 @click.option("--eval-every", metavar="N", type=POSITIVE, help="After every N steps, print the loss of --eval-data.")
-@click.option("--eval-data", type=EXISTING, help="As --data, or as --batch-file where it ends in .safetensors.")
+@click.option("--eval-data", type=PATH, help="As --data, or as --batch-file where it ends in .safetensors.")
 @click.option("--eval-batches", type=POSITIVE, default=8, help="Batches of --eval-data, the same ones each time.")
 @click.option("--save", metavar="DIR", type=PATH, help="Write the weights at the end, as from_pretrained reads them.")
 @click.option("--metrics", metavar="FILE.jsonl", type=OUTPUT_FILE, help="Write a JSON line a step.")
-@click.option("--batch-file", metavar="FILE.safetensors", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--batch-file", metavar="FILE.safetensors", type=PATH,
               help="Train on this batch, tensors by input name: one batch, or the rows of all batches of a step.")
 @click.option("--dump", metavar="FILE.safetensors", type=OUTPUT_FILE,
               help="Write loss and gradients of the first step, and stop.")  # fmt: skip

@@ -13,7 +13,7 @@ of a value read the same one.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from autosp_aot.ir.program import Arg, Instr, Program, Ref
+from autosp_aot.ir.program import Arg, Instr, Program, Ref, rename, values_of
 from autosp_aot.ir.structure.moves import RELAYOUT
 from autosp_aot.memory.costs import Storages
 from autosp_aot.memory.rank_classes import unlike_ranks
@@ -42,7 +42,7 @@ def lay_out(program: Program, target: str) -> Program:
         copies: dict[str, str] = {}  # by what they are copies of
         instrs: list[Instr] = []
         for instr in section.instrs:
-            made, instr = _demanded(instr, ranks, copies)
+            made, instr = _demanded(instr, ranks, copies) if instr.body is None else _in_tiles(instr, ranks, copies)
             for one in (*made, instr):
                 for storages in ranks:
                     storages.values.update((out.name, out) for out in one.values())
@@ -50,6 +50,30 @@ def lay_out(program: Program, target: str) -> Program:
                 instrs.append(one)
         sections.append(replace(section, instrs=tuple(instrs)))
     return replace(program, sections=tuple(sections))
+
+
+def _in_tiles(instr: Instr, ranks: list[Storages], copies: dict[str, str]) -> tuple[list[Instr], Instr]:
+    """The same for a body: what it reads from outside is copied outside, once for all tiles."""
+    assert instr.body is not None, "tiles have a body"
+    inside = [storages.inside(instr, instr.body, values_of(instr.body.instrs), 0) for storages in ranks]
+    outside: dict[str, str] = {}
+    made, instrs, own = [], [], dict[str, str]()
+    for inner in instr.body.instrs:
+        copied, inner = _demanded(inner, inside, own)
+        for at, one in enumerate(copied):
+            (name,), (out,) = one.refs(), one.values()
+            if name in instr.refs():
+                outside[name] = own[name] = copies.setdefault(name, out.name)
+                inner = rename(inner, {out.name: own[name]})
+                copied[at] = replace(one, outs=(replace(out, name=own[name]),))
+                made += [copied[at]] if own[name] == out.name else []
+        for one in (*copied, inner):
+            instrs += [] if one.op == RELAYOUT.name and one.refs()[0] in outside else [one]
+            for storages in inside:
+                storages.values.update((out.name, out) for out in one.values())
+                storages.step(one, "")
+    args = tuple(Ref(name) for name in (*instr.refs(), *outside.values()))
+    return made, replace(instr, args=args, body=replace(instr.body, instrs=tuple(instrs)))
 
 
 def _demanded(instr: Instr, ranks: list[Storages], copies: dict[str, str]) -> tuple[list[Instr], Instr]:

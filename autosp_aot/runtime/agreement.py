@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from autosp_aot.errors import ArtifactError, Problem
 
-PREFIX, REFUSED = "autosp-aot", "refused"
+PREFIX, REFUSED, NOTHING = "autosp-aot", "refused", "nothing"
 # How long ranks may start after each other; what they do before (proofs, looking at data) takes a part of that.
 START_LIMIT_S = 600.0
 LISTED = 4
@@ -70,13 +70,17 @@ def differences(said: list[dict[str, str]]) -> dict[str, list[tuple[str, list[in
     for name in names:
         ranks: dict[str, list[int]] = {}
         for rank, facts in enumerate(said):
-            ranks.setdefault(facts.get(name, "nothing"), []).append(rank)
+            ranks.setdefault(facts.get(name, NOTHING), []).append(rank)
         if len(ranks) > 1:
             found[name] = list(ranks.items())
     return found
 
 
 def _differ(differ: dict[str, list]) -> ArtifactError:
+    if REFUSED in differ:
+        reasons = [f"{_ranks(ranks)}: {text}" for text, ranks in differ[REFUSED] if text != NOTHING]
+        return ArtifactError(Problem("ranks-differ", "not all ranks can start", why="\n".join(reasons),
+                                     fix="see what they say themselves"))  # fmt: skip
     lines = [
         f"{name}: " + "; ".join(f"{text} on {_ranks(ranks)}" for text, ranks in said) for name, said in differ.items()
     ]

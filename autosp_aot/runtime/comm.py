@@ -99,7 +99,11 @@ class Mesh:
         where there are not `dp` (None: any number of) groups of `sp` ranks, and what `agree` raises.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        check_devices(target, local_rank + 1)
+        try:
+            check_devices(target, local_rank + 1)
+        except ArtifactError as error:
+            Mesh.refuse(error)
+            raise
         kind = TARGETS[target]
         device = torch.device("cpu") if kind is CPU else torch.device(kind.device_type, local_rank)
         if device.type == "cuda":
@@ -129,7 +133,8 @@ class Mesh:
     @staticmethod
     def refuse(error: AutospError) -> None:
         """Tell the ranks of torchrun's environment, who would wait for this one, that it ends with `error`."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        others = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+        if others and not dist.is_initialized():
             store, rank, size = next(dist.rendezvous("env://"))
             with contextlib.suppress(ArtifactError):  # what they are told, which this rank says in full
                 agree(store, rank, size, {REFUSED: str(error).partition("\n")[0]})

@@ -33,9 +33,14 @@ def load(
     proved before on this machine is proved first (`proved.py`). Raises ArtifactError.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    require_digest(path, digest)
-    require_proof(path, manifest)
+    try:
+        manifest = read_manifest(path)
+        require_digest(path, digest)
+        require_proof(path, manifest)
+    except ArtifactError as error:
+        if comm is None:
+            Mesh.refuse(error)
+        raise
     if comm is None:
         facts = {"artifact": digest_of(path), "torch": torch.__version__}
         group = Mesh.join(manifest.target, manifest.ranks, dp=1, facts=facts).sequence

@@ -156,7 +156,8 @@ class ShardedModel(nn.Module):
         check_state(self.manifest, state, executor.device)
         seeds = [entry.value.name for entry in executor.program.inputs if entry.kind == "seed"]
         seed = step_seed(self.step_state.seed, self.step_state.number)
-        return {**self.constants, **state, **batch, **dict.fromkeys(seeds, seed)}
+        dense = {name: tensor.contiguous() for name, tensor in (state | batch).items()}  # as plans take inputs to be
+        return {**self.constants, **dense, **dict.fromkeys(seeds, seed)}
 
 
 def refuse_taken(manifest: Manifest) -> None:

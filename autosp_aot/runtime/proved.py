@@ -36,8 +36,7 @@ def require_digest(path: Path, digest: str | None) -> None:
 def require_proof(path: Path, manifest: Manifest) -> None:
     """Prove an artifact, unless this version has on this machine. Raises ArtifactError."""
     digest = digest_of(path)
-    verdict = _verdict(digest)
-    if verdict is None or not verdict.exists():
+    if not _is_known(digest):
         prove_artifact(path, manifest)
         remember(digest)
 
@@ -51,6 +50,14 @@ def remember(digest: str) -> None:
             verdict.touch()
         except OSError:
             return
+
+
+def _is_known(digest: str) -> bool:
+    verdict = _verdict(digest)
+    try:
+        return verdict is not None and verdict.exists()
+    except OSError:  # another user's folder
+        return False
 
 
 def _verdict(digest: str) -> Path | None:

@@ -65,6 +65,7 @@ def _mark(tensor: Tensor) -> Tensor:
     bits, mark = tensor.contiguous().view(-1).view(BITS[tensor.itemsize]), torch.tensor(0, device=tensor.device)
     for start in range(0, bits.numel(), BLOCK):
         block = bits[start : start + BLOCK].long() % LIMIT
-        places = torch.arange(start + 1, start + 1 + block.numel(), device=bits.device) % PLACES
+        at = torch.arange(start, start + block.numel(), device=bits.device)
+        places = (at * 40503 + at // (PLACES - 1) * 7919) % (PLACES - 1) + 1  # never zero, and another one period later
         mark = (mark + (block * places).sum()) % LIMIT
     return mark

@@ -70,6 +70,11 @@ def _prepared(
     training: Training, data: Path | None, batch_file: Path | None, eval_data: Path | None, deepspeed: Path | None
 ) -> tuple[Training, Manifest, list[Feed]]:
     """All that can be refused before ranks meet; what they run, and on what."""
+    folders = {"--data": data, "--init-from": training.init_from, "--eval-data": eval_data}
+    files = {"--batch-file": batch_file, "--deepspeed": deepspeed}
+    for option, path in (folders | files).items():
+        if path is not None and not (path.is_file() if option in files else path.exists()):
+            raise AutospError(Problem("no-such-file", f"{option} {path}: there is no such file"))
     manifest = read_manifest(training.artifact)
     require_digest(training.artifact, training.digest)
     training = replace(training, digest=digest_of(training.artifact))

@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autosp_aot.runtime.comm import Mesh
-from autosp_aot.runtime.load import load
 from autosp_aot.runtime.module import ShardedModel, StepState
-from autosp_aot.runtime.same_batch import check_same_weights
 from autosp_aot.training.data import Feed
 from autosp_aot.training.label_count import Items, open_items
 from autosp_aot.training.learning_rate import Schedule
+from autosp_aot.training.load_alike import load_alike
 from autosp_aot.training.log import Log
 from autosp_aot.training.optimizer import AdamW
 
@@ -178,10 +177,7 @@ def train(training: Training, feed: Feed, mesh: Mesh, held_out: Feed | None = No
 
     `held_out` is what is evaluated on, needed for `eval_every`.
     """
-    module = load(
-        training.artifact, training.init_from, mesh.world.device, mesh.sequence, False, training.digest
-    )  # fmt: skip
-    check_same_weights(dict(module.named_parameters()), mesh.world)
+    module = load_alike(training.artifact, training.init_from, mesh, training.digest)
     module.step_state = StepState(training.seed)
     items = open_items(training.artifact, module.manifest)
     engine = _engine(module, training, mesh, scale_of(items, mesh.replicas * training.accumulate))

@@ -141,6 +141,7 @@ def test_a_folder_without_manifest_is_no_artifact(tmp_path):
     ({"batch": [{"name": "x", "dtype": "f32", "shape": [-1], "vocabulary": None}]}, "x has no valid type"),
     ({"batch": [{"name": "x", "dtype": "f32", "shape": [1, 2.0], "vocabulary": None}]},
      "manifest.batch[0].shape[1] is 2.0, not a whole number"),
+    ({"aliases": {"head.weight": "norm.weight"}}, "an alias is the name of another parameter"),
     ({"sequence_dims": {"nobody": 1}}, "a sequence dim is no dim of the input"),
     ({"files": None}, "manifest.files is null, not an object"),
 ])  # fmt: skip

@@ -118,6 +118,25 @@ def test_measured_bytes_are_the_planned_ones_at_every_instruction(build_llama, r
         assert not compare(compiled.program, rank, inputs, heard[rank])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("ranks", [4, 5])
+def test_rows_of_several_heads_on_a_rank_are_copied_run_by_run(ranks, causal):
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.qkv = nn.Embedding(64, 24), nn.Linear(24, 72)
+
+        def forward(self, input_ids, labels):
+            q, k, v = self.qkv(self.tokens(input_ids)).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+            x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+            return nn.functional.cross_entropy((x @ self.tokens.weight.t()).flatten(0, 1), labels.flatten())
+
+    torch.manual_seed(0)
+    compiled, inputs = built(Loss(), half_labelled(13), ranks)
+    heard = answers(compiled.program, inputs)
+    assert not any(compare(compiled.program, rank, inputs, heard[rank]) for rank in range(ranks))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "bloom", "mamba2", "t5"])
 def test_so_they_are_in_other_architectures(name):
     compiled, inputs = built(ARCHITECTURES[name].build(), half_labelled(13), 3)

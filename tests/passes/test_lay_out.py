@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosp_aot.commands.build.builder import build
 from autosp_aot.errors import ArtifactError
 from autosp_aot.ir.text import parse_program, print_program
 from autosp_aot.memory.costs import costs, curve
 from autosp_aot.passes.lay_out import lay_out
+from autosp_aot.runtime.load import load
 from tests.steps import captured, equal_to_eager, half_labelled
 
 BEFORE = """\
@@ -137,3 +139,60 @@ def test_so_it_is_in_narrower_dtypes(seed, dtype, limit):
     step = captured(model, batch)
     for ranks in (1, 3):
         equal_to_eager(model, batch, ranks, limit, step=step)
+
+
+# --- in tiles, and at the border --------------------------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """Experts whose weights lie so that torch's grouped product cannot read them."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.gate, self.head = nn.Embedding(64, 16), nn.Linear(16, 4), nn.Linear(16, 64)
+        self.up, self.down = nn.Parameter(torch.randn(16, 24, 4) / 4), nn.Parameter(torch.randn(4, 24, 16) / 4)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.tokens(input_ids).flatten(0, 1)
+        weights, experts = self.gate(x).softmax(-1).topk(2, -1)
+        order = experts.flatten().argsort(stable=True)
+        ends = torch.histc(experts.flatten()[order].float(), bins=4, min=0, max=3).cumsum(0).to(torch.int32)
+        y = F.silu(F.grouped_mm(x[order // 2], self.up.permute(2, 0, 1).contiguous(), offs=ends))
+        y = F.grouped_mm(y, self.down, offs=ends)[order.argsort()].view(-1, 2, 16)
+        x = x + (y * weights.unsqueeze(-1)).sum(1)
+        return F.cross_entropy(self.head(x).float(), labels.flatten())
+
+
+def test_what_a_kernel_in_tiles_reads_is_copied_once_for_all_of_them():
+    torch.manual_seed(0)
+    model, batch = Mixture().bfloat16(), half_labelled(13)
+    step = captured(model, batch)
+    for ranks, options in ((1, {"tile": 2}), (3, {"tile": 3, "recompute": "full"})):
+        compiled = equal_to_eager(model, batch, ranks, 6e-2, step=step, **options)
+        outer = [instr.op for section in compiled.program.sections for instr in section.instrs]
+        assert "tiles" in outer and outer.count("relayout") == 3
+        assert sum(instr.op == "relayout" for instr in compiled.program.instrs()) == 3
+
+
+class Remembering(nn.Module):
+    """Keys that come with the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+
+    def forward(self, input_ids: Tensor, memory: Tensor, labels: Tensor) -> Tensor:
+        x = self.tokens(input_ids)
+        q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        x = x + F.scaled_dot_product_attention(q, memory, memory).transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_a_batch_may_lie_in_any_memory(tmp_path):
+    torch.manual_seed(0)
+    model = Remembering()
+    batch = half_labelled(13) | {"memory": torch.randn(2, 4, 13, 2).permute(0, 3, 2, 1)}
+    dims = {"input_ids": 1, "labels": 1, "memory": 2}
+    build(model, batch, 1, tmp_path / "a", sequence_dims=dims, target="cpu")
+    loss = load(tmp_path / "a")(**batch)
+    torch.testing.assert_close(loss, model(**batch))

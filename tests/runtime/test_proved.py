@@ -101,6 +101,17 @@ def test_without_a_place_for_verdicts_it_is_proved_each_time(saved, proofs, home
     assert len(proofs) == 2
 
 
+def test_of_a_cache_that_may_not_be_read_nothing_is_known(saved, proofs, home):
+    load(saved)
+    unreadable = home / ".cache" / "autosp-aot" / "proved"
+    for verdict in unreadable.iterdir():
+        verdict.unlink()
+    unreadable.rmdir()
+    unreadable.symlink_to(unreadable)  # a loop: neither there nor not
+    load(saved)
+    assert len(proofs) == 2
+
+
 def test_a_digest_is_demanded(saved):
     digest = digest_of(saved)
     load(saved, digest=digest.upper())

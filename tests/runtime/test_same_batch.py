@@ -7,6 +7,16 @@ from autosp_aot.runtime.comm import Mesh
 from autosp_aot.runtime.same_batch import check_same_batch
 from tests.threads import on_ranks
 
+
+def test_no_place_weighs_nothing():
+    for places in ((65520,), (65519,), (131041,), (0, 65521), (0, 65520)):
+        changed = torch.zeros(140000, dtype=torch.int64)
+        changed[list(places)] = torch.arange(1, len(places) + 1)
+        swapped = changed.clone()
+        swapped[list(places)] = changed[list(places)].flip(0) if len(places) > 1 else 0
+        assert same_batch._mark(changed) != same_batch._mark(swapped)
+
+
 KINDS = [torch.int64, torch.int32, torch.bool, torch.float32, torch.bfloat16, torch.float64]
 
 

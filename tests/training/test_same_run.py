@@ -68,10 +68,16 @@ def test_so_are_other_weights(folder, tmp_path):
     )
 
 
-def test_what_only_one_can_not_do_ends_both(folder):
-    here, there = run_agents((folder / "a",), (folder / "a", "--metrics", folder / "nowhere" / "metrics.jsonl"))
-    assert "error[ranks-differ]: the ranks do not run the same: refused" in here.stderr
-    assert "exitcode  : 3 " in here.stderr and there.returncode
+@pytest.mark.parametrize(("option", "name", "said"), [
+    ("--data", "nowhere", "  why    rank 1: error[no-such-file]: --data {path}: there is no such file\n"),
+    ("--init-from", "one.npy", "  why    1 of 2 cannot load the artifact or its weights\n"),
+])  # fmt: skip
+def test_what_only_one_can_not_do_ends_both(folder, option, name, said):
+    path = folder / name
+    here, there = run_agents((folder / "a",), (folder / "a", option, path))
+    text = "error[ranks-differ]: not all ranks can start\n" + said.format(path=path)
+    assert text in here.stderr and "exitcode  : 3 " in here.stderr and "Traceback" not in here.stderr.partition(text)[0]
+    assert "error[" in there.stderr and there.returncode
 
 
 def test_places_of_one_s_own_may_differ(folder):

@@ -109,8 +109,13 @@ def attention_rows_backward(call: Arguments, saved: Saved, target: str) -> Works
     if call.q.numel() == 0:
         return _summed(operands, saved.lse.dtype, 0)
     run = _largest_rows(call, target)
-    part = saved.part(lambda t: t[:, : run.rows].unsqueeze(1))
-    return _summed(operands, saved.lse.dtype, run.gradient_bytes() + run.backward_bytes(part))
+
+    def part(tensor: Tensor) -> Tensor:
+        """Rows of one head among those of others, which a rank may have wherever its own begin."""
+        among = tensor.new_empty((tensor.shape[0], tensor.shape[1] + 1, *tensor.shape[2:]))
+        return (among if tensor.is_contiguous() else tensor)[:, : run.rows].unsqueeze(1)
+
+    return _summed(operands, saved.lse.dtype, run.gradient_bytes() + run.backward_bytes(saved.part(part)))
 
 
 def attention_rows_vector_gradient(call: Arguments, saved: Saved, which: int, target: str) -> Workspace:

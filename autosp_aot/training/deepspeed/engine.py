@@ -28,13 +28,13 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from autosp_aot.artifact.read import read_manifest
+from autosp_aot.errors import AutospError
 from autosp_aot.runtime.comm import Mesh
-from autosp_aot.runtime.load import load
 from autosp_aot.runtime.module import ShardedModel
-from autosp_aot.runtime.proved import digest_of
-from autosp_aot.runtime.same_batch import check_same_weights
+from autosp_aot.runtime.proved import digest_of, require_digest
 from autosp_aot.training.deepspeed.config import check_samples, checked_config, read_config
 from autosp_aot.training.label_count import is_items
+from autosp_aot.training.load_alike import load_alike
 
 FURTHER = 2**40  # more than there are micro-batches
 
@@ -64,16 +64,20 @@ def initialize(
     The ranks are those of torchrun or of deepspeed's launcher, dp x sp of them in any multiple of the artifact's sp.
     Where the config has no communication_data_type, gradients are added up in fp32. Raises ArtifactError.
     """
-    manifest = read_manifest(artifact)
-    said = config if isinstance(config, dict) else read_config(Path(config))
+    try:
+        manifest = read_manifest(artifact)
+        require_digest(Path(artifact), digest)
+        said = config if isinstance(config, dict) else read_config(Path(config))
+    except AutospError as error:
+        Mesh.refuse(error)
+        raise
     config_text = json.dumps(said, sort_keys=True, default=str)
     facts = {"artifact": digest_of(Path(artifact)), "torch": torch.__version__, "config": config_text}
     mesh = Mesh.join(manifest.target, manifest.ranks, alone=False, facts=facts)
     applied = checked_config(said, manifest, mesh.replicas)
     if isinstance(training_data, Sized):
         check_samples(len(training_data), applied, mesh.replicas)
-    module = load(artifact, init_from, mesh.world.device, mesh.sequence, sum_gradients=False, digest=digest)
-    check_same_weights(dict(module.named_parameters()), mesh.world)
+    module = load_alike(Path(artifact), init_from, mesh, digest)
     return engine_of(
         module, applied, mesh, optimizer=optimizer, lr_scheduler=lr_scheduler, training_data=training_data,
         collate_fn=collate_fn,

@@ -18,7 +18,7 @@ from autosp_aot.errors import ArtifactError, Problem
 
 PREFIX, REFUSED, NOTHING = "autosp-aot", "refused", "nothing"
 # How long ranks may start after each other; what they do before (proofs, looking at data) takes a part of that.
-START_LIMIT_S = 600.0
+START_LIMIT_S, READ_LIMIT_S = 600.0, 30.0
 LISTED = 4
 
 Facts = Mapping[str, str]
@@ -37,7 +37,8 @@ def agree(store: dist.Store, rank: int, size: int, facts: Facts, limit_s: float 
     store.wait(["verdict"], timedelta(seconds=limit_s + 60))
     problems = json.loads(store.get("verdict"))
     store.add("read", 1)
-    while rank == 0 and not problems["missing"] and store.add("read", 0) < size:
+    ended = time.monotonic() + READ_LIMIT_S
+    while rank == 0 and store.add("read", 0) < size - len(problems["missing"]) and time.monotonic() < ended:
         time.sleep(0.01)  # it may be the one that holds the store
     if problems["missing"]:
         raise _missing(problems["missing"], size, limit_s)

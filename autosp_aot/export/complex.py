@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autosp_aot.errors import BuildError, Problem
@@ -59,15 +60,35 @@ def concerned(target: object, args: tuple, kwargs: Mapping) -> bool:
 def called(target: Op, args: tuple, kwargs: Mapping, place: str):
     """What a call gives, complex values as pairs. Raises BuildError (`complex-operator`) for one that is not known."""
     rule = MAKERS.get(target) or RULES.get(target)
-    if rule is None and target in LINEAR:
-        return _linear(target, args, kwargs)
-    if rule is None:
-        raise BuildError(Problem(
-            "complex-operator", f"{target} is called with complex values", place,
-            "complex values are pairs of reals here, for which it has no rule",
-            "write it with real numbers, or with products, sums and views of complex ones",
-        ))  # fmt: skip
-    return rule(target, *args, **kwargs)
+    with torch.autocast("cpu", enabled=False):  # which leaves complex values alone
+        if rule is None and target in LINEAR:
+            return _linear(target, args, kwargs)
+        if rule is not None:
+            return rule(target, *args, **kwargs)
+    raise BuildError(Problem(
+        "complex-operator", f"{target} is called with complex values", place,
+        "complex values are pairs of reals here, for which it has no rule",
+        "write it with real numbers, or with products, sums and views of complex ones",
+    ))  # fmt: skip
+
+
+def refuse_written(node: Node, place: str) -> None:
+    """Raise BuildError (`complex-operator`) where a node writes into the parts of a complex value: they are a copy."""
+    if not isinstance(node.target, Op) or not node.target._schema.is_mutable:
+        return
+    for argument, given in zip(node.target._schema.arguments, node.args):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        while isinstance(given, Node) and isinstance(given.target, Op) and given.args:
+            if given.target is aten.view_as_real.default:
+                raise BuildError(Problem(
+                    "complex-operator", f"{node.target} writes into the parts of a complex value", place,
+                    "complex values are pairs of reals here, and their parts put together are a copy",
+                    "compute new parts, and make a complex value of them with view_as_complex",
+                ))  # fmt: skip
+            if all(result.alias_info is None for result in given.target._schema.returns):
+                break
+            given = given.args[0]
 
 
 def _known(leaf: object) -> bool:
@@ -85,6 +106,8 @@ def _linear(target: Op, args: tuple, kwargs: Mapping):
         def of(leaf):
             if isinstance(leaf, Complex):
                 return pick(leaf)
+            if isinstance(leaf, torch.dtype):
+                return REAL.get(leaf, leaf)
             floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
             return torch.zeros_like(leaf) if imaginary and floating else leaf
 
@@ -150,11 +173,15 @@ def _cast(target: Op, x: Number, *args, dtype: torch.dtype | None = None, **_) -
     return Complex(x.re.to(REAL[wanted]), x.im.to(REAL[wanted]))
 
 
-def _length(target: Op, z: Complex) -> Tensor:
-    """The absolute value, whose gradient at zero is zero."""
-    zero = (z.re == 0) & (z.im == 0)
-    re = torch.where(zero, torch.ones_like(z.re), z.re)
-    return torch.where(zero, torch.zeros_like(z.re), torch.hypot(re, z.im))
+def _polar_part(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The absolute value or the angle, by both parts; the gradient at zero is zero."""
+
+    def part(target: Op, z: Complex) -> Tensor:
+        zero = (z.re == 0) & (z.im == 0)
+        elsewhere = function(torch.where(zero, torch.ones_like(z.re), z.re), z.im)
+        return torch.where(zero, function(z.re, z.im).detach(), elsewhere)
+
+    return part
 
 
 def _exp(target: Op, z: Complex) -> Complex:
@@ -188,8 +215,8 @@ RULES: dict[Op, Callable] = {
     **dict.fromkeys((aten._conj.default, aten.conj.default, aten.conj_physical.default, aten._conj_physical.default),
                     CONJUGATE),
     **dict.fromkeys((aten.resolve_conj.default, aten.resolve_neg.default), SAME),
-    aten.abs.default: _length,
-    aten.angle.default: lambda target, z: torch.atan2(z.im, z.re),
+    aten.abs.default: _polar_part(torch.hypot),
+    aten.angle.default: _polar_part(lambda re, im: torch.atan2(im, re)),
     aten.div.Tensor: _quotient,
     aten.einsum.default: _einsum,
     aten.exp.default: _exp,

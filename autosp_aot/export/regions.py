@@ -20,7 +20,7 @@ from torch._export.passes import replace_autocast_with_hop_pass, replace_set_gra
 from torch.fx import Graph, Interpreter, Node
 
 from autosp_aot.export.attention.products import made
-from autosp_aot.export.complex import called, concerned
+from autosp_aot.export.complex import called, concerned, refuse_written
 from autosp_aot.export.source import where
 
 aten = torch.ops.aten
@@ -78,6 +78,7 @@ class Flat(Interpreter):
 
     def run_node(self, node: Node):
         self.place = where(node).source
+        refuse_written(node, self.place)
         return super().run_node(node)
 
     def call_function(self, target, args, kwargs):

@@ -105,6 +105,38 @@ def test_an_operator_without_a_rule_is_refused_with_its_line():
     )
 
 
+def test_parts_that_are_written_into_are_refused():
+    class Written(Model):
+        def turned(self, x, f):
+            z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * f
+            torch.view_as_real(z)[..., 0].mul_(2)
+            return torch.view_as_real(z).flatten(-2)
+
+    with pytest.raises(BuildError) as caught:
+        captured(Written().double(), half_labelled(LENGTH))
+    assert str(caught.value) == (
+        "error[complex-operator]: aten.mul_.Tensor writes into the parts of a complex value\n"
+        f"  where  test_complex.py:{Written.turned.__code__.co_firstlineno + 2}\n"
+        "  why    complex values are pairs of reals here, and their parts put together are a copy\n"
+        "  fix    compute new parts, and make a complex value of them with view_as_complex"
+    )
+
+
+def test_gradients_at_zero_are_zero_and_autocast_leaves_products_alone():
+    class Zeros(Model):
+        def turned(self, x, f):
+            z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+            empty = z - z
+            with torch.autocast("cpu", torch.bfloat16):
+                z = z @ f[: WIDTH // 2]
+            return torch.view_as_real(z + empty.abs() + empty.angle() + z.sum(dtype=torch.complex128)).flatten(-2)
+
+    torch.manual_seed(0)
+    model, batch = Zeros().double(), half_labelled(LENGTH)
+    for ranks in (1, 3):
+        equal_to_eager(model, batch, ranks)
+
+
 STOCK = {
     "llama4": Architecture(
         hf.Llama4ForCausalLM, hf.Llama4TextConfig,

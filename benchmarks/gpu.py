@@ -36,6 +36,7 @@ from autosp_aot.ops.table import OURS
 from autosp_aot.runtime.comm import present_target
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.module import run
+from tests.storages import to_meta
 
 OUT = Path(__file__).parent.parent / "docs" / "gpu.md"
 # Of the norm of a result: what rounding makes of it, with some room. Half dtypes round what they multiply.
@@ -122,11 +123,11 @@ class Kernels:
 
     def call(self, op: str, case: str, args: tuple, scoring: dict, exact: list[Tensor]) -> list[Tensor]:
         """The results of a call, of operands laid out as the kernel demands; what they are is noted."""
-        record, placed = OURS[f"autosp.{op}"], list(args)
-        for at, demand in record.unmet(args, scoring, self.device.type).items():
-            placed[at] = in_order(args[at], demand.order)
+        record = OURS[f"autosp.{op}"]
+        placed = record.laid_out(args, scoring, self.device.type)
         results, taken = allocated(lambda: tensors(record.kernel(*placed, **scoring)), self.device)
-        made, workspace = record.workspace(*map_args(tuple(placed), meta), target=self.target, **scoring)
+        layouts = map_args(tuple(placed), lambda arg: to_meta(arg) if isinstance(arg, Tensor) else arg)
+        made, workspace = record.workspace(*layouts, target=self.target, **scoring)
         planned = sum(storage_bytes(t) for t in made) + workspace
         dtype = next(t.dtype for t in results if t.dtype in LIMITS)
         share = max(taken - 12 * ROUNDED_BYTES, 0) / max(planned, 1)  # a dozen tensors are rounded up
@@ -232,14 +233,6 @@ def difference(found: Tensor, exact: Tensor) -> float:
 
 def tensors(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results)
-
-
-def meta(arg):
-    """A tensor's layout without its values; anything else as it is."""
-    if not isinstance(arg, Tensor):
-        return arg
-    storage = torch.empty(storage_bytes(arg) // arg.itemsize, dtype=arg.dtype, device="meta")
-    return storage.as_strided(arg.shape, arg.stride(), arg.storage_offset())
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

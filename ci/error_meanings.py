@@ -1,8 +1,8 @@
 """What each error code means, in a sentence: the part of docs/errors.md that no source says."""
 
 MEANINGS = {
-    "artifact-files": "The artifact's folder lacks a file of its manifest, or has one that no artifact may have.",
     "artifact-digest": "The artifact is another one than the digest demands.",
+    "artifact-files": "The artifact's folder lacks a file of its manifest, or has one that no artifact may have.",
     "artifact-format": "The artifact has another format than this version reads.",
     "artifact-missing": "The path is no artifact.",
     "artifact-size": "A text of the artifact is larger than any build writes.",
@@ -121,9 +121,9 @@ MEANINGS = {
     "token-out-of-range": "Token ids are beyond the model's vocabulary.",
     "value-ambiguous": "More than one value matches the name asked for.",
     "vocabulary-unknown": "Random tokens are asked for, and the number of token ids is not known.",
+    "weights-differ": "Ranks loaded different weights.",
     "weights-mismatch": "Names, shapes or dtypes of the given weights are not those of the model.",
     "weights-unreadable": "The given weights are not readable safetensors.",
-    "weights-differ": "Ranks loaded different weights.",
     "world-size": "The number of processes is no multiple of the artifact's ranks.",
     "wrong-device": "The artifact's target is not the device that is present.",
 }

@@ -8,6 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def to_meta(tensor: Tensor) -> Tensor:
+    """The same strides and place in its storage, without data."""
+    count = tensor.untyped_storage().nbytes() // tensor.itemsize
+    storage = torch.empty(count, dtype=tensor.dtype, device="meta")
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 class Storages(TorchDispatchMode):
     """While it is active, `live_bytes` are those of all storages that operators have made and that are still there.
 

@@ -10,6 +10,7 @@ conjugate Wirtinger derivative, the gradient of both parts). The values of a com
 pair, as `torch.view_as_real` has it, and so they are stored.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,23 +73,34 @@ def called(target: Op, args: tuple, kwargs: Mapping, place: str):
     ))  # fmt: skip
 
 
-def refuse_written(node: Node, place: str) -> None:
-    """Raise BuildError (`complex-operator`) where a node writes into the parts of a complex value: they are a copy."""
+def memory_of(node: Node) -> Node:
+    """What made the memory that a node's result may lie in: whatever torch says of it is a view is followed."""
+    while node.args and isinstance(node.args[0], Node):
+        views = isinstance(node.target, Op) and any(result.alias_info for result in node.target._schema.returns)
+        if not views and node.target is not operator.getitem:
+            break
+        node = node.args[0]
+    return node
+
+
+def refuse_written(node: Node, complex_memory: set[Node], place: str) -> None:
+    """Raise BuildError (`complex-operator`) where a node writes into memory that a complex value lies in.
+
+    A pair may be a copy where torch has a view: conjugates, and both parts put together.
+    """
     if not isinstance(node.target, Op) or not node.target._schema.is_mutable:
         return
-    for argument, given in zip(node.target._schema.arguments, node.args):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        while isinstance(given, Node) and isinstance(given.target, Op) and given.args:
-            if given.target is aten.view_as_real.default:
-                raise BuildError(Problem(
-                    "complex-operator", f"{node.target} writes into the parts of a complex value", place,
-                    "complex values are pairs of reals here, and their parts put together are a copy",
-                    "compute new parts, and make a complex value of them with view_as_complex",
-                ))  # fmt: skip
-            if all(result.alias_info is None for result in given.target._schema.returns):
-                break
-            given = given.args[0]
+    written = [
+        given
+        for argument, given in zip(node.target._schema.arguments, node.args)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, Node)
+    ]
+    if any(memory_of(given) in complex_memory for given in written):
+        raise BuildError(Problem(
+            "complex-operator", f"{node.target} writes into the memory of a complex value", place,
+            "complex values are pairs of reals here, which may be copies of what is written",
+            "compute new parts, and make a complex value of them with view_as_complex",
+        ))  # fmt: skip
 
 
 def _known(leaf: object) -> bool:

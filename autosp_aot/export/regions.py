@@ -20,7 +20,7 @@ from torch._export.passes import replace_autocast_with_hop_pass, replace_set_gra
 from torch.fx import Graph, Interpreter, Node
 
 from autosp_aot.export.attention.products import made
-from autosp_aot.export.complex import called, concerned, refuse_written
+from autosp_aot.export.complex import Complex, called, concerned, memory_of, refuse_written
 from autosp_aot.export.source import where
 
 aten = torch.ops.aten
@@ -78,8 +78,11 @@ class Flat(Interpreter):
 
     def run_node(self, node: Node):
         self.place = where(node).source
-        refuse_written(node, self.place)
-        return super().run_node(node)
+        refuse_written(node, self.complex_memory, self.place)
+        result = super().run_node(node)
+        if isinstance(result, Complex):
+            self.complex_memory.add(memory_of(node))
+        return result
 
     def call_function(self, target, args, kwargs):
         if concerned(target, args, kwargs):
@@ -87,6 +90,7 @@ class Flat(Interpreter):
         return super().call_function(target, args, kwargs)
 
     def run(self, *args):
+        self.complex_memory: set[Node] = set()
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             try:
                 return super().run(*args)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from autosp_aot.ir.operators import DTYPES, FACTORIES, overload
 from autosp_aot.ir.program import Dtype, Instr, PerRank, Ref, Value, flatten, map_args
-from autosp_aot.ir.structure.moves import in_order
 from autosp_aot.ir.structure.record import At
 from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ir.transfers import storage_bytes
@@ -122,14 +121,13 @@ class Layouts:
         """The results on meta tensors, and bytes needed beside them."""
         if op.startswith("aten."):
             return _aten(op, args, kwargs), 0
-        operands, copied_bytes = list(args), 0
-        for at, demand in OURS[op].unmet(args, kwargs, self.target).items():
-            if not self.copying:
-                raise ValueError(f"its operand {at} has strides {list(args[at].stride())}: {demand.source}")
-            operands[at] = in_order(args[at], demand.order)
-            copied_bytes += storage_bytes(operands[at])
-        results, workspace_bytes = OURS[op].workspace(*operands, target=self.target, **kwargs)
-        return results, workspace_bytes + copied_bytes
+        own = OURS[op]
+        operands = own.laid_out(args, kwargs, self.target) if self.copying else list(args)
+        for at, demand in own.unmet(operands, kwargs, self.target).items():
+            raise ValueError(f"its operand {at} has strides {list(args[at].stride())}: {demand.source}")
+        results, workspace_bytes = own.workspace(*operands, target=self.target, **kwargs)
+        copies = [made for made, given in zip(operands, args) if made is not given]
+        return results, workspace_bytes + sum(map(storage_bytes, copies))
 
     def _made(self, instr: Instr, operands: list[Tensor], results: list[Tensor], workspace_bytes: int) -> Made:
         storages = [tensor.untyped_storage()._cdata for tensor in (*operands, *results)]

@@ -7,6 +7,7 @@ Memory follows from the shapes of a rank's boxes, the parts that it sends and re
 query heads begin.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 from autosp_aot.ir.placement import Placement, local_shape
@@ -16,8 +17,8 @@ from autosp_aot.ir.transfers import Move
 from autosp_aot.ops.table import OURS
 
 
-def unlike_ranks(program: Program) -> list[int]:
-    """The first rank of each kind, in order: ranks of a kind take the same memory at every instruction."""
+def unlike_ranks(program: Program, ranks: Iterable[int] | None = None) -> list[int]:
+    """The first rank of each kind among `ranks` (None: all): those of a kind take the same memory throughout."""
     values = program.values()
     rows: dict[tuple, None] = {}  # what differs, a column a rank (so many columns a rank in a body of tiles)
     moves: dict[tuple, None] = {}
@@ -32,7 +33,7 @@ def unlike_ranks(program: Program) -> list[int]:
             moves[source.placement, target.placement, source.whole_shape] = None
     rows.update((_parts(*move, program.ranks), None) for move in moves)
     kinds: dict[tuple, int] = {}
-    for rank in range(program.ranks):
+    for rank in range(program.ranks) if ranks is None else ranks:
         kinds.setdefault(tuple(_own(row, rank, program.ranks) for row in rows), rank)
     return list(kinds.values())
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from autosp_aot.ir.structure.moves import in_order
 from autosp_aot.sharding.call import Rule
 
 Shape = tuple[int, ...]
@@ -90,3 +91,8 @@ class OwnOp:
         places = {name: at for at, name in enumerate(self.arguments)}
         found = {places[name]: demand for name, demand in self.demands(*args, target=target, **keywords).items()}
         return {at: demand for at, demand in found.items() if not demand.holds(args[at])}
+
+    def laid_out(self, args: Sequence, keywords: Mapping, target: str) -> list:
+        """The positional `args` of a call, copied where they do not lie as is demanded."""
+        demands = self.unmet(args, keywords, target)
+        return [in_order(arg, demands[at].order) if at in demands else arg for at, arg in enumerate(args)]

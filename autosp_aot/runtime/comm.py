@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autosp_aot import __version__
 from autosp_aot.errors import ArtifactError, AutospError, Problem
 from autosp_aot.ir.operators import DTYPE_NAMES
 from autosp_aot.runtime.agreement import REFUSED, agree, refuse_differences
@@ -94,21 +95,19 @@ class Mesh:
         """Join the default group if there is one, else the ranks of torchrun's environment, else be a group of one.
 
         A group of one needs no process group; it has one where it is not to be `alone`, for those who ask torch.
-        `facts` say what this rank is about to run, the same on all ranks.
+        `facts` say what this rank is about to run beside target and versions, the same on all ranks.
         Raises ArtifactError: `wrong-device` where this machine lacks the target's device for this rank, `world-size`
         where there are not `dp` (None: any number of) groups of `sp` ranks, and what `agree` raises.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        try:
+        with Mesh.told():
             check_devices(target, local_rank + 1)
-        except ArtifactError as error:
-            Mesh.refuse(error)
-            raise
         kind = TARGETS[target]
         device = torch.device("cpu") if kind is CPU else torch.device(kind.device_type, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        facts = {"target": target, "ranks that share a sequence": str(sp), **(facts or {})}
+        own = {"autosp-aot": __version__, "torch": torch.__version__, "target": target}
+        facts = {**(facts or {}), **own, "ranks that share a sequence": str(sp)}
         if dist.is_initialized():
             said: list[dict[str, str]] = [{}] * dist.get_world_size()
             dist.all_gather_object(said, facts)
@@ -131,13 +130,18 @@ class Mesh:
         return Mesh(world, _sequence_group(world, sp))
 
     @staticmethod
-    def refuse(error: AutospError) -> None:
-        """Tell the ranks of torchrun's environment, who would wait for this one, that it ends with `error`."""
-        others = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
-        if others and not dist.is_initialized():
-            store, rank, size = next(dist.rendezvous("env://"))
-            with contextlib.suppress(ArtifactError):  # what they are told, which this rank says in full
-                agree(store, rank, size, {REFUSED: str(error).partition("\n")[0]})
+    @contextlib.contextmanager
+    def told() -> Iterator[None]:
+        """Of what this rank ends with here, the ranks of torchrun's environment are told, who would wait for it."""
+        try:
+            yield
+        except AutospError as error:
+            others = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+            if others and not dist.is_initialized():
+                store, rank, size = next(dist.rendezvous("env://"))
+                with contextlib.suppress(ArtifactError):  # what they are told, which this rank says in full
+                    agree(store, rank, size, {REFUSED: str(error).partition("\n")[0]})
+            raise
 
     def leave(self, wait: bool = True) -> None:
         """Take the process groups down, where it went well after waiting for the others."""

@@ -5,7 +5,6 @@ so the same code runs over torch.distributed (`comm`) and in one process (`simul
 """
 
 from collections.abc import Callable, Generator, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,11 +14,9 @@ from autosp_aot.ir import operators
 from autosp_aot.ir.operators import DTYPES, wide
 from autosp_aot.ir.placement import PARTIAL
 from autosp_aot.ir.program import Body, Dtype, Instr, Program, Ref, Section, Value, map_args, map_instr, values_of
-from autosp_aot.ir.structure.moves import in_order
 from autosp_aot.ir.structure.record import Action, Answer, At, Meeting
 from autosp_aot.ir.structure.table import STRUCTURE
 from autosp_aot.ir.transfers import narrowed, places_of_tile
-from autosp_aot.ops.record import OwnOp
 from autosp_aot.ops.table import OURS
 from autosp_aot.runtime.host_pool import Host
 
@@ -105,8 +102,10 @@ class Executor:
 
     def _function(self, op: str) -> Callable:
         if op in OURS:
-            kernel = self.traced and OURS[op].traced or OURS[op].kernel
-            return partial(_copying, OURS[op], self.device.type) if self.copying else kernel
+            own, target = OURS[op], self.device.type
+            if self.copying:
+                return lambda *args, **keywords: own.kernel(*own.laid_out(args, keywords, target), **keywords)
+            return self.traced and own.traced or own.kernel
         found = operators.overload(op)
         assert found is not None, "operators were checked"
         return found
@@ -148,14 +147,6 @@ class Executor:
             return [self._structural(instr, values, self.rank * len(tiles) + tile) for tile in tiles]
         own = [map_instr(instr, lambda n: n.values[tile]) for tile in tiles]
         return [self._call(instr)] * len(tiles) if own[0] is instr else [self._call(i) for i in own]
-
-
-def _copying(op: OwnOp, target: str, *args, **keywords):
-    """The kernel's results, of operands copied where they do not lie as it demands."""
-    found = list(args)
-    for at, demand in op.unmet(args, keywords, target).items():
-        found[at] = in_order(args[at], demand.order)
-    return op.kernel(*found, **keywords)
 
 
 def _failed(instr: Instr, error: Exception) -> ArtifactError:

@@ -1,5 +1,6 @@
 """From an artifact to a module, strictly: hashes, schema, parse, verify, operators, weights, and only then memory."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from autosp_aot.runtime.comm import Mesh, check_size
 from autosp_aot.runtime.execute import Executor
 from autosp_aot.runtime.module import Comm, ShardedModel
 from autosp_aot.runtime.operators import check_operators
-from autosp_aot.runtime.proved import digest_of, require_digest, require_proof
+from autosp_aot.runtime.proved import require_digest, require_proof
 from autosp_aot.runtime.weights_in import read_weights
 from autosp_aot.targets.table import TARGETS
 
@@ -33,17 +34,12 @@ def load(
     proved before on this machine is proved first (`proved.py`). Raises ArtifactError.
     """
     path = Path(path)
-    try:
+    with Mesh.told() if comm is None else contextlib.nullcontext():
         manifest = read_manifest(path)
-        require_digest(path, digest)
-        require_proof(path, manifest)
-    except ArtifactError as error:
-        if comm is None:
-            Mesh.refuse(error)
-        raise
+        digest = require_digest(path, digest)
+        require_proof(path, manifest, digest)
     if comm is None:
-        facts = {"artifact": digest_of(path), "torch": torch.__version__}
-        group = Mesh.join(manifest.target, manifest.ranks, dp=1, facts=facts).sequence
+        group = Mesh.join(manifest.target, manifest.ranks, dp=1, facts={"artifact": digest}).sequence
         comm, device = group, device or group.device
     check_size(comm.size, manifest.ranks, dp=1)
     device = torch.device(device or "cpu")

@@ -53,9 +53,8 @@ def prove_artifact(path: Path, manifest: Manifest) -> dict[str, Proved]:
         curve(whole, 0, manifest.target, copying=True)  # every call can be made, and makes what it says
         proved[kind] = Proved(whole, bodies, prove(whole, bodies))
         for ranks, program in bodies:
-            for rank in unlike_ranks(program):
-                if rank in ranks:
-                    curve(program, rank, manifest.target)
+            for rank in unlike_ranks(program, ranks):
+                curve(program, rank, manifest.target)
         _check_inputs(manifest, whole)
         _check_given(manifest, whole, kind)
     _check_buffers(manifest, path)

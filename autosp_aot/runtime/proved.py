@@ -23,19 +23,19 @@ def digest_of(path: Path) -> str:
     return sha256_of(path / MANIFEST)
 
 
-def require_digest(path: Path, digest: str | None) -> None:
-    """Raise ArtifactError (`artifact-digest`) where an artifact has another digest than is demanded."""
+def require_digest(path: Path, digest: str | None) -> str:
+    """An artifact's digest. Raises ArtifactError (`artifact-digest`) where it is another than is demanded."""
     found = digest_of(path)
     if digest is not None and digest.lower() != found:
         raise ArtifactError(Problem(
             "artifact-digest", f"{path} is another artifact than was demanded", why=f"its digest is {found}",
             fix="autosp-aot check DIR --digest prints the digest of the artifact you mean",
         ))  # fmt: skip
+    return found
 
 
-def require_proof(path: Path, manifest: Manifest) -> None:
-    """Prove an artifact, unless this version has on this machine. Raises ArtifactError."""
-    digest = digest_of(path)
+def require_proof(path: Path, manifest: Manifest, digest: str) -> None:
+    """Prove the artifact of this digest, unless this version has on this machine. Raises ArtifactError."""
     if not _is_known(digest):
         prove_artifact(path, manifest)
         remember(digest)

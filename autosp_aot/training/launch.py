@@ -24,7 +24,7 @@ from autosp_aot.artifact.manifest import Manifest, no_evaluation
 from autosp_aot.artifact.read import read_manifest
 from autosp_aot.errors import ArtifactError, AutospError, Problem, need_package
 from autosp_aot.runtime.comm import Mesh, check_devices, check_size
-from autosp_aot.runtime.proved import digest_of, require_digest, require_proof
+from autosp_aot.runtime.proved import require_digest, require_proof
 from autosp_aot.runtime.weights_out import refuse_saving
 from autosp_aot.targets.table import CPU
 from autosp_aot.training.data import Feed, StoredBatch, open_feed
@@ -55,11 +55,8 @@ def run(
 
     Raises ArtifactError for whatever does not fit (artifact, machine, weights, data), RankFailed where a process dies.
     """
-    try:
+    with Mesh.told():
         training, manifest, feeds = _prepared(training, data, batch_file, eval_data, deepspeed)
-    except AutospError as error:
-        Mesh.refuse(error)
-        raise
     if "WORLD_SIZE" in os.environ or manifest.ranks * training.dp == 1:
         _join_and_train(training, manifest.target, manifest.ranks, feeds)
     else:
@@ -76,9 +73,9 @@ def _prepared(
         if path is not None and not (path.is_file() if option in files else path.exists()):
             raise AutospError(Problem("no-such-file", f"{option} {path}: there is no such file"))
     manifest = read_manifest(training.artifact)
-    require_digest(training.artifact, training.digest)
-    training = replace(training, digest=digest_of(training.artifact))
-    require_proof(training.artifact, manifest)
+    digest = require_digest(training.artifact, training.digest)
+    require_proof(training.artifact, manifest, digest)
+    training = replace(training, digest=digest)
     if deepspeed is not None:
         need_package("deepspeed", "--deepspeed")
         config = checked_config(read_config(deepspeed), manifest, training.dp)

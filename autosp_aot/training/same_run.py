@@ -9,9 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from autosp_aot import __version__
 from autosp_aot.training.data import Feed, StoredBatch
 from autosp_aot.training.loop import Training
 from autosp_aot.training.token_source import RandomTokens
@@ -22,17 +19,15 @@ OWN = ("artifact", "digest", "init_from", "save", "metrics", "dump")
 
 
 def facts_of(training: Training, feeds: Iterable[Feed]) -> dict[str, str]:
-    """Artifact, packages, options and data of a run, by the names that people know them by."""
+    """Artifact, options and data of a run, by the names that people know them by."""
     options = {name: value for name, value in asdict(training).items() if name not in OWN}
     rates = options.pop("schedule")
     options |= {"schedule": rates.pop("kind"), **rates}
-    names = {"data": "--data or --batch-file", "evaluation": "--eval-data"}
+    names = "--data or --batch-file", "--eval-data"
     return {
         "artifact": training.digest or "",
-        "autosp-aot": __version__,
-        "torch": torch.__version__,
         **{f"--{name.replace('_', '-')}": json.dumps(value, sort_keys=True) for name, value in options.items()},
-        **{name: _of_feed(feed) for name, feed in zip(names.values(), feeds)},
+        **{name: _of_feed(feed) for name, feed in zip(names, feeds)},
     }
 
 

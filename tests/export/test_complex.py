@@ -1,5 +1,7 @@
 """Complex values are pairs of reals, whatever a model does with them: loss and gradients are eager's on all ranks."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from autosp_aot.commands.build.builder import build
 from autosp_aot.errors import BuildError
 from tests import architectures
 from tests.architectures import SMALL, Architecture, Case, outcomes
+from tests.export import mend
 from tests.steps import captured, equal_to_eager, gathers, half_labelled
 
 VOCABULARY, HIDDEN, HEADS = 64, 24, 3
@@ -90,51 +93,136 @@ def test_artifacts_hold_and_train_with_tables_as_pairs(kept, tmp_path):
     build(made("product", kept), half_labelled(LENGTH), 2, tmp_path / "a", target="cpu")  # compares steps with eager
 
 
-def test_an_operator_without_a_rule_is_refused_with_its_line():
-    class Sines(Model):
-        def turned(self, x, f):
-            return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()).sin()).flatten(-2)
+def pairs(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
 
+
+class Sines(Model):
+    def turned(self, x, f):
+        return torch.view_as_real(pairs(x).sin()).flatten(-2)  # here
+
+
+class PartsWritten(Model):
+    def turned(self, x, f):
+        z = pairs(x) * f
+        torch.view_as_real(z)[..., 0].mul_(2)  # here
+        return torch.view_as_real(z).flatten(-2)
+
+
+class OneOfTheParts(Model):
+    def turned(self, x, f):
+        f = f * 1
+        torch.view_as_real(f).unbind(-1)[1].mul_(2)  # here
+        return torch.view_as_real(pairs(x) * f).flatten(-2)
+
+
+class ImaginaryPart(Model):
+    def turned(self, x, f):
+        z = pairs(x) * f
+        conjugate = z.conj()
+        z.imag.mul_(2)  # here
+        return torch.view_as_real(conjugate.resolve_conj()).flatten(-2)
+
+
+class BelowTheConjugate(Model):
+    def turned(self, x, f):
+        x = x * 1
+        conjugate = torch.view_as_complex(x.unflatten(-1, (-1, 2))).conj()
+        x.mul_(2)  # here
+        return torch.view_as_real(conjugate.resolve_conj()).flatten(-2)
+
+
+RULE = (
+    "complex values are pairs of reals here, for which it has no rule",
+    "write it with real numbers, or with products, sums and views of complex ones",
+)
+MEMORY = (
+    "complex values are pairs of reals here, which may be copies of what is written",
+    "compute new parts, and make a complex value of them with view_as_complex",
+)
+
+
+@pytest.mark.parametrize(("kind", "what", "why", "fix"), [
+    (Sines, "aten.sin.default is called with complex values", *RULE),
+    *((kind, "aten.mul_.Tensor writes into the memory of a complex value", *MEMORY)
+      for kind in (PartsWritten, OneOfTheParts, ImaginaryPart, BelowTheConjugate)),
+])  # fmt: skip
+def test_what_is_not_known_to_be_exact_is_refused_with_its_line(kind, what, why, fix):
+    lines, first = inspect.getsourcelines(kind)
+    here = first + next(at for at, line in enumerate(lines) if line.endswith("# here\n"))
     with pytest.raises(BuildError) as caught:
-        captured(Sines().double(), half_labelled(LENGTH))
+        captured(kind().double(), half_labelled(LENGTH))
     assert str(caught.value) == (
-        "error[complex-operator]: aten.sin.default is called with complex values\n"
-        f"  where  test_complex.py:{Sines.turned.__code__.co_firstlineno + 1}\n"
-        "  why    complex values are pairs of reals here, for which it has no rule\n"
-        "  fix    write it with real numbers, or with products, sums and views of complex ones"
+        f"error[complex-operator]: {what}\n  where  test_complex.py:{here}\n  why    {why}\n  fix    {fix}"
     )
 
 
-def test_parts_that_are_written_into_are_refused():
-    class Written(Model):
+class RealSines(mend.Model):
+    """What the fix of a refusal says, as `mend.Model` has it."""
+
+    def inner(self, x, labels):
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a.sin() * b.cosh(), a.cos() * b.sinh()], -1).flatten(2)
+
+
+class ComplexSines(mend.Model):
+    def inner(self, x, labels):
+        return torch.view_as_real(pairs(x).sin()).flatten(2)  # here
+
+
+class WrittenParts(mend.Model):
+    def inner(self, x, labels):
+        z = pairs(x) * 1j
+        torch.view_as_real(z)[..., 0].mul_(2)  # here
+        return torch.view_as_real(z * z).flatten(2)
+
+
+class NewParts(mend.Model):
+    def inner(self, x, labels):
+        a, b = torch.view_as_real(pairs(x) * 1j).unbind(-1)
+        z = torch.view_as_complex(torch.stack([a * 2, b], -1))
+        return torch.view_as_real(z * z).flatten(2)
+
+
+@pytest.mark.parametrize(("fix", "refused", "mended"), [
+    (RULE[1], ComplexSines, RealSines), (MEMORY[1], WrittenParts, NewParts),
+])  # fmt: skip
+def test_the_fix_builds(fix, refused, mended, capfd):
+    mend.Mend("complex-operator", fix, refused, mended).holds(capfd)
+
+
+def test_what_is_written_before_there_is_a_complex_value_is_exact():
+    class Before(Model):
         def turned(self, x, f):
-            z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * f
-            torch.view_as_real(z)[..., 0].mul_(2)
-            return torch.view_as_real(z).flatten(-2)
+            x = x * 1
+            x.mul_(2)
+            return torch.view_as_real(pairs(x) * f).flatten(-2)
 
-    with pytest.raises(BuildError) as caught:
-        captured(Written().double(), half_labelled(LENGTH))
-    assert str(caught.value) == (
-        "error[complex-operator]: aten.mul_.Tensor writes into the parts of a complex value\n"
-        f"  where  test_complex.py:{Written.turned.__code__.co_firstlineno + 2}\n"
-        "  why    complex values are pairs of reals here, and their parts put together are a copy\n"
-        "  fix    compute new parts, and make a complex value of them with view_as_complex"
-    )
+    torch.manual_seed(0)
+    equal_to_eager(Before().double(), half_labelled(LENGTH), 2)
 
 
-def test_gradients_at_zero_are_zero_and_autocast_leaves_products_alone():
+def test_gradients_at_zero_are_zero():
     class Zeros(Model):
         def turned(self, x, f):
-            z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+            z = pairs(x)
             empty = z - z
-            with torch.autocast("cpu", torch.bfloat16):
-                z = z @ f[: WIDTH // 2]
             return torch.view_as_real(z + empty.abs() + empty.angle() + z.sum(dtype=torch.complex128)).flatten(-2)
 
     torch.manual_seed(0)
     model, batch = Zeros().double(), half_labelled(LENGTH)
     for ranks in (1, 3):
         equal_to_eager(model, batch, ranks)
+
+
+def test_autocast_leaves_products_of_complex_values_alone():
+    class Cast(Model):
+        def turned(self, x, f):
+            with torch.autocast("cpu", torch.bfloat16):
+                return torch.view_as_real(pairs(x) @ f[: WIDTH // 2].to(torch.complex64)).flatten(-2)
+
+    torch.manual_seed(0)
+    equal_to_eager(Cast(), half_labelled(LENGTH), 2, 1e-5)
 
 
 STOCK = {

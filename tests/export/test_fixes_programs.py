@@ -65,22 +65,6 @@ class SixteenBits(Model):
         return x + x.to(torch.bfloat16).to(x.dtype)
 
 
-class ComplexSine(Model):
-    def inner(self, x, labels):
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs.sin()).flatten(2)  # here
-
-
-class RealRotary(Model):
-    def set_up(self):
-        self.register_buffer("angles", torch.rand(S, H // 2))
-
-    def inner(self, x, labels):
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = self.angles.cos(), self.angles.sin()
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(2)
-
-
 class Scores(Model):
     def inner(self, x, labels):
         weights = (x @ x.mT).softmax(-1)  # here
@@ -330,8 +314,6 @@ MENDS = [
     Mend("layout-unsupported", "compute it with dense tensors: sparse=False in an embedding", SparseEmbedding,
          DenseEmbedding),
     Mend("dtype-unsupported", "compute it in real floats or integers", EightBits, SixteenBits),
-    Mend("complex-operator", "write it with real numbers, or with products, sums and views of complex ones",
-         ComplexSine, RealRotary),
     Mend("capture-failed", OPERATORS, Misshapen, Shaped),
     Mend("capture-failed", OPERATORS, Pointer, NoPointer),
     Mend("custom-gradient", "give it every tensor as an argument, save those it needs, and write to none", OwnFunction,

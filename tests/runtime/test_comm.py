@@ -1,5 +1,7 @@
 """dp x sp ranks, as threads of one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ import torch.distributed as dist
 import autosp_aot
 from autosp_aot.errors import ArtifactError
 from autosp_aot.runtime.comm import Mesh, check_size
+from autosp_aot.targets.table import CPU, TARGETS
 from examples import plain
 from tests.threads import on_ranks
 
@@ -86,3 +89,22 @@ def test_ranks_that_are_no_groups_are_refused(dp, said):
     with pytest.raises(ArtifactError) as caught:
         check_size(6, 4, dp)
     assert str(caught.value).startswith(f"error[world-size]: the artifact is for {said} ranks, and here are 6\n")
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_what_a_backend_cannot_send_crosses_as_something_else(dtype, monkeypatch):
+    """A threaded group stands for one that lacks i16; what reaches it is noted."""
+    monkeypatch.setitem(TARGETS, "cpu", replace(CPU, unsent=("i16",)))
+    sent = []
+    for name in ("all_to_all_single", "all_reduce"):
+        real = getattr(dist, name)
+        noted = lambda buffer, *args, real=real, **given: (sent.append(buffer.dtype), real(buffer, *args, **given))[1]  # noqa: E731
+        monkeypatch.setattr(dist, name, noted)
+
+    def rank():
+        world = Mesh.join("cpu", 2).world
+        mine = torch.arange(3, dtype=dtype) - 300 * world.rank
+        return world.exchange(mine, [1, 2], [1, 1] if world.rank == 0 else [2, 2]).tolist(), world.sum(mine).tolist()
+
+    assert on_ranks(2, rank) == [([0, -300], [-300, -298, -296]), ([1, 2, -299, -298], [-300, -298, -296])]
+    assert len(sent) == 4 and torch.int16 not in sent

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from autosp_aot.ir.program import Instr
-from autosp_aot.ir.structure.record import Action, At, HostMemory, Structural, Values
+from autosp_aot.ir.structure.record import Action, At, HostMemory, LaidOut, Structural, Values
 
 
 def _copy(instr: Instr, sources: Values, targets: Values, at: At, host: HostMemory) -> Action:
     return host.step(instr)
 
 
-def _new_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> tuple[list[Tensor], int]:
+def _new_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> LaidOut:
     return [torch.empty_like(operands[0])], 0
 
 
-def _same_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> tuple[list[Tensor], int]:
+def _same_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> LaidOut:
     return [operands[0]], 0
 
 

@@ -10,10 +10,8 @@ from torch import Tensor
 from autosp_aot.ir.operators import wide
 from autosp_aot.ir.placement import PARTIAL, REPLICATE, Placement, inside
 from autosp_aot.ir.program import Instr
-from autosp_aot.ir.structure.record import Action, Answer, At, Exchange, HostMemory, Structural, Sum, Values
+from autosp_aot.ir.structure.record import Action, Answer, At, Exchange, HostMemory, LaidOut, Structural, Sum, Values
 from autosp_aot.ir.transfers import Move, Shard, join_into, storage_bytes
-
-Made = tuple[list[Tensor], int]  # what a layout is
 
 
 def _keeps(source: Placement, target: Placement) -> bool:
@@ -45,7 +43,7 @@ def _shard(instr: Instr, sources: Values, targets: Values, at: At, _: HostMemory
     return lambda values: values.update({target.name: shard(values[source.name])})
 
 
-def _shard_layout(_: Instr, operands: Sequence[Tensor], sources: Values, targets: Values, at: At) -> Made:
+def _shard_layout(_: Instr, operands: Sequence[Tensor], sources: Values, targets: Values, at: At) -> LaidOut:
     return [Shard(sources[0], targets[0], at.rank, at.box)(operands[0])], 0
 
 
@@ -64,7 +62,7 @@ def _exchange(instr: Instr, sources: Values, targets: Values, at: At, _: HostMem
     return step
 
 
-def _exchange_layout(_: Instr, operands: Sequence[Tensor], sources: Values, targets: Values, at: At) -> Made:
+def _exchange_layout(_: Instr, operands: Sequence[Tensor], sources: Values, targets: Values, at: At) -> LaidOut:
     """The buffer that is sent goes when another has been received, that one when the result is made of it."""
     (operand,), move = operands, Move(sources[0], targets[0], at.rank, at.ranks)
     sent = 0 if move.packed_in_place(operand) else sum(move.send_sizes) * operand.itemsize
@@ -109,7 +107,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return buffer
 
 
-def _all_reduce_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> Made:
+def _all_reduce_layout(_: Instr, operands: Sequence[Tensor], *__: object) -> LaidOut:
     """All lie in one buffer; in a narrower dtype than that of the sum they are copied out of it."""
     dtype = operands[0].dtype
     total = torch.empty(sum(t.numel() for t in operands), dtype=wide(dtype), device=operands[0].device)
@@ -130,7 +128,7 @@ def _relayout(instr: Instr, sources: Values, targets: Values, at: At, _: HostMem
     return lambda values: values.update({target.name: in_order(values[source.name], order)})
 
 
-def _relayout_layout(instr: Instr, operands: Sequence[Tensor], *_: object) -> Made:
+def _relayout_layout(instr: Instr, operands: Sequence[Tensor], *_: object) -> LaidOut:
     return [in_order(operands[0], instr.args[1])], 0
 
 

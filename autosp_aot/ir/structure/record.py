@@ -58,9 +58,10 @@ class At:
 Values = Sequence[Value]
 # (instruction, the values it takes and gives, with that rank's shapes, where) -> what it does.
 Execute = Callable[[Instr, Values, Values, At, HostMemory], Action]
-# (instruction, operands on meta tensors, the values it takes and gives, where) -> results with their strides, and bytes
-# beside them.
-Layout = Callable[[Instr, Sequence[Tensor], Values, Values, At], tuple[list[Tensor], int]]
+# Results with their strides, and bytes beside them.
+LaidOut = tuple[list[Tensor], int]
+# (instruction, operands on meta tensors, the values it takes and gives, where) -> what it makes.
+Layout = Callable[[Instr, Sequence[Tensor], Values, Values, At], LaidOut]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -28,10 +27,9 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from autosp_aot.artifact.read import read_manifest
-from autosp_aot.errors import AutospError
 from autosp_aot.runtime.comm import Mesh
 from autosp_aot.runtime.module import ShardedModel
-from autosp_aot.runtime.proved import digest_of, require_digest
+from autosp_aot.runtime.proved import require_digest
 from autosp_aot.training.deepspeed.config import check_samples, checked_config, read_config
 from autosp_aot.training.label_count import is_items
 from autosp_aot.training.load_alike import load_alike
@@ -64,15 +62,11 @@ def initialize(
     The ranks are those of torchrun or of deepspeed's launcher, dp x sp of them in any multiple of the artifact's sp.
     Where the config has no communication_data_type, gradients are added up in fp32. Raises ArtifactError.
     """
-    try:
+    with Mesh.told():
         manifest = read_manifest(artifact)
-        require_digest(Path(artifact), digest)
+        digest = require_digest(Path(artifact), digest)
         said = config if isinstance(config, dict) else read_config(Path(config))
-    except AutospError as error:
-        Mesh.refuse(error)
-        raise
-    config_text = json.dumps(said, sort_keys=True, default=str)
-    facts = {"artifact": digest_of(Path(artifact)), "torch": torch.__version__, "config": config_text}
+    facts = {"artifact": digest, "config": json.dumps(said, sort_keys=True, default=str)}
     mesh = Mesh.join(manifest.target, manifest.ranks, alone=False, facts=facts)
     applied = checked_config(said, manifest, mesh.replicas)
     if isinstance(training_data, Sized):

@@ -19,7 +19,6 @@ from torch import Tensor
 from autosp_aot.ir.operators import DTYPES, overload, wide
 from autosp_aot.ir.transfers import join_into, narrowed
 from autosp_aot.ops.table import OURS
-from tests.laid_out import laid_out
 
 WAIT_S = 60
 
@@ -116,7 +115,7 @@ def _call(op: str, tensors: list[Tensor], attributes: dict) -> list[Tensor]:
     arguments |= {name: _value(value, kinds.get(name, "")) for name, value in attributes.items()}
     if op in OURS:  # numpy keeps no layout
         placed, scoring = [arguments.pop(name, None) for name in needed], arguments
-        found = function(*laid_out(op, tuple(placed), scoring), **scoring)
+        found = function(*OURS[op].laid_out(placed, scoring, "cpu"), **scoring)
     else:
         found = function(**dict.fromkeys(needed) | arguments)
     return [found] if isinstance(found, Tensor) else list(found)

@@ -13,8 +13,8 @@ from autosp_aot.ops.attention.arguments import KernelCall, Saved
 from autosp_aot.ops.table import ALL, OURS
 from autosp_aot.targets.flash import CUDA_FLASH, Flash
 from autosp_aot.targets.table import CPU, CUDA, ROCM, TARGETS
-from tests.laid_out import laid_out
 from tests.sharding import attention_cases, routing_cases
+from tests.storages import to_meta
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -64,7 +64,7 @@ class Case:
 
     def arguments(self, name: str, target: str, *tensors) -> tuple[str, tuple]:
         op = f"autosp.{name.replace('attention', 'attention_rows') if self.by_rows else name}"
-        return op, laid_out(op, (*tensors, [], None, *self.tail), self.scoring, target)
+        return op, OURS[op].laid_out((*tensors, [], None, *self.tail), self.scoring, target)
 
     def to(self, place: Callable[[Tensor], Tensor]) -> "Case":
         return replace(self, **{name: place(getattr(self, name)) for name in ("q", "k", "v", "grad_out")})
@@ -95,12 +95,6 @@ def drawn(seed: int, dtype: torch.dtype = torch.float64, width: int | None = Non
 def meta_is(monkeypatch):
     """Tensors without data stand for those of a device: torch has its kernels' layouts."""
     return lambda target: monkeypatch.setitem(TARGETS, "meta", target)
-
-
-def to_meta(tensor: Tensor) -> Tensor:
-    """The same strides and place in its storage, without data."""
-    storage = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device="meta")
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def strides(tensors) -> list[tuple]:
@@ -144,7 +138,7 @@ def test_so_do_those_of_every_operator_of_our_own(meta_is, op, seed, dtype):
     for name in {"lse", "grad_lse"} & set(names):  # fp32 beside half dtypes
         lse = args[names.index(name)]
         args[names.index(name)] = lse if lse is None or dtype not in HALF else to_meta(torch.empty(lse.shape))
-    args = laid_out(op, tuple(args), scoring, "cuda")
+    args = OURS[op].laid_out(args, scoring, "cuda")
     made = (OURS[op].traced or OURS[op].kernel)(*args, **scoring)
     assert strides(made) == strides(OURS[op].workspace(*args, target="cuda", **scoring)[0])
 

@@ -10,7 +10,6 @@ from autosp_aot.ops.attention.arguments import KernelCall, Saved, Scoring
 from autosp_aot.ops.attention.blockwise import blockwise, blockwise_backward
 from autosp_aot.ops.table import OURS
 from autosp_aot.targets.table import CPU, CUDA, TARGETS
-from tests.laid_out import laid_out
 
 SCALE = 0.7
 
@@ -26,7 +25,7 @@ def reference(q, k, v, causal, group=1, first_head=0):
 
 def called(op, *args, **scoring):
     """The kernel's results, of operands laid out as it demands."""
-    return OURS[op].kernel(*laid_out(op, args, scoring, args[0].device.type), **scoring)
+    return OURS[op].kernel(*OURS[op].laid_out(args, scoring, args[0].device.type), **scoring)
 
 
 def attention(q, k, v, scale, causal, *tail):
